@@ -1,0 +1,138 @@
+"""The public functions on models: whatever kind goes in, path, ModelProto or graphsurgeon Graph."""
+
+from pathlib import Path
+
+from onnx import ModelProto
+
+from . import files, rewrite
+from .errors import UsageError
+
+
+def patch(
+    model,
+    beta,
+    coeff=0.5,
+    *,
+    output=None,
+    beta_as="initializer",
+    lowering="portable",
+    ops=None,
+    include=None,
+    exclude=None,
+    force=False,
+):
+    """Replace the ReLU-family activations of a model by CT units.
+
+    Args:
+        model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph. It is not changed.
+        beta: the curvature, in [0, 1]; 1 is the original network, smaller is smoother.
+        coeff: the paper's c, in [0, 1]: how the two smooth versions of ReLU are mixed.
+        output: for a path, where to write; `x.ct.onnx` beside `x.onnx` where None.
+        beta_as: "initializer" bakes beta in; "input" makes it an optional graph input with that
+            value as default; "required-input" a graph input that must be fed.
+        lowering: "portable" (CTU nodes, and a function of standard ops for runtimes without the op
+            library), "op" (the nodes alone) or "primitives" (standard ops alone).
+        ops: iterable of op types to steer, in any case; all supported ones where None.
+        include, exclude: regular expressions searched in the activations' names.
+        force: overwrite `output`.
+
+    Returns:
+        The steered model, of the kind that was given; for a path, the Path written. `inspect` tells
+        what was steered and what was skipped, and why.
+
+    Raises:
+        UsageError: a wrong argument, an existing output, or a model that is steered already.
+        NothingToDo: no activation to steer.
+        ModelError: the model cannot be read, or is unsafe to read.
+    """
+
+    def change(proto):
+        rewrite.steer(
+            proto,
+            beta,
+            coeff,
+            beta_as=beta_as,
+            lowering=lowering,
+            ops=ops,
+            include=include,
+            exclude=exclude,
+        )
+
+    return _edit(model, change, output, steered_path, force)
+
+
+def inspect(model):
+    """The activations of a model: a list of Activation, in graph order.
+
+    Args:
+        model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+    return rewrite.find(files.load(model) if isinstance(model, (str, Path)) else _to_proto(model))
+
+
+def unpatch(model, output=None, *, force=False):
+    """Give back the original of a steered model.
+
+    Args:
+        model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph. It is not changed.
+        output: for a path, where to write; `x.onnx` for `x.ct.onnx` where None.
+        force: overwrite `output`.
+
+    Returns:
+        The original, of the kind that was given; for a path, the Path written.
+
+    Raises:
+        UsageError: an existing output, or none that can be derived.
+        NothingToDo: the model is not steered.
+        ModelError: the model cannot be read, or its record of the original is damaged.
+    """
+    return _edit(model, rewrite.unsteer, output, original_path, force)
+
+
+def steered_path(model):
+    """The default output of `patch`: `x.ct.onnx` beside `x.onnx`."""
+    model = Path(model)
+    return model.with_name(f"{model.stem if model.suffix == '.onnx' else model.name}.ct.onnx")
+
+
+def original_path(model):
+    """The default output of `unpatch`: `x.onnx` beside `x.ct.onnx`."""
+    model = Path(model)
+    if not model.name.endswith(".ct.onnx"):
+        raise UsageError(f"{model}: does not end in .ct.onnx: name the output with -o")
+    return model.with_name(model.name.removesuffix(".ct.onnx") + ".onnx")
+
+
+def _edit(model, change, output, default_output, force):
+    """Apply `change` to a copy of `model` and give that back as the kind that `model` is."""
+    if isinstance(model, (str, Path)):
+        output = Path(output) if output is not None else default_output(model)
+        files.edit(model, change, output, force)
+        return output
+    if output is not None:
+        raise UsageError("output goes with a path: save the model that is returned instead")
+    proto = _to_proto(model)
+    change(proto)
+    if isinstance(model, ModelProto):
+        return proto
+    import onnx_graphsurgeon
+
+    return onnx_graphsurgeon.import_onnx(proto)
+
+
+def _to_proto(model):
+    """A ModelProto of our own to edit."""
+    if isinstance(model, ModelProto):
+        copy = ModelProto()
+        copy.CopyFrom(model)
+        return copy
+    if type(model).__module__.startswith("onnx_graphsurgeon"):
+        import onnx_graphsurgeon
+
+        return onnx_graphsurgeon.export_onnx(model)
+    raise UsageError(
+        f"expected a path, a ModelProto or a graphsurgeon Graph, got {type(model).__name__}"
+    )

@@ -1,0 +1,220 @@
+"""The command line: parse, call, print. Only this file knows click."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from .errors import CtonnxError
+
+_INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ctonnx")
+def cli():
+    """Steer ONNX models by one number: Curvature Tuning (arXiv 2502.07783) without training."""
+
+
+_model = click.argument("model", type=click.Path(path_type=Path))
+_output = click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write.")
+_force = click.option("--force", is_flag=True, help="Overwrite an existing output.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@cli.command()
+@_model
+@click.option("--beta", type=float, required=True, help="Curvature in [0, 1]; 1 is the original.")
+@click.option(
+    "--coeff", type=float, default=0.5, show_default=True, help="The paper's c, in [0, 1]."
+)
+@_output
+@click.option(
+    "--beta-as",
+    type=click.Choice(["initializer", "input", "required-input"]),
+    default="initializer",
+    show_default=True,
+    help="Bake beta in, or make it a graph input: optional, or one that must be fed.",
+)
+@click.option(
+    "--lowering",
+    type=click.Choice(["portable", "op", "primitives"]),
+    default="portable",
+    show_default=True,
+    help="CTU nodes with a fallback function, CTU nodes alone, or standard ops alone.",
+)
+@click.option(
+    "--ops", metavar="LIST", help="Op types to steer: relu,leakyrelu,prelu. [default: all]"
+)
+@click.option("--include", metavar="REGEX", help="Steer only activations whose name matches.")
+@click.option("--exclude", metavar="REGEX", help="Leave out activations whose name matches.")
+@click.option("--check", is_flag=True, help="Run the result against the original before writing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
+@_force
+@_json
+def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **choices):
+    """Steer MODEL; writes MODEL.ct.onnx beside it, or OUTPUT."""
+    from . import api, files, rewrite
+
+    def steer(proto):
+        names = None if ops is None else [name.strip() for name in ops.split(",")]
+        return rewrite.steer(proto, beta, coeff, ops=names, **choices)
+
+    output = output or api.steered_path(model)
+    checks = {}
+    if dry_run:
+        report = steer(files.load(model))
+    else:
+        report = _patch_file(model, steer, output, force, check, beta, choices["lowering"], checks)
+    for note in report.notes:
+        _say(note)
+    if as_json:
+        _print_json(
+            output=None if dry_run else str(output),
+            replaced=[_as_json(a) for a in report.replaced],
+            skipped=[_as_json(a, "reason") for a in report.skipped],
+        )
+        return
+    for a in report.skipped:
+        _say(f"skipped {_where(a)}: {a.reason}")
+    for name, comparisons in checks.items():
+        worst = max(c.max_rel for c in comparisons)
+        _say(f"check passed: {name}, largest relative difference {worst:.1e}")
+    count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
+    click.echo(f"{'would write' if dry_run else 'wrote'} {output}: {count} at beta {beta:g}")
+
+
+def _patch_file(model, steer, output, force, check, beta, lowering, checks):
+    from . import files, validate
+
+    steered = {}
+
+    def change(proto):
+        steered["report"] = steer(proto)
+
+    def verify(path):
+        checks.update(validate.check_steered(model, path, steered["report"], beta, lowering))
+
+    files.edit(model, change, output, force, verify if check else None)
+    return steered["report"]
+
+
+@cli.command()
+@_model
+@_json
+def inspect(model, as_json):
+    """List the activations of MODEL: steerable, steered or skipped, and why."""
+    from . import api
+
+    activations = api.inspect(model)
+    if as_json:
+        fields = ("status", "reason", "beta", "coeff")
+        _print_json(activations=[_as_json(a, *fields) for a in activations])
+        return
+    width = max((len(a.op) for a in activations), default=0)
+    counts = {"steered": 0, "steerable": 0, "skipped": 0}
+    for a in activations:
+        counts[a.status] += 1
+        click.echo(f"{a.status:9}  {a.op:{width}}  {_where(a)}{_detail(a)}")
+    click.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
+
+
+def _detail(activation):
+    if activation.status == "skipped":
+        return f"  ({activation.reason})"
+    if activation.status == "steered":
+        beta = "fed or per channel" if activation.beta is None else f"{activation.beta:g}"
+        return f"  (beta {beta})"
+    return ""
+
+
+@cli.command("set")
+@_model
+@click.option("--beta", type=float, required=True, help="The new beta, in [0, 1].")
+@_output
+@_force
+@_json
+def set_(model, beta, output, force, as_json):
+    """Change the beta of a steered MODEL, in place or into OUTPUT."""
+    from . import files, rewrite
+
+    target = output or model
+    files.edit(model, lambda proto: rewrite.set_beta(proto, beta), target, force or output is None)
+    if as_json:
+        _print_json(output=str(target), beta=beta)
+    else:
+        click.echo(f"wrote {target}: beta {beta:g}")
+
+
+@cli.command()
+@_model
+@_output
+@_force
+@_json
+def unpatch(model, output, force, as_json):
+    """Give back the original of a steered MODEL; writes X.onnx for X.ct.onnx, or OUTPUT."""
+    from . import api
+
+    written = api.unpatch(model, output, force=force)
+    if as_json:
+        _print_json(output=str(written))
+    else:
+        click.echo(f"wrote {written}: the original")
+
+
+@cli.command()
+@_json
+def doctor(as_json):
+    """Tell what is installed, and whether the op library works."""
+    from .doctor import examine
+
+    report = examine()
+    if as_json:
+        _print_json(**report)
+    else:
+        for name, version in report["packages"].items():
+            click.echo(f"{name:20} {version or 'not installed'}")
+        click.echo(f"{'providers':20} {', '.join(report['providers']) or 'none'}")
+        click.echo(f"{'op library':20} {report['library'] or 'not installed'}")
+        for problem in report["problems"]:
+            _say(f"problem: {problem}")
+        click.echo("works" if report["ok"] else "does not work")
+    if not report["ok"]:
+        sys.exit(4)
+
+
+def _where(activation):
+    return f"{activation.scope}/{activation.name}" if activation.scope else activation.name
+
+
+def _as_json(activation, *more):
+    return {field: getattr(activation, field) for field in ("name", "op", "scope", *more)}
+
+
+def _print_json(**document):
+    click.echo(json.dumps({"schema_version": 1, **document}, indent=2))
+
+
+def _say(message):
+    """Messages go to stderr: stdout holds the result only."""
+    click.echo(message, err=True)
+
+
+def main():
+    """Run the command line; a user's mistake is one line on stderr and its exit code."""
+    try:
+        # Not standalone, for click would print its usage errors over several lines.
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = error.exit_code
+    except click.ClickException as error:
+        _say(f"ctonnx: {error.format_message()}")
+        code = error.exit_code
+    except CtonnxError as error:
+        _say(f"ctonnx: {error}")
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
+    sys.exit(code)

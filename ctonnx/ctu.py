@@ -1,0 +1,141 @@
+"""The op `ctonnx::CTU`: its names, its formula in float64 and the same as an ONNX function.
+
+Source of the formula: Hu, Gamba, Balestriero, "Curvature Tuning", arXiv 2502.07783, with the
+epsilon of its authors' code. `custom_ops/ctu_math.h` is the same in C++.
+"""
+
+import numpy as np
+from onnx import FunctionProto, TensorProto, helper
+
+from .errors import UsageError
+
+DOMAIN = "ctonnx"
+OP_TYPE = "CTU"
+VERSION = 1
+EPSILON = 1e-6
+
+# The oldest opset whose arithmetic broadcasts as the function needs it.
+MIN_OPSET = 7
+
+FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+def check_unit_interval(name, value):
+    """Return `value` as float, or raise UsageError when it is not a number in [0, 1]."""
+    value = float(value)
+    if not 0.0 <= value <= 1.0:
+        raise UsageError(f"{name} must lie in [0, 1], got {value:g}")
+    return value
+
+
+def ctu(x, beta, coeff=0.5, slope=0.0):
+    """The CT unit in float64: the oracle that every implementation is tested against.
+
+    Args:
+        x: array of any shape, the pre-activation.
+        beta, coeff: scalars or arrays that broadcast to `x`, in [0, 1].
+        slope: slope of the negative side, scalar or array that broadcasts to `x`.
+
+    Returns:
+        float64 array of the shape of `x`:
+        P(x) + sgn(1-a) * s * r(|1-a| * |x| / s), with s = 1 - beta + 1e-6, a = slope,
+        P(x) = x where x >= 0 and a * x elsewhere, and
+        r(u) = (1-c) * log1p(exp(-u)) - c * u * sigmoid(-beta * u).
+
+    >>> float(ctu(-1.0, beta=1.0))
+    0.0
+    >>> round(float(ctu(-1.0, beta=0.85)), 6)
+    -0.001629
+    """
+    x, beta, coeff, slope = (np.asarray(v, np.float64) for v in (x, beta, coeff, slope))
+    s = 1.0 - beta + EPSILON
+    gap = 1.0 - slope
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = np.abs(gap) * np.abs(x)
+        log_term = (1.0 - coeff) * s * np.log1p(np.exp(-distance / s))
+        gate_term = coeff * distance / (1.0 + np.exp(beta / s * distance))
+        correction = np.where(np.isinf(x), 0.0, np.sign(gap) * (log_term - gate_term))
+        negative = np.where(slope == 0.0, 0.0, slope * x)
+    # NaN < 0 is false, so NaN passes through.
+    return np.where(x < 0.0, negative, x) + correction
+
+
+def function(opset, dtypes, sloped):
+    """The op as a model-local function of standard ops, for where no kernel is registered.
+
+    Args:
+        opset: the model's own opset of the default domain, at least MIN_OPSET.
+        dtypes: the TensorProto element types of the function's X over all call sites. float16 and
+            bfloat16 are computed in float32; more than one type needs opset 15 (CastLike).
+        sloped: whether the call sites pass the input `slope`.
+
+    Returns:
+        FunctionProto (X, beta, coeff[, slope]) -> Y. Its error against the exact formula is at
+        most 4e-7 * max(1, |Y|) in float32 for beta >= 0.05.
+    """
+    dtypes = set(dtypes)
+    compute = TensorProto.DOUBLE if TensorProto.DOUBLE in dtypes else TensorProto.FLOAT
+    nodes = []
+
+    def op(op_type, *inputs, output=None, **attributes):
+        output = output or f"v{len(nodes)}"
+        nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
+        return output
+
+    def constant(value):
+        return op("Constant", value=helper.make_tensor("", compute, [], [value]))
+
+    def computed(name, dtype_set):
+        return name if dtype_set == {compute} else op("Cast", name, to=compute)
+
+    x = computed("X", dtypes)
+    beta = computed("beta", {TensorProto.FLOAT})
+    coeff = computed("coeff", {TensorProto.FLOAT})
+    one = constant(1.0)
+    s = op("Add", op("Sub", one, beta), constant(EPSILON))
+    inverse = op("Div", one, s)
+    distance = op("Abs", x)
+    original = op("Relu", x)
+    if sloped:
+        slope = computed("slope", dtypes)
+        gap = op("Sub", one, slope)
+        distance = op("Mul", distance, op("Abs", gap))
+        # Relu rather than PRelu, which runtimes have for fewer types.
+        original = op("Sub", original, op("Mul", slope, op("Relu", op("Neg", x))))
+    # inf / inf would be NaN, so the gate's distance stays finite; the log term carries NaN.
+    largest = float(np.finfo(np.float32).max)
+    if opset >= 8:
+        finite = op("Min", distance, constant(largest))
+    else:
+        finite = op("Clip", distance, max=largest)
+    decay = op("Exp", op("Neg", op("Mul", inverse, distance)))
+    log_term = op("Mul", op("Mul", op("Sub", one, coeff), s), op("Log", op("Add", one, decay)))
+    growth = op("Exp", op("Mul", op("Mul", beta, inverse), finite))
+    gate_term = op("Div", op("Mul", coeff, finite), op("Add", one, growth))
+    correction = op("Sub", log_term, gate_term)
+    if sloped:
+        zero = constant(0.0)
+        above, below = op("Greater", gap, zero), op("Less", gap, zero)
+        sign = op("Sub", op("Cast", above, to=compute), op("Cast", below, to=compute))
+        correction = op("Mul", sign, correction)
+    if dtypes == {compute}:
+        op("Add", original, correction, output="Y")
+    elif len(dtypes) == 1:
+        op("Cast", op("Add", original, correction), output="Y", to=next(iter(dtypes)))
+    else:
+        op("CastLike", op("Add", original, correction), "X", output="Y")
+    return helper.make_function(
+        DOMAIN,
+        OP_TYPE,
+        ["X", "beta", "coeff", "slope"] if sloped else ["X", "beta", "coeff"],
+        ["Y"],
+        nodes,
+        [helper.make_opsetid("", opset)],
+        doc_string="Curvature Tuning unit (arXiv 2502.07783) of beta and c in [0, 1].",
+    )
+
+
+def is_ctu(node):
+    """Whether a NodeProto or FunctionProto is the op (its function)."""
+    name = node.name if isinstance(node, FunctionProto) else node.op_type
+    return (node.domain, name) == (DOMAIN, OP_TYPE)

@@ -1,0 +1,37 @@
+"""Everything ctonnx raises on purpose.
+
+    CtonnxError
+      UsageError        a wrong argument                                    exit code 2
+      NothingToDo       no activation matched, or the model is not steered  exit code 1
+      CheckFailed       outputs differ from what they must be               exit code 1
+      ModelError        the model cannot be read, or is unsafe to read      exit code 3
+      EnvironmentLacks  a package, provider or the op library is missing    exit code 4
+
+A message is one line that says what is wrong and what to do. Any other exception is a bug here.
+"""
+
+
+class CtonnxError(Exception):
+    """Base of all errors; `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class UsageError(CtonnxError, ValueError):
+    exit_code = 2
+
+
+class NothingToDo(CtonnxError):
+    exit_code = 1
+
+
+class CheckFailed(CtonnxError):
+    exit_code = 1
+
+
+class ModelError(CtonnxError):
+    exit_code = 3
+
+
+class EnvironmentLacks(CtonnxError):
+    exit_code = 4

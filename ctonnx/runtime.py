@@ -1,0 +1,92 @@
+"""ONNX Runtime with the op library: registration and sessions."""
+
+import warnings
+from pathlib import Path
+
+from .errors import EnvironmentLacks
+
+# The oldest ONNX Runtime whose C API has all that the library uses.
+MIN_ONNXRUNTIME = (1, 18)
+
+_LIBRARY = "libctonnx_ops.so"
+_REGISTERED = "ctonnx.registered"
+
+
+def get_library_path():
+    """Path of the op library, as str, for `SessionOptions.register_custom_ops_library`.
+
+    Raises:
+        EnvironmentLacks: ctonnx was installed without a C++ compiler.
+    """
+    path = Path(__file__).with_name(_LIBRARY)
+    if not path.is_file():
+        raise EnvironmentLacks(
+            "the op library is not installed, as no C++ compiler was found: install g++ or clang++ "
+            "and reinstall ctonnx, or run the model without it"
+        )
+    return str(path)
+
+
+def import_onnxruntime():
+    """The module onnxruntime.
+
+    Raises:
+        EnvironmentLacks: it is not installed, or too old.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EnvironmentLacks(
+            "onnxruntime is not installed: pip install onnxruntime, or onnxruntime-gpu"
+        ) from None
+    version = onnxruntime.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_ONNXRUNTIME:
+        raise EnvironmentLacks(f"onnxruntime {version} is too old: 1.18 or newer is needed")
+    return onnxruntime
+
+
+def register(session_options):
+    """Make the CTU kernels known to an onnxruntime.SessionOptions; a second call does nothing.
+
+    Raises:
+        EnvironmentLacks: the op library is not installed, or ONNX Runtime is too old.
+    """
+    import_onnxruntime()
+    # ONNX Runtime refuses a library registered twice, so the options carry the fact along.
+    try:
+        session_options.get_session_config_entry(_REGISTERED)
+    except RuntimeError:
+        session_options.register_custom_ops_library(get_library_path())
+        session_options.add_session_config_entry(_REGISTERED, "1")
+
+
+def session(path, providers=None, session_options=None):
+    """Open an onnxruntime.InferenceSession on a steered model, with the op library.
+
+    Where the library is not installed a warning says so, and the model runs through the function it
+    carries.
+
+    Args:
+        path: the model's path, or its bytes.
+        providers: execution providers, as for InferenceSession; all that are available where None.
+        session_options: options to use; the library is registered with them.
+
+    Raises:
+        EnvironmentLacks: onnxruntime is not installed, or too old.
+    """
+    ort = import_onnxruntime()
+    options = session_options if session_options is not None else ort.SessionOptions()
+    try:
+        register(options)
+    except EnvironmentLacks as error:
+        warnings.warn(f"running without fast kernels: {error}", RuntimeWarning, stacklevel=2)
+    return open_session(path, options, providers)
+
+
+def open_session(path, options, providers=None):
+    """An onnxruntime.InferenceSession, on every available provider where `providers` is None."""
+    ort = import_onnxruntime()
+    model = path if isinstance(path, bytes) else str(path)
+    return ort.InferenceSession(
+        model, options, providers=providers or ort.get_available_providers()
+    )

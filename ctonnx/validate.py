@@ -1,0 +1,183 @@
+"""Comparing runs: every output is compared, or the comparison fails."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import runtime
+from .errors import CheckFailed
+
+# Largest allowed max|actual - expected| / max|expected|, by dtype: float32's holds for the others
+# that are at least as precise, the half types differ by their own rounding.
+_TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2}
+_DEFAULT_TOLERANCE = 1e-5
+
+# Sizes tried in turn for an input's symbolic dimensions, until the model runs.
+_SIZES = (1, 2, 8, 32, 64, 224, 256, 512)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output of two runs. `max_rel` is max|actual - expected| / max|expected|."""
+
+    name: str
+    max_abs: float
+    max_rel: float
+    ok: bool
+    reason: str | None = None
+
+
+def compare(expected, actual, tolerance=None):
+    """Compare two runs: dicts from output name to array.
+
+    Args:
+        tolerance: largest `max_rel` that passes; 1e-5 where None, 1e-2 for float16 and 5e-2 for
+            bfloat16.
+
+    Returns:
+        list of Comparison, one per output of either run. One fails where an output is missing,
+        empty, not finite in the same places with the same sign, or NaN anywhere.
+    """
+    return [
+        _compare_one(name, expected.get(name), actual.get(name), tolerance)
+        for name in sorted({*expected, *actual})
+    ]
+
+
+def _compare_one(name, expected, actual, tolerance):
+    def failed(reason):
+        return Comparison(name, float("nan"), float("nan"), False, reason)
+
+    if expected is None or actual is None:
+        return failed("missing in one of the runs")
+    expected, actual = np.asarray(expected), np.asarray(actual)
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return failed(
+            f"is {actual.dtype}{list(actual.shape)}, not {expected.dtype}{list(expected.shape)}"
+        )
+    if expected.size == 0:
+        return failed("empty: nothing to compare")
+    if not np.issubdtype(expected.dtype, np.number) and expected.dtype.name != "bfloat16":
+        same = bool(np.array_equal(expected, actual))
+        return Comparison(name, 0.0, 0.0, True) if same else failed("differs")
+    if tolerance is None:
+        tolerance = _TOLERANCE.get(expected.dtype.name, _DEFAULT_TOLERANCE)
+    expected, actual = expected.astype(np.float64), actual.astype(np.float64)
+    if np.isnan(expected).any() or np.isnan(actual).any():
+        return failed("NaN")
+    finite = np.isfinite(expected)
+    if not np.array_equal(finite, np.isfinite(actual)) or np.any(
+        expected[~finite] != actual[~finite]
+    ):
+        return failed("infinite in other places")
+    max_abs = float(np.abs(actual[finite] - expected[finite]).max(initial=0.0))
+    largest = float(np.abs(expected[finite]).max(initial=0.0))
+    max_rel = max_abs / largest if largest else (0.0 if max_abs == 0.0 else float("inf"))
+    ok = max_rel <= tolerance
+    return Comparison(name, max_abs, max_rel, ok, None if ok else f"differs by {max_rel:.1e}")
+
+
+class Model:
+    """A model to run on one thread of the CPU, with its beta overridden where that is asked for.
+
+    Args:
+        path: path or bytes of a model.
+        library: whether to register the op library.
+        beta: a pair (name, value) to run with instead of what the model holds.
+    """
+
+    def __init__(self, path, library=False, beta=None):
+        ort = runtime.import_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        if library:
+            runtime.register(options)
+        self._fed = {}
+        if beta is not None:
+            name, value = beta
+            self._fed[name] = np.array(value, np.float32)
+        self._session = runtime.open_session(path, options, ["CPUExecutionProvider"])
+        inputs = {i.name for i in self._session.get_inputs()}
+        inputs |= {i.name for i in self._session.get_overridable_initializers()}
+        if not inputs.issuperset(self._fed):
+            # A baked beta: ONNX Runtime takes another value for an initializer, and keeps a pointer
+            # to it.
+            self._value = ort.OrtValue.ortvalue_from_numpy(self._fed.pop(name))
+            options.add_initializer(name, self._value)
+            self._session = runtime.open_session(path, options, ["CPUExecutionProvider"])
+
+    def inputs(self):
+        """What must be fed beside beta: (name, type, shape) each."""
+        return [
+            (i.name, i.type, i.shape) for i in self._session.get_inputs() if i.name not in self._fed
+        ]
+
+    def run(self, inputs):
+        """Output name -> array for `inputs`, input name -> array."""
+        names = [output.name for output in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, {**inputs, **self._fed}), strict=True))
+
+
+def random_inputs(model, seed=0):
+    """Inputs that `model`, a Model, runs on: normal floats, integers 0 and 1, in a size it takes.
+
+    Raises:
+        CheckFailed: it runs on none of the sizes tried.
+    """
+    error = None
+    for size in _SIZES:
+        rng = np.random.default_rng(seed)
+        inputs = {name: _random(rng, kind, shape, size) for name, kind, shape in model.inputs()}
+        try:
+            model.run(inputs)
+            return inputs
+        except Exception as caught:  # Whatever ONNX Runtime raises for a shape that does not fit.
+            error = caught
+        if all(isinstance(d, int) for _, _, shape in model.inputs() for d in shape):
+            break
+    raise CheckFailed(f"the model runs on no random input: {str(error).splitlines()[0]}")
+
+
+def _random(rng, kind, shape, size):
+    # A first dimension without a size is a batch.
+    dims = [d if isinstance(d, int) else 1 if i == 0 else size for i, d in enumerate(shape)]
+    dtype = kind.removeprefix("tensor(").removesuffix(")")
+    if dtype in ("float", "double", "float16"):
+        return rng.normal(size=dims).astype({"float": "float32"}.get(dtype, dtype))
+    if dtype == "bool":
+        return rng.integers(0, 2, dims).astype(bool)
+    if dtype.startswith(("int", "uint")):
+        return rng.integers(0, 2, dims).astype(dtype)
+    raise CheckFailed(f"no random input can be made for {kind}")
+
+
+def check_steered(original, steered, report, beta, lowering):
+    """Compare a steered model at beta 1 with its original, and with itself without the library.
+
+    Args:
+        original, steered: paths.
+        report: the rewrite.Report of the steering.
+        beta, lowering: what it was steered with.
+
+    Returns:
+        dict from the name of the check to its list of Comparison; all passed.
+
+    Raises:
+        CheckFailed: an output differs; the message names the check and the output.
+        EnvironmentLacks: onnxruntime, or the op library, is not installed.
+    """
+    reference = Model(original)
+    inputs = random_inputs(reference)
+
+    def run(library, value):
+        return Model(steered, library, (report.beta_name, value)).run(inputs)
+
+    results = {"at beta 1 against the original": compare(reference.run(inputs), run(True, 1.0))}
+    if lowering == "portable":
+        results["with against without the op library"] = compare(run(False, beta), run(True, beta))
+    for check, comparisons in results.items():
+        for comparison in comparisons:
+            if not comparison.ok:
+                raise CheckFailed(f"{check}: output {comparison.name!r} {comparison.reason}")
+    return results

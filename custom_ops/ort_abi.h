@@ -1,0 +1,128 @@
+// The part of ONNX Runtime's C ABI that this library uses.
+//
+// ONNX Runtime's wheels ship no C headers, but the ABI is append-only: OrtApi is a table of function
+// pointers whose positions never change, and OrtCustomOp is a struct that only grows. Declaring the
+// few slots used keeps the build free of any dependency and the library valid for every ONNX Runtime
+// from 1.18 on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ort {
+
+// The API version asked for: the oldest that has everything below. An ONNX Runtime that does not
+// know it answers GetApi with null.
+constexpr uint32_t kApiVersion = 18;
+
+struct Status;  // null means success
+struct SessionOptions;
+struct OpDomain;
+struct KernelContext;
+struct ShapeInferContext;
+struct Value;
+struct TensorInfo;
+
+enum StatusCode : int { kFail = 1, kInvalidArgument = 2 };
+
+enum ElementType : int { kFloat = 1, kFloat16 = 10, kDouble = 11, kBFloat16 = 16 };
+
+enum Characteristic : int { kRequired = 0, kOptional = 1 };
+
+struct ApiBase {
+  void* const* (*GetApi)(uint32_t version);
+  const char* (*GetVersionString)();
+};
+
+// Field order and types are the ABI; unused fields are left null.
+struct CustomOp {
+  uint32_t version;
+  void* CreateKernel;
+  const char* (*GetName)(const CustomOp*);
+  const char* (*GetExecutionProviderType)(const CustomOp*);
+  ElementType (*GetInputType)(const CustomOp*, size_t index);
+  size_t (*GetInputTypeCount)(const CustomOp*);
+  ElementType (*GetOutputType)(const CustomOp*, size_t index);
+  size_t (*GetOutputTypeCount)(const CustomOp*);
+  void* KernelCompute;
+  void (*KernelDestroy)(void* kernel);
+  Characteristic (*GetInputCharacteristic)(const CustomOp*, size_t index);
+  Characteristic (*GetOutputCharacteristic)(const CustomOp*, size_t index);
+  int (*GetInputMemoryType)(const CustomOp*, size_t index);
+  void* variadic[4];
+  Status* (*CreateKernelV2)(const CustomOp*, const void* api, const void* info, void** kernel);
+  Status* (*KernelComputeV2)(void* kernel, KernelContext*);
+  Status* (*InferOutputShape)(const CustomOp*, ShapeInferContext*);
+  int (*GetStartVersion)(const CustomOp*);
+  int (*GetEndVersion)(const CustomOp*);
+  size_t (*GetMayInplace)(int** inputs, int** outputs);
+  void (*ReleaseMayInplace)(int* inputs, int* outputs);
+  void* alias[2];
+};
+static_assert(sizeof(CustomOp) == 26 * sizeof(void*), "OrtCustomOp of API 18 is 26 words");
+
+// Typed access to the OrtApi table; the numbers are positions in it.
+class Api {
+ public:
+  explicit Api(void* const* table = nullptr) : table_(table) {}
+
+  Status* CreateStatus(StatusCode code, const char* message) const {
+    return call<Status*>(0, static_cast<int>(code), message);
+  }
+  Status* CreateCustomOpDomain(const char* name, OpDomain** domain) const {
+    return call<Status*>(26, name, domain);
+  }
+  Status* CustomOpDomain_Add(OpDomain* domain, const CustomOp* op) const {
+    return call<Status*>(27, domain, op);
+  }
+  Status* AddCustomOpDomain(SessionOptions* options, OpDomain* domain) const {
+    return call<Status*>(28, options, domain);
+  }
+  Status* GetTensorMutableData(const Value* value, void** data) const {
+    return call<Status*>(51, value, data);
+  }
+  Status* GetDimensionsCount(const TensorInfo* info, size_t* rank) const {
+    return call<Status*>(61, info, rank);
+  }
+  Status* GetDimensions(const TensorInfo* info, int64_t* dims, size_t rank) const {
+    return call<Status*>(62, info, dims, rank);
+  }
+  Status* GetTensorTypeAndShape(const Value* value, TensorInfo** info) const {
+    return call<Status*>(65, value, info);
+  }
+  Status* KernelContext_GetInputCount(const KernelContext* context, size_t* count) const {
+    return call<Status*>(88, context, count);
+  }
+  Status* KernelContext_GetInput(const KernelContext* context, size_t index,
+                                 const Value** value) const {
+    return call<Status*>(90, context, index, value);
+  }
+  Status* KernelContext_GetOutput(KernelContext* context, size_t index, const int64_t* dims,
+                                  size_t rank, Value** value) const {
+    return call<Status*>(91, context, index, dims, rank, value);
+  }
+  void ReleaseTensorTypeAndShapeInfo(TensorInfo* info) const { call<void>(99, info); }
+  Status* ShapeInferContext_GetInputTypeShape(const ShapeInferContext* context, size_t index,
+                                              TensorInfo** info) const {
+    return call<Status*>(268, context, index, info);
+  }
+  Status* ShapeInferContext_SetOutputTypeShape(ShapeInferContext* context, size_t index,
+                                               const TensorInfo* info) const {
+    return call<Status*>(270, context, index, info);
+  }
+  // Runs task(user, 0 .. count-1) on the session's own thread pool; `batches` 0 lets it choose.
+  Status* KernelContext_ParallelFor(const KernelContext* context, void (*task)(void*, size_t),
+                                    size_t count, size_t batches, void* user) const {
+    return call<Status*>(274, context, task, count, batches, user);
+  }
+
+ private:
+  template <class Result, class... Args>
+  Result call(size_t slot, Args... args) const {
+    return reinterpret_cast<Result (*)(Args...)>(table_[slot])(args...);
+  }
+
+  void* const* table_;
+};
+
+}  // namespace ort
