@@ -128,10 +128,7 @@ def steer(
         elif slope or (sloped and lowering != "op"):
             # A function has one signature, so next to a LeakyRelu a Relu passes its slope too.
             inputs.append(parameters.add_slope(slope, next(iter(dtypes))))
-        before = NodeProto(op_type=node.op_type, domain=node.domain)
-        before.input.extend(node.input)
-        before.attribute.extend(node.attribute)
-        _record(node, before)
+        _record_node(node)
         node.op_type, node.domain = ctu.OP_TYPE, ctu.DOMAIN
         del node.attribute[:], node.input[:]
         node.input.extend(inputs)
@@ -173,6 +170,12 @@ def set_beta(model, beta):
     for entry in model.metadata_props:
         if entry.key == "ctonnx.beta":
             entry.value = repr(beta)
+
+
+def make_beta_an_input(model, name):
+    """Let the initializer `name` of a ModelProto be overridden: list it as a graph input too."""
+    if name not in {value.name for value in model.graph.input}:
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
 
 
 def unsteer(model):
@@ -350,7 +353,7 @@ class _Parameters:
     """The initializers and inputs that steering adds to the graph, under names that are free."""
 
     def __init__(self, model):
-        self._graph = model.graph
+        self._model = model
         self._taken = names(model)
         self._slopes = {}
         self.names = []
@@ -364,16 +367,15 @@ class _Parameters:
     def add(self, base, value, as_input="initializer"):
         name = self._name(base)
         if as_input != "initializer":
-            info = helper.make_tensor_value_info(name, TensorProto.FLOAT, [])
-            self._graph.input.append(info)
+            make_beta_an_input(self._model, name)
         if as_input != "required-input":
-            self._graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
+            self._model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
         return name
 
     def add_slope(self, value, dtype):
         if (value, dtype) not in self._slopes:
             name = self._slopes[value, dtype] = self._name("slope")
-            self._graph.initializer.append(_scalar(name, value, dtype))
+            self._model.graph.initializer.append(_scalar(name, value, dtype))
         return self._slopes[value, dtype]
 
 
@@ -412,9 +414,7 @@ def _pass_into_functions(model, parameters):
     arity = {key: len(function.input) for key, function in functions.items()}
     for node, key in list(callees(scopes(model))):
         if needs[key]:
-            before = NodeProto()
-            before.input.extend(node.input)
-            _record(node, before)
+            _record_node(node)
             node.input.extend([""] * (arity[key] - len(node.input)))
             node.input.extend(name for name in parameters if name in needs[key])
     for key, function in functions.items():
@@ -444,6 +444,14 @@ def _record(proto, before):
     proto.metadata_props.add(key=ORIGINAL, value=value)
 
 
+def _record_node(node):
+    before = NodeProto()
+    before.CopyFrom(node)
+    for untouched in "name", "output", "doc_string", "metadata_props":
+        before.ClearField(untouched)
+    _record(node, before)
+
+
 def _decode(kind, text):
     try:
         return kind.FromString(base64.b64decode(text, validate=True))
@@ -456,11 +464,9 @@ def _restore(node):
     if text is None:
         raise ModelError(f"CTU {node_label(node)!r} has no record of what it replaced: cannot undo")
     before = _decode(NodeProto, text)
-    del node.input[:]
-    node.input.extend(before.input)
-    if ctu.is_ctu(node):
-        node.op_type, node.domain = before.op_type, before.domain
-        node.attribute.extend(before.attribute)
+    for changed in "op_type", "domain", "input", "attribute":
+        node.ClearField(changed)
+    node.MergeFrom(before)
     _keep(node.metadata_props, lambda entry: entry.key != ORIGINAL)
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import runtime
-from .errors import CheckFailed
+from . import files, rewrite, runtime
+from .errors import CheckFailed, CtonnxError, ModelError
 
 # Largest allowed max|actual - expected| / max|expected|, by dtype: float32's holds for the others
 # that are at least as precise, the half types differ by their own rounding.
@@ -78,45 +78,33 @@ def _compare_one(name, expected, actual, tolerance):
 
 
 class Model:
-    """A model to run on one thread of the CPU, with its beta overridden where that is asked for.
+    """A model to run on one thread of the CPU.
 
     Args:
-        path: path or bytes of a model.
+        path: path of a model, or its bytes.
         library: whether to register the op library.
-        beta: a pair (name, value) to run with instead of what the model holds.
+
+    Raises:
+        ModelError: ONNX Runtime does not load it.
     """
 
-    def __init__(self, path, library=False, beta=None):
+    def __init__(self, path, library=False):
         ort = runtime.import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         if library:
             runtime.register(options)
-        self._fed = {}
-        if beta is not None:
-            name, value = beta
-            self._fed[name] = np.array(value, np.float32)
-        self._session = runtime.open_session(path, options, ["CPUExecutionProvider"])
-        inputs = {i.name for i in self._session.get_inputs()}
-        inputs |= {i.name for i in self._session.get_overridable_initializers()}
-        if not inputs.issuperset(self._fed):
-            # A baked beta: ONNX Runtime takes another value for an initializer, and keeps a pointer
-            # to it.
-            self._value = ort.OrtValue.ortvalue_from_numpy(self._fed.pop(name))
-            options.add_initializer(name, self._value)
+        try:
             self._session = runtime.open_session(path, options, ["CPUExecutionProvider"])
-
-    def inputs(self):
-        """What must be fed beside beta: (name, type, shape) each."""
-        return [
-            (i.name, i.type, i.shape) for i in self._session.get_inputs() if i.name not in self._fed
-        ]
+        except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
+            raise ModelError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+        self.inputs = self._session.get_inputs()
 
     def run(self, inputs):
         """Output name -> array for `inputs`, input name -> array."""
         names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, {**inputs, **self._fed}), strict=True))
+        return dict(zip(names, self._session.run(names, inputs), strict=True))
 
 
 def random_inputs(model, seed=0):
@@ -125,23 +113,35 @@ def random_inputs(model, seed=0):
     Raises:
         CheckFailed: it runs on none of the sizes tried.
     """
-    error = None
-    for size in _SIZES:
+    # A first dimension without a size is a batch, and so is another of its name.
+    batches = {i.shape[0] for i in model.inputs if i.shape and isinstance(i.shape[0], str)}
+
+    def made(size):
         rng = np.random.default_rng(seed)
-        inputs = {name: _random(rng, kind, shape, size) for name, kind, shape in model.inputs()}
+        inputs = {}
+        for i in model.inputs:
+            dims = [
+                d if isinstance(d, int) else 1 if at == 0 or d in batches else size
+                for at, d in enumerate(i.shape)
+            ]
+            inputs[i.name] = _random(rng, i.type, dims)
+        return inputs
+
+    fixed = all(isinstance(dim, int) for i in model.inputs for dim in i.shape)
+    error = None
+    for size in _SIZES[:1] if fixed else _SIZES:
         try:
+            inputs = made(size)
             model.run(inputs)
             return inputs
-        except Exception as caught:  # Whatever ONNX Runtime raises for a shape that does not fit.
+        except CtonnxError:
+            raise
+        except Exception as caught:  # As above: here for a size that does not fit.
             error = caught
-        if all(isinstance(d, int) for _, _, shape in model.inputs() for d in shape):
-            break
-    raise CheckFailed(f"the model runs on no random input: {str(error).splitlines()[0]}")
+    raise CheckFailed(f"the model runs on no random input that was tried: {_first_line(error)}")
 
 
-def _random(rng, kind, shape, size):
-    # A first dimension without a size is a batch.
-    dims = [d if isinstance(d, int) else 1 if i == 0 else size for i, d in enumerate(shape)]
+def _random(rng, kind, dims):
     dtype = kind.removeprefix("tensor(").removesuffix(")")
     if dtype in ("float", "double", "float16"):
         return rng.normal(size=dims).astype({"float": "float32"}.get(dtype, dtype))
@@ -152,13 +152,14 @@ def _random(rng, kind, shape, size):
     raise CheckFailed(f"no random input can be made for {kind}")
 
 
-def check_steered(original, steered, report, beta, lowering):
+def check_steered(original, steered, report, beta, lowering, inputs=None):
     """Compare a steered model at beta 1 with its original, and with itself without the library.
 
     Args:
         original, steered: paths.
         report: the rewrite.Report of the steering.
         beta, lowering: what it was steered with.
+        inputs: input name -> array; random ones where None.
 
     Returns:
         dict from the name of the check to its list of Comparison; all passed.
@@ -166,18 +167,35 @@ def check_steered(original, steered, report, beta, lowering):
     Raises:
         CheckFailed: an output differs; the message names the check and the output.
         EnvironmentLacks: onnxruntime, or the op library, is not installed.
+        ModelError: ONNX Runtime cannot load a model.
     """
+    library = lowering != "primitives"
     reference = Model(original)
-    inputs = random_inputs(reference)
-
-    def run(library, value):
-        return Model(steered, library, (report.beta_name, value)).run(inputs)
-
-    results = {"at beta 1 against the original": compare(reference.run(inputs), run(True, 1.0))}
+    inputs = random_inputs(reference) if inputs is None else dict(inputs)
+    results = {}
+    # The same model with beta as an input, in a file beside it for the sake of external data.
+    variant = steered.with_name(steered.name + ".beta")
+    try:
+        proto = files.load(steered)
+        rewrite.make_beta_an_input(proto, report.beta_name)
+        variant.write_bytes(proto.SerializeToString())
+        at_one = Model(variant, library).run({**inputs, report.beta_name: np.float32([1.0])})
+    finally:
+        variant.unlink(missing_ok=True)
+    results["at beta 1 against the original"] = compare(reference.run(inputs), at_one)
     if lowering == "portable":
-        results["with against without the op library"] = compare(run(False, beta), run(True, beta))
+        with_library, without = Model(steered, True), Model(steered)
+        if report.beta_name in {i.name for i in without.inputs}:
+            inputs[report.beta_name] = np.float32([beta])
+        results["with against without the op library"] = compare(
+            without.run(inputs), with_library.run(inputs)
+        )
     for check, comparisons in results.items():
         for comparison in comparisons:
             if not comparison.ok:
                 raise CheckFailed(f"{check}: output {comparison.name!r} {comparison.reason}")
     return results
+
+
+def _first_line(error):
+    return str(error).splitlines()[0]

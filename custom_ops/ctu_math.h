@@ -116,8 +116,9 @@ struct Unit<double> {
 
   CTONNX_HOST_DEVICE double correction(double x) const {
     const double ax = std::fabs(x);
-    const double g = std::exp(-k * ax);
+    // The gate's limit is 0 at infinity, where inf * 0 would give NaN.
     const double finite = ax <= std::numeric_limits<double>::max() ? ax : 0;
+    const double g = std::exp(-k * finite);
     return log_scale * std::log1p(std::exp(-ax * inv_s)) - gate_scale * finite * (g / (1 + g));
   }
 };
@@ -155,7 +156,7 @@ struct Unit<float> {
     const F log_term = log1p_unit(exp_neg(ax * inv_s, F{}));
     const F high = short_float(ax);
     const F g = exp_neg(high * k_hi, (ax - high) * k_hi + ax * k_lo);
-    // The limit is 0 at infinity, where inf * 0 would give NaN.
+    // As above; a NaN from inf * 0 or inf - inf in g is past exp_neg's limit.
     const F finite = ax <= std::numeric_limits<float>::max() ? ax : F{};
     return log_scale * log_term - (gate_scale * finite) * (g / (1.f + g));
   }

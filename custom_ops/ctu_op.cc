@@ -189,6 +189,24 @@ void compute(ort::KernelContext* context) {
   }
 }
 
+// Y has the shape of X, as far as that is known.
+void infer_shape(ort::ShapeInferContext* context) {
+  ort::TensorInfo* info = nullptr;
+  check(api.ShapeInferContext_GetInputTypeShape(context, 0, &info));
+  size_t rank = 0;
+  check(api.GetDimensionsCount(info, &rank));
+  // ONNX Runtime reports an unknown rank as 0, and would copy an unknown dimension as the number -1.
+  if (rank == 0) return;
+  std::vector<int64_t> dims(rank);
+  std::vector<const char*> symbols(rank);
+  check(api.GetDimensions(info, dims.data(), rank));
+  check(api.GetSymbolicDimensions(info, symbols.data(), rank));
+  for (size_t i = 0; i < rank; ++i) {
+    if (dims[i] < 0 && *symbols[i] == '\0') return;
+  }
+  check(api.ShapeInferContext_SetOutputTypeShape(context, 0, info));
+}
+
 template <class T>
 constexpr ort::ElementType element_type();
 template <>
@@ -239,14 +257,7 @@ const ort::CustomOp* cpu_op() {
       return guarded([&] { compute<T>(context); });
     };
     ctu.InferOutputShape = [](const ort::CustomOp*, ort::ShapeInferContext* context) {
-      return guarded([&] {
-        ort::TensorInfo* info = nullptr;
-        check(api.ShapeInferContext_GetInputTypeShape(context, 0, &info));
-        size_t rank = 0;
-        check(api.GetDimensionsCount(info, &rank));
-        // ONNX Runtime reports an unknown rank as 0 too: then nothing is known of Y's shape either.
-        if (rank != 0) check(api.ShapeInferContext_SetOutputTypeShape(context, 0, info));
-      });
+      return guarded([&] { infer_shape(context); });
     };
     ctu.GetStartVersion = [](const ort::CustomOp*) { return 1; };
     ctu.GetEndVersion = [](const ort::CustomOp*) { return std::numeric_limits<int>::max(); };

@@ -87,6 +87,10 @@ class Api {
   Status* GetDimensions(const TensorInfo* info, int64_t* dims, size_t rank) const {
     return call<Status*>(62, info, dims, rank);
   }
+  // The names of symbolic dimensions, "" where a dimension has none.
+  Status* GetSymbolicDimensions(const TensorInfo* info, const char** names, size_t rank) const {
+    return call<Status*>(63, info, names, rank);
+  }
   Status* GetTensorTypeAndShape(const Value* value, TensorInfo** info) const {
     return call<Status*>(65, value, info);
   }

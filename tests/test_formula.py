@@ -1,0 +1,103 @@
+"""The float64 oracle, the authors' formula in PyTorch and the ONNX function agree."""
+
+import numpy as np
+import onnx
+import pytest
+from conftest import NUMPY, op_model
+from onnx import TensorProto
+
+from ctonnx import ctu
+from ctonnx.validate import Model
+
+X = np.concatenate([np.linspace(-30, 30, 601), [-1e4, -1e3, -1e-3, 0.0, 1e-3, 1e3, 1e4]])
+BETAS = (0.0, 0.05, 0.1, 0.5, 0.85, 0.99, 1.0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("coeff", [0.0, 0.5, 1.0])
+def test_oracle_equals_the_authors_formula(beta, coeff):
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(X)
+    s = 1 - beta + 1e-6
+    smooth = coeff * torch.sigmoid(beta * x / s) * x
+    smooth = smooth + (1 - coeff) * s * torch.nn.functional.softplus(x / s)
+    # PyTorch's softplus is the identity from 20 on, 2e-9 below its limit.
+    np.testing.assert_allclose(ctu.ctu(X, beta, coeff), smooth.numpy(), rtol=1e-13, atol=3e-9)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.25, 1.0, 1.5, -0.5])
+def test_oracle_at_beta_one_is_leaky_relu(slope):
+    expected = np.where(X < 0, slope * X, X)
+    np.testing.assert_allclose(ctu.ctu(X, 1.0, 0.5, slope), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.25, 1.5])
+def test_oracle_of_a_slope_is_the_max_affine_reading(slope):
+    gap = 1 - slope
+    expected = slope * X + np.sign(gap) * ctu.ctu(abs(gap) * X, 0.7)
+    np.testing.assert_allclose(ctu.ctu(X, 0.7, slope=slope), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_oracle_special_values():
+    special = np.array([np.nan, np.inf, -np.inf])
+    for beta in BETAS:
+        np.testing.assert_array_equal(ctu.ctu(special, beta), [np.nan, np.inf, 0.0])
+    np.testing.assert_array_equal(ctu.ctu(special, 0.5, slope=0.1), [np.nan, np.inf, -np.inf])
+
+
+@pytest.mark.parametrize("opset", [*range(7, 23)])
+@pytest.mark.parametrize("sloped", [False, True])
+def test_function_at_every_opset(opset, sloped):
+    """The body is valid at the opset, and computes the formula to what its docstring promises."""
+    model = op_model(TensorProto.FLOAT, sloped, opset=opset, shape=["n"])
+    onnx.checker.check_model(model, full_check=True)
+    x = X.astype(np.float32)
+    session = Model(model.SerializeToString())
+    for beta in BETAS[1:]:
+        feeds = {"X": x, "beta": np.float32([beta]), "coeff": np.float32([0.5])}
+        slope = 0.0
+        if sloped:
+            slope = np.float32(0.25)
+            feeds["slope"] = np.full(1, slope)
+        _assert_close(session.run(feeds)["Y"], x, beta, slope, 4e-7)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(TensorProto.DOUBLE, 4e-15), (TensorProto.FLOAT16, 1e-3)]
+)
+@pytest.mark.parametrize("sloped", [False, True])
+@pytest.mark.parametrize("opset", [13, 17])
+def test_function_of_every_element_type(dtype, tolerance, sloped, opset):
+    x = X[np.abs(X) < 1e4].astype(NUMPY[dtype])
+    feeds = {"X": x, "beta": np.float32([0.85]), "coeff": np.float32([0.5])}
+    if sloped:
+        feeds["slope"] = np.full(1, 0.25, NUMPY[dtype])
+    y = Model(op_model(dtype, sloped, opset=opset).SerializeToString()).run(feeds)["Y"]
+    assert y.dtype == x.dtype
+    _assert_close(y, x, 0.85, 0.25 if sloped else 0.0, tolerance)
+
+
+def test_function_of_mixed_element_types_follows_x():
+    """One function for float32 and float16 call sites casts its result to the type of X."""
+    function = ctu.function(17, {TensorProto.FLOAT, TensorProto.FLOAT16}, sloped=False)
+    for dtype in (TensorProto.FLOAT, TensorProto.FLOAT16):
+        model = op_model(dtype, function=False)
+        model.functions.append(function)
+        feeds = {"X": X[:600].astype(NUMPY[dtype]), "beta": np.float32([0.85])}
+        y = Model(model.SerializeToString()).run({**feeds, "coeff": np.float32([0.5])})["Y"]
+        assert y.dtype == NUMPY[dtype]
+        _assert_close(y, feeds["X"], 0.85, 0.0, 4e-7 if dtype == TensorProto.FLOAT else 1e-3)
+
+
+def test_function_special_values():
+    feeds = {"X": np.float32([np.nan, np.inf, -np.inf]), "coeff": np.float32([0.5])}
+    model = Model(op_model().SerializeToString())
+    for beta in BETAS[1:]:
+        y = model.run({**feeds, "beta": np.float32([beta])})["Y"]
+        np.testing.assert_array_equal(y, [np.nan, np.inf, 0.0])
+
+
+def _assert_close(y, x, beta, slope, tolerance):
+    expected = ctu.ctu(x.astype(np.float64), np.float32(beta), 0.5, slope)
+    error = np.abs(y.astype(np.float64) - expected) / np.maximum(1, np.abs(expected))
+    assert error.max() <= tolerance
