@@ -22,9 +22,6 @@ ORIGINAL = "ctonnx.original"
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
 
-# Functions came with IR 8; before IR 4 every initializer had to be listed as an input as well.
-_MIN_IR = {"portable": 8, "op": 4, "primitives": 4}
-
 
 @dataclass(frozen=True)
 class Activation:
@@ -105,17 +102,25 @@ def steer(
 
     report = Report()
     candidates = []
-    for activation, node, _, dtypes in _survey(model, {}):
+    with_function = lowering != "op"
+    for activation, node, scope, dtypes in _survey(model, {}):
         reason = activation.reason or selected(activation)
         if reason:
             report.skip(activation, reason)
-        else:
-            candidates.append((activation, node, dtypes))
-    sites = _of_fitting_types(candidates, opset, lowering, report)
+            continue
+        candidates.append((activation, node, dtypes))
+        if scope.function is not None and not with_function:
+            with_function = True
+            report.notes.append(
+                "wrote the op's function too: without it ONNX Runtime cannot infer the types in "
+                "the model-local functions that hold activations"
+            )
+    sites = _of_fitting_types(candidates, opset, with_function, report)
     if not sites:
         raise NothingToDo(_nothing_matched(report.skipped))
 
-    _raise_ir(model, _MIN_IR[lowering], report)
+    # Functions came with IR 8; before IR 4 every initializer had to be listed as an input as well.
+    _raise_ir(model, 8 if with_function and lowering != "primitives" else 4, report)
     parameters = _Parameters(model)
     report.beta_name = parameters.add("beta", beta, as_input=beta_as)
     coeff_name = parameters.add("coeff", coeff)
@@ -125,7 +130,7 @@ def steer(
         inputs = [node.input[0], report.beta_name, coeff_name]
         if isinstance(slope, str):
             inputs.append(slope)
-        elif slope or (sloped and lowering != "op"):
+        elif slope or (sloped and with_function):
             # A function has one signature, so next to a LeakyRelu a Relu passes its slope too.
             inputs.append(parameters.add_slope(slope, next(iter(dtypes))))
         _record_node(node)
@@ -137,7 +142,7 @@ def steer(
 
     _pass_into_functions(model, parameters.names)
     model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
-    if lowering != "op":
+    if with_function:
         dtypes = set().union(*(dtypes for _, _, dtypes in sites))
         model.functions.append(ctu.function(opset, dtypes, sloped))
     if lowering == "primitives":
@@ -277,7 +282,7 @@ def _pattern(option, text):
         raise UsageError(f"{option}: {text!r} is not a regular expression: {error}") from None
 
 
-def _of_fitting_types(candidates, opset, lowering, report):
+def _of_fitting_types(candidates, opset, with_function, report):
     """The candidates whose element types the function, or a slope, can serve; the rest are skipped.
 
     A slope is an initializer of one element type. The function's body is written for one element
@@ -285,7 +290,7 @@ def _of_fitting_types(candidates, opset, lowering, report):
     """
     commonest = Counter(min(dtypes) for _, _, dtypes in candidates).most_common(1)
     sloped = any(activations.slope_of(node) for _, node, _ in candidates)
-    one_type = opset < 15 and lowering != "op"
+    one_type = opset < 15 and with_function
     sites = []
     for activation, node, dtypes in candidates:
         if len(dtypes) > 1 and (sloped or one_type):

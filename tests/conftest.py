@@ -5,22 +5,15 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from onnx import TensorProto, helper
 
 from ctonnx import ctu
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "samples" / "digits"
-
-# Every floating-point element type of the op: TensorProto's code and NumPy's dtype.
-NUMPY = {
-    onnx.TensorProto.FLOAT: np.float32,
-    onnx.TensorProto.DOUBLE: np.float64,
-    onnx.TensorProto.FLOAT16: np.float16,
-}
 
 
 def parsed(text):
@@ -30,22 +23,37 @@ def parsed(text):
     return model
 
 
-def op_model(dtype=onnx.TensorProto.FLOAT, sloped=False, function=True, opset=17, shape=None):
-    """A model of one CTU node whose inputs are the op's; X has `shape`, or any."""
+def op_model(dtype=TensorProto.FLOAT, sloped=False, function=True, opset=17, shape=None):
+    """A model of one CTU node whose inputs are the op's; X has `shape`, or any.
+
+    NumPy has no bfloat16: there X, slope and Y are float32 and cast inside the model.
+    """
     names = ["X", "beta", "coeff", "slope"][: 4 if sloped else 3]
-    kinds = [dtype, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT, dtype]
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node(ctu.OP_TYPE, names, ["Y"], domain=ctu.DOMAIN)],
-        "one_node",
-        [
-            onnx.helper.make_tensor_value_info(n, k, shape if n == "X" else shape and [])
-            for n, k in zip(names, kinds, strict=False)
-        ],
-        [onnx.helper.make_tensor_value_info("Y", dtype, shape)],
+    fed = TensorProto.FLOAT if dtype == TensorProto.BFLOAT16 else dtype
+    node = helper.make_node(ctu.OP_TYPE, names, ["Y"], domain=ctu.DOMAIN)
+    nodes = [node]
+    if fed != dtype:
+        typed = [n for n in names if n in ("X", "slope")]
+        node.input[:] = [f"{n}_cast" if n in typed else n for n in names]
+        node.output[:] = ["Y_cast"]
+        casts = [helper.make_node("Cast", [n], [f"{n}_cast"], to=dtype) for n in typed]
+        nodes = [*casts, node, helper.make_node("Cast", ["Y_cast"], ["Y"], to=fed)]
+    inputs = [
+        helper.make_tensor_value_info(
+            n,
+            fed if n in ("X", "slope") else TensorProto.FLOAT,
+            shape if n == "X" else shape and [],
+        )
+        for n in names
+    ]
+    outputs = [helper.make_tensor_value_info("Y", fed, shape)]
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(ctu.DOMAIN, ctu.VERSION)]
+    return helper.make_model(
+        helper.make_graph(nodes, "one_node", inputs, outputs),
+        opset_imports=imports,
+        functions=[ctu.function(opset, {dtype}, sloped)] if function else [],
+        ir_version=8,
     )
-    functions = [ctu.function(opset, {dtype}, sloped)] if function else []
-    imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(ctu.DOMAIN, 1)]
-    return onnx.helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=8)
 
 
 @pytest.fixture(scope="session")

