@@ -11,10 +11,13 @@ from .errors import CtonnxError
 _INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(package_name="ctonnx")
-def cli():
+@click.pass_context
+def cli(context):
     """Steer ONNX models by one number: Curvature Tuning (arXiv 2502.07783) without training."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 _model = click.argument("model", type=click.Path(path_type=Path))
@@ -206,9 +209,6 @@ def main():
     try:
         # Not standalone, for click would print its usage errors over several lines.
         code = cli.main(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = error.exit_code
     except click.ClickException as error:
         _say(f"ctonnx: {error.format_message()}")
         code = error.exit_code

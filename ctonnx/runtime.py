@@ -75,7 +75,11 @@ def session(path, providers=None, session_options=None):
         EnvironmentLacks: onnxruntime is not installed, or too old.
     """
     ort = import_onnxruntime()
-    options = session_options if session_options is not None else ort.SessionOptions()
+    options = session_options
+    if options is None:
+        options = ort.SessionOptions()
+        # ONNX Runtime would warn of an initializer that is an input too, as beta is meant to be.
+        options.log_severity_level = 3
     try:
         register(options)
     except EnvironmentLacks as error:

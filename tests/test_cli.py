@@ -239,6 +239,7 @@ def test_interruption(run, monkeypatch):
 def test_help_and_version(run):
     code, out, _ = run("--help")
     assert code == 0
+    assert run()[:2] == (0, out)
     for command in ("patch", "inspect", "set", "unpatch", "doctor"):
         assert f"  {command} " in out
         assert run(command, "--help")[0] == 0

@@ -1,0 +1,30 @@
+"""What `nox` runs: lint, and the tests on the newest and on the oldest supported packages."""
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+
+
+@nox.session
+def lint(session):
+    session.install("ruff==0.17.6")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def tests(session):
+    session.install("torch==2.13.0")  # first, so that nothing asks for another build of it
+    session.install(".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def oldest(session):
+    """What depends on versions: the library, the rewrite and the command line."""
+    session.install(
+        *("onnxruntime==1.18.0", "onnx==1.16.2", "numpy==1.26.4", "click==8.1.7"),
+        *("ml-dtypes", "onnx-graphsurgeon", "pytest", "."),
+    )
+    names = ("api", "cli", "files", "formula", "op", "rewrite", "validate")
+    session.run("pytest", *(f"tests/test_{name}.py" for name in names))
