@@ -241,5 +241,15 @@ def test_every_float16():
     assert_contract(CONTRACT[2], y[finite], x[finite], 0.85, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("row", "x", "expected"),
+    [(CONTRACT[2], [-683, -685], [-1024, -1028]), (CONTRACT[3], [-129, -131], [-194, -196])],
+)
+def test_ties_round_to_even(row, x, expected):
+    """With slope 1.5 these lie halfway between two numbers of the type."""
+    y = run(session_of(row.dtype, sloped=True), np.array(x, row.numpy), 1.0, slope=1.5)
+    np.testing.assert_array_equal(y.astype(np.float64), expected)
+
+
 def test_dtype_table_is_complete():
     assert {row.dtype for row in CONTRACT} == set(ctu.FLOATING)
