@@ -13,6 +13,7 @@ STEERABLE = {
 }
 
 _SMOOTH = "it is smooth: it has no kink to bend"
+_QUADRATIC = "it has a quadratic piece, which no CTU is at beta 1"
 _LATER = "piecewise affine, but not supported yet"
 
 LEFT_ALONE = {
@@ -21,7 +22,6 @@ LEFT_ALONE = {
             "Celu",
             "Elu",
             "Gelu",
-            "HardSwish",
             "Mish",
             "Selu",
             "Sigmoid",
@@ -32,6 +32,7 @@ LEFT_ALONE = {
         ),
         _SMOOTH,
     ),
+    "HardSwish": _QUADRATIC,
     "Clip": _LATER,
     "HardSigmoid": _LATER,
     "ThresholdedRelu": "it jumps at its threshold: the CTU bends kinks, not jumps",

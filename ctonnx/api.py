@@ -77,7 +77,8 @@ def unpatch(model, output=None, *, force=False):
     """Give back the original of a steered model.
 
     Args:
-        model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph. It is not changed.
+        model: a path or an onnx.ModelProto. It is not changed. (A graphsurgeon Graph keeps no
+            metadata, so it cannot tell what its CTUs replaced.)
         output: for a path, where to write; `x.onnx` for `x.ct.onnx` where None.
         force: overwrite `output`.
 
@@ -87,7 +88,7 @@ def unpatch(model, output=None, *, force=False):
     Raises:
         UsageError: an existing output, or none that can be derived.
         NothingToDo: the model is not steered.
-        ModelError: the model cannot be read, or its record of the original is damaged.
+        ModelError: the model cannot be read, or its record of the original is missing or damaged.
     """
     return _edit(model, rewrite.unsteer, output, original_path, force)
 
@@ -109,9 +110,8 @@ def original_path(model):
 def _edit(model, change, output, default_output, force):
     """Apply `change` to a copy of `model` and give that back as the kind that `model` is."""
     if isinstance(model, (str, Path)):
-        output = Path(output) if output is not None else default_output(model)
-        files.edit(model, change, output, force)
-        return output
+        _, written = files.edit(model, change, output or default_output, force)
+        return written
     if output is not None:
         raise UsageError("output goes with a path: save the model that is returned instead")
     proto = _to_proto(model)

@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Only this file knows click."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -20,8 +21,10 @@ def cli(context):
         click.echo(context.get_help())
 
 
-_model = click.argument("model", type=click.Path(path_type=Path))
-_output = click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write.")
+# Whether a path can be read is for the code that reads it to say.
+_path = click.Path(path_type=Path, readable=False)
+_model = click.argument("model", type=_path)
+_output = click.option("-o", "--output", type=_path, help="Where to write.")
 _force = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -64,19 +67,23 @@ def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **cho
         names = None if ops is None else [name.strip() for name in ops.split(",")]
         return rewrite.steer(proto, beta, coeff, ops=names, **choices)
 
-    output = output or api.steered_path(model)
     checks = {}
+    output = output or api.steered_path
     if dry_run:
         report = steer(files.load(model))
+        output = files.check_output(output(model) if callable(output) else output, force)
     else:
-        report = _patch_file(model, steer, output, force, check, beta, choices["lowering"], checks)
+        verified = check, beta, choices["lowering"], checks
+        report, output = _patch_file(model, steer, output, force, *verified)
     for note in report.notes:
         _say(note)
     if as_json:
         _print_json(
-            output=None if dry_run else str(output),
+            output=str(output),
+            written=not dry_run,
             replaced=[_as_json(a) for a in report.replaced],
             skipped=[_as_json(a, "reason") for a in report.skipped],
+            notes=report.notes,
         )
         return
     for a in report.skipped:
@@ -85,7 +92,7 @@ def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **cho
         worst = max(c.max_rel for c in comparisons)
         _say(f"check passed: {name}, largest relative difference {worst:.1e}")
     count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
-    click.echo(f"{'would write' if dry_run else 'wrote'} {output}: {count} at beta {beta:g}")
+    click.echo(f"{'would write' if dry_run else 'wrote'} {output}: {count} at beta {beta:.12g}")
 
 
 def _patch_file(model, steer, output, force, check, beta, lowering, checks):
@@ -99,8 +106,8 @@ def _patch_file(model, steer, output, force, check, beta, lowering, checks):
     def verify(path):
         checks.update(validate.check_steered(model, path, steered["report"], beta, lowering))
 
-    files.edit(model, change, output, force, verify if check else None)
-    return steered["report"]
+    _, written = files.edit(model, change, output, force, verify if check else None)
+    return steered["report"], written
 
 
 @cli.command()
@@ -127,8 +134,8 @@ def _detail(activation):
     if activation.status == "skipped":
         return f"  ({activation.reason})"
     if activation.status == "steered":
-        beta = "fed or per channel" if activation.beta is None else f"{activation.beta:g}"
-        return f"  (beta {beta})"
+        held = "not a constant" if activation.beta is None else f"{activation.beta:.12g}"
+        return f"  (beta {held})"
     return ""
 
 
@@ -147,7 +154,7 @@ def set_(model, beta, output, force, as_json):
     if as_json:
         _print_json(output=str(target), beta=beta)
     else:
-        click.echo(f"wrote {target}: beta {beta:g}")
+        click.echo(f"wrote {target}: beta {beta:.12g}")
 
 
 @cli.command()
@@ -182,7 +189,7 @@ def doctor(as_json):
         click.echo(f"{'op library':20} {report['library'] or 'not installed'}")
         for problem in report["problems"]:
             _say(f"problem: {problem}")
-        click.echo("works" if report["ok"] else "does not work")
+        click.echo("works" if report["ok"] else "the op library does not work, see above")
     if not report["ok"]:
         sys.exit(4)
 
@@ -206,6 +213,9 @@ def _say(message):
 
 def main():
     """Run the command line; a user's mistake is one line on stderr and its exit code."""
+    # As on Ctrl-C, nothing half-done is left behind.
+    for number in signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         # Not standalone, for click would print its usage errors over several lines.
         code = cli.main(standalone_mode=False)
@@ -215,6 +225,10 @@ def main():
     except CtonnxError as error:
         _say(f"ctonnx: {error}")
         code = error.exit_code
+    except OSError as error:
+        _say(f"ctonnx: {error.filename or 'standard output'}: {error.strerror}")
+        code = 1
     except (click.Abort, KeyboardInterrupt):
+        _say("ctonnx: interrupted")
         code = _INTERRUPTED
     sys.exit(code)

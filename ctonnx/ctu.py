@@ -22,10 +22,13 @@ FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, Tensor
 
 def check_unit_interval(name, value):
     """Return `value` as float, or raise UsageError when it is not a number in [0, 1]."""
-    value = float(value)
-    if not 0.0 <= value <= 1.0:
-        raise UsageError(f"{name} must lie in [0, 1], got {value:g}")
-    return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} must be a number in [0, 1], got {value!r}") from None
+    if not 0.0 <= number <= 1.0:
+        raise UsageError(f"{name} must lie in [0, 1], got {number:g}")
+    return number
 
 
 def ctu(x, beta, coeff=0.5, slope=0.0):

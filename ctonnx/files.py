@@ -44,11 +44,12 @@ def edit(path, change, output, force=False, verify=None):
     """Load `path`, let `change` edit the ModelProto in place, and write it to `output`.
 
     Args:
+        output: where to write, or a function that gives that for `path`.
         verify: called with the path of the finished file before it gets its name; when it raises,
             nothing is left behind.
 
     Returns:
-        What `change` returned.
+        What `change` returned, and the Path written.
 
     Raises:
         UsageError: `output` exists and `force` is not set, or it cannot be written.
@@ -56,11 +57,13 @@ def edit(path, change, output, force=False, verify=None):
     """
     model = load(path)
     result = change(model)
+    if callable(output):
+        output = output(path)
     with staged(output, force) as temporary:
         write(model, temporary, source=path, force=force)
         if verify is not None:
             verify(temporary)
-    return result
+    return result, Path(output)
 
 
 @contextmanager
@@ -70,25 +73,44 @@ def staged(path, force=False):
     It is removed when the block raises: `path` is never half-written.
 
     Raises:
-        UsageError: `path` exists and `force` is not set, or its folder cannot be written to.
+        UsageError: as for `check_output`.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder, give a file name")
-    if path.exists() and not force:
-        raise UsageError(
-            f"{path}: exists already: choose another output, or overwrite with --force"
-        )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Behind a link it is the file that changes, and it keeps its mode.
+    path = check_output(path, force).resolve()
+    temporary = path.with_name(f".{os.getpid()}.tmp.onnx")
     try:
         temporary.touch(exist_ok=False)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         yield temporary
+        if path.exists():
+            temporary.chmod(path.stat().st_mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(path, force=False):
+    """Return `path` as a Path that a file can be written to.
+
+    Raises:
+        UsageError: it exists and `force` is not set, it is no regular file, or its folder is
+            missing or cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder, give a file name")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: is no regular file")
+        if path.exists() and not force:
+            raise UsageError(f"{path}: exists already: choose another output, or use --force")
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: cannot be written: there is no folder {path.parent}")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+    return path
 
 
 def write(model, path, source=None, force=False):

@@ -19,6 +19,9 @@ from .graph import functions_of, key_of, names, node_label, scopes, typed_scopes
 
 ORIGINAL = "ctonnx.original"
 
+# On the standard ops of a CTU lowered to primitives: "inside" on its Relus, "result" on its last.
+LOWERED = "ctonnx.lowered"
+
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
 
@@ -97,7 +100,9 @@ def steer(
     _check_choice("beta_as", beta_as, BETA_AS)
     selected = _selector(ops, include, exclude)
     if _metadata(model, "ctonnx.version") is not None:
-        raise UsageError("the model is already steered: change its beta with `ctonnx set`")
+        raise UsageError(
+            "the model is already steered: change its beta with `ctonnx set`, or steer its original"
+        )
     opset = _opset(model)
 
     report = Report()
@@ -238,6 +243,11 @@ def _survey(model, values):
                 )
                 yield activation, node, scope, set()
                 continue
+            lowered = _metadata(node, LOWERED)
+            if lowered == "result":
+                yield Activation(name, ctu.OP_TYPE, scope.path, "steered"), node, scope, set()
+            if lowered is not None:
+                continue
             known = scope.types.get(node.input[0], set()) if node.input else set()
             reason = activations.refusal(node, known)
             if reason is None:
@@ -251,6 +261,8 @@ def _survey(model, values):
 def _selector(ops, include, exclude):
     """A function from an Activation to the reason why the user did not select it, or None."""
     wanted = None
+    if isinstance(ops, str):
+        raise UsageError(f"ops must be a list of op types, got {ops!r}")
     if ops is not None:
         wanted = {op.lower() for op in ops}
         unknown = wanted - {op.lower() for op in activations.STEERABLE}
@@ -278,7 +290,7 @@ def _pattern(option, text):
         return None
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise UsageError(f"{option}: {text!r} is not a regular expression: {error}") from None
 
 
@@ -329,7 +341,9 @@ def _steered(model):
     """The Scopes that hold CTU nodes, as a list."""
     found = [scope for scope in scopes(model) if any(map(ctu.is_ctu, scope.body.node))]
     if not found:
-        raise NothingToDo("the model holds no CTU: it is not steered, or was lowered to primitives")
+        raise NothingToDo(
+            "the model holds no CTU: it is not steered, or for good, being lowered to primitives"
+        )
     return found
 
 
@@ -430,6 +444,11 @@ def _pass_into_functions(model, parameters):
 
 def _inline(model):
     """Replace every CTU by the body of its function, leaving standard ops only."""
+    for node in model.functions[-1].node:
+        if node.op_type == "Relu":
+            node.metadata_props.add(key=LOWERED, value="inside")
+        if "Y" in node.output:
+            node.metadata_props.add(key=LOWERED, value="result")
     inlined = inliner.inline_selected_functions(model, [(ctu.DOMAIN, ctu.OP_TYPE)])
     model.CopyFrom(inlined)
     for owner in (model, *model.functions):

@@ -7,6 +7,9 @@ import numpy as np
 from . import files, rewrite, runtime
 from .errors import CheckFailed, CtonnxError, ModelError
 
+# Differences below this are noise: at beta 1 a CTU differs from ReLU by up to 7e-7 around 0.
+_NOISE = 1e-6
+
 # Largest allowed max|actual - expected| / max|expected|, by dtype: float32's holds for the others
 # that are at least as precise, the half types differ by their own rounding.
 _TOLERANCE = {"float16": 1e-2, "bfloat16": 5e-2}
@@ -32,7 +35,7 @@ def compare(expected, actual, tolerance=None):
 
     Args:
         tolerance: largest `max_rel` that passes; 1e-5 where None, 1e-2 for float16 and 5e-2 for
-            bfloat16.
+            bfloat16. A `max_abs` up to 1e-6 passes too.
 
     Returns:
         list of Comparison, one per output of either run. One fails where an output is missing,
@@ -73,8 +76,9 @@ def _compare_one(name, expected, actual, tolerance):
     max_abs = float(np.abs(actual[finite] - expected[finite]).max(initial=0.0))
     largest = float(np.abs(expected[finite]).max(initial=0.0))
     max_rel = max_abs / largest if largest else (0.0 if max_abs == 0.0 else float("inf"))
-    ok = max_rel <= tolerance
-    return Comparison(name, max_abs, max_rel, ok, None if ok else f"differs by {max_rel:.1e}")
+    ok = max_rel <= tolerance or max_abs <= _NOISE
+    reason = f"differs by {max_abs:.1e}, relative {max_rel:.1e}, allowed {tolerance:.0e}"
+    return Comparison(name, max_abs, max_rel, ok, None if ok else reason)
 
 
 class Model:
@@ -138,7 +142,10 @@ def random_inputs(model, seed=0):
             raise
         except Exception as caught:  # As above: here for a size that does not fit.
             error = caught
-    raise CheckFailed(f"the model runs on no random input that was tried: {_first_line(error)}")
+    raise CheckFailed(
+        "the check found no random input that the original runs on, which says nothing of the "
+        f"steered model: {_first_line(error)}"
+    )
 
 
 def _random(rng, kind, dims):
@@ -166,10 +173,10 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
 
     Raises:
         CheckFailed: an output differs; the message names the check and the output.
-        EnvironmentLacks: onnxruntime, or the op library, is not installed.
+        EnvironmentLacks: onnxruntime is not installed, or the op library that lowering "op" needs.
         ModelError: ONNX Runtime cannot load a model.
     """
-    library = lowering != "primitives"
+    library = lowering == "op" or (lowering == "portable" and runtime.has_library())
     reference = Model(original)
     inputs = random_inputs(reference) if inputs is None else dict(inputs)
     results = {}
@@ -183,7 +190,7 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
     finally:
         variant.unlink(missing_ok=True)
     results["at beta 1 against the original"] = compare(reference.run(inputs), at_one)
-    if lowering == "portable":
+    if lowering == "portable" and library:
         with_library, without = Model(steered, True), Model(steered)
         if report.beta_name in {i.name for i in without.inputs}:
             inputs[report.beta_name] = np.float32([beta])
@@ -198,4 +205,4 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
 
 
 def _first_line(error):
-    return str(error).splitlines()[0]
+    return str(error).partition("\n")[0][:300]
