@@ -177,6 +177,10 @@ def test_beta_can_be_fed(beta_as):
     assert not np.array_equal(results[0], results[1])
 
 
+def test_added_names_are_free():
+    assert_same(steered(NET.replace("w3", "one"), beta_as="input"))
+
+
 def test_beta_fed_per_channel_is_an_error():
     session, _ = opened(steered(beta_as="input"))
     with pytest.raises(Exception, match="Reshape"):
@@ -351,6 +355,19 @@ def test_wrong_bake_is_caught(monkeypatch, damage, beta_as):
 
     monkeypatch.setattr(layout, "bake", wrong)
     assert reason_of(steered(beta_as=beta_as)).startswith("its output 'y' differs by")
+
+
+def test_other_interface_is_caught(monkeypatch):
+    bake = layout.bake
+
+    def wrong(optimised, *args):
+        count = bake(optimised, *args)
+        beta = next(tensor for tensor in optimised.graph.initializer if tensor.name == "beta")
+        optimised.graph.initializer.remove(beta)
+        return count
+
+    monkeypatch.setattr(layout, "bake", wrong)
+    assert reason_of(steered(beta_as="input")) == "its inputs differ from the plain session's"
 
 
 def test_lost_site_is_caught(monkeypatch):
