@@ -1,6 +1,9 @@
 """ONNX Runtime with the op library: registration and sessions."""
 
+import logging
+import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 from .errors import EnvironmentLacks
@@ -10,6 +13,10 @@ MIN_ONNXRUNTIME = (1, 18)
 
 _LIBRARY = "libctonnx_ops.so"
 _REGISTERED = "ctonnx.registered"
+
+# Options of the user's may be shared between threads, and are changed while a session is made.
+_using_options = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 def get_library_path():
@@ -60,7 +67,7 @@ def register(session_options):
         session_options.add_session_config_entry(_REGISTERED, "1")
 
 
-def session(path, providers=None, session_options=None):
+def session(path, providers=None, session_options=None, *, layout=True):
     """Open an onnxruntime.InferenceSession on a steered model, with the op library.
 
     Where the library is not installed a warning says so, and the model runs through the function it
@@ -70,21 +77,35 @@ def session(path, providers=None, session_options=None):
         path: the model's path, or its bytes.
         providers: execution providers, as for InferenceSession; all that are available where None.
         session_options: options to use; the library is registered with them.
+        layout: on the CPU, keep ONNX Runtime's blocked layout of convolutional networks around the
+            CTUs, where that is sound: faster runs of the same outputs, for a slower start. The
+            rule is in ctonnx.layout; the logger "ctonnx.runtime" tells at level DEBUG why a model
+            does without.
 
     Raises:
         EnvironmentLacks: onnxruntime is not installed, or too old.
     """
     ort = import_onnxruntime()
+    providers = providers or ort.get_available_providers()
     options = session_options
     if options is None:
         options = ort.SessionOptions()
         # ONNX Runtime would warn of an initializer that is an input too, as beta is meant to be.
         options.log_severity_level = 3
-    try:
-        register(options)
-    except EnvironmentLacks as error:
-        warnings.warn(f"running without fast kernels: {error}", RuntimeWarning, stacklevel=2)
-    return open_session(path, options, providers)
+    with nullcontext() if session_options is None else _using_options:
+        try:
+            register(options)
+        except EnvironmentLacks as error:
+            warnings.warn(f"running without fast kernels: {error}", RuntimeWarning, stacklevel=2)
+            layout = False
+        if layout:
+            from .layout import open_session as open_in_blocks
+
+            opened, reason = open_in_blocks(path, providers, options)
+            if opened is not None:
+                return opened
+            _log.debug("plain layout: %s", reason)
+        return open_session(path, options, providers)
 
 
 def open_session(path, options, providers=None):

@@ -1,0 +1,466 @@
+"""Sessions in the blocked layout: same outputs as the plain ones, and every refusal."""
+
+import itertools
+import logging
+import tempfile
+import threading
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from conftest import DIGITS, parsed
+from onnx import TensorProto, helper, numpy_helper
+
+import ctonnx
+from ctonnx import ctu, layout, rewrite, runtime
+
+CPU = ["CPUExecutionProvider"]
+HEAD = '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 16, 8, 8] x'
+PAD = "<pads = [1, 1, 1, 1]>"
+
+# A residual block and a fully connected layer: each way in which an activation is fused.
+NET = f"""{HEAD}, float[16, 16, 3, 3] w1, float[16, 16, 3, 3] w2, float[16, 4] w3)
+=> (float[N, 4] y)
+{{ c = Conv {PAD} (x, w1)  r = Relu(c)  d = Conv {PAD} (r, w2)  s = Add(d, r)  t = Relu(s)
+  p = GlobalAveragePool(t)  f = Flatten(p)  h = Gemm(f, w3)  y = Relu(h) }}"""
+
+# One activation, with what TAIL makes of it.
+ONE = f"""{HEAD}, float[16, 16, 3, 3] w) => (float[N, 16, 8, 8] y)
+{{ c = Conv {PAD} (x, w)  r = Relu(c)  TAIL }}"""
+
+
+def tail(text):
+    return ONE.replace("TAIL", text)
+
+
+def with_weights(text):
+    """The parsed model, its inputs beside x turned into random initializers."""
+    model, rng = parsed(text), np.random.default_rng(0)
+    for value in list(model.graph.input)[1:]:
+        dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        weights = rng.normal(size=dims) * np.sqrt(2 / np.prod(dims[1:]))
+        model.graph.initializer.append(
+            numpy_helper.from_array(weights.astype(np.float32), value.name)
+        )
+        model.graph.input.remove(value)
+    return model
+
+
+def steered(text=NET, **options):
+    model = with_weights(text)
+    rewrite.steer(model, 0.85, **options)
+    return model
+
+
+def new_options():
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    runtime.register(options)
+    return options
+
+
+def opened(model, options=None):
+    return layout.open_session(model.SerializeToString(), CPU, options or new_options())
+
+
+def reason_of(model, options=None):
+    session, reason = opened(model, options)
+    assert session is None
+    return reason
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _blocks():
+    """Some processors have no blocked layout."""
+    if opened(steered())[1] == "ONNX Runtime lays out nothing in blocks":
+        pytest.skip("no blocked layout on this processor")
+
+
+def random_x(*shape):
+    return np.random.default_rng(1).normal(size=shape or (2, 16, 8, 8)).astype(np.float32)
+
+
+def assert_same(model, x=None, fed=None, blocked=None, plain=None):
+    """Compare sessions of `model`, by default the blocked and the plain one; return the output."""
+    if blocked is None:
+        blocked, reason = opened(model)
+        assert blocked is not None, reason
+    plain = plain or runtime.open_session(model.SerializeToString(), new_options(), CPU)
+    for kind in "get_inputs", "get_outputs", "get_overridable_initializers":
+        expected, actual = (
+            [(i.name, i.type, i.shape) for i in getattr(s, kind)()] for s in (plain, blocked)
+        )
+        assert actual == expected
+    inputs = {plain.get_inputs()[0].name: random_x() if x is None else x, **(fed or {})}
+    expected, actual = plain.run(None, inputs)[0], blocked.run(None, inputs)[0]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * max(1, np.abs(expected).max()))
+    return actual
+
+
+# --- the same outputs
+
+
+MODELS = {
+    "network": NET,
+    "channels that need padding": NET.replace("float[16, 16, 3, 3] w2", "float[12, 12, 3, 3] w2")
+    .replace("float[16, 16, 3, 3] w1", "float[12, 16, 3, 3] w1")
+    .replace("float[16, 4]", "float[12, 4]"),
+    "used twice": tail("y = Add(r, c)"),
+    "Tanh in the model": tail("y = Tanh(r)"),
+    "Tanh and Sigmoid in the model": tail("s = Sigmoid(r)  y = Tanh(s)"),
+    "before Clip": tail("z = Constant <value_float = 0.0> ()  y = Clip(r, z)"),
+    "before QuantizeLinear": tail(
+        """scale = Constant <value_float = 0.1> ()  zero = Constant <value = uint8 {0}> ()
+        q = QuantizeLinear(r, scale, zero)  y = DequantizeLinear(q, scale, zero)"""
+    ),
+    "branches": tail(
+        """b = ReduceMax <keepdims = 0> (x)  z = Constant <value_float = 9.0> ()
+        g = Greater(b, z)  y = If (g) <
+            then_branch = a () => (float[N, 16, 8, 8] i) { i = Neg(r) },
+            else_branch = b () => (float[N, 16, 8, 8] k) { j = Conv (r, w)
+              l = Relu(j)  m = Pad(l, pads)  k = Relu(m) }>"""
+    ).replace("y)\n", "y)\n<int64[8] pads = {0, 0, 1, 1, 0, 0, 1, 1}>\n"),
+}
+
+
+@pytest.mark.parametrize("text", MODELS.values(), ids=MODELS)
+def test_outputs_are_those_of_the_plain_session(text):
+    assert_same(steered(text))
+
+
+def test_digits():
+    model = onnx.load(DIGITS / "digits.onnx")
+    rewrite.steer(model, 0.85)
+    assert_same(model, random_x(3, 1, 8, 8))
+
+
+def test_nan_and_infinity_pass_alike():
+    x = random_x()
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = np.nan, np.inf
+    assert np.isnan(assert_same(steered(), x)).any()
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_partial_steering(number):
+    """Each choice of the three Relus, by the names of their outputs."""
+    chosen = [name for i, name in enumerate("rty") if number >> i & 1]
+    model = steered(include=f"^({'|'.join(chosen)})$")
+    assert sum(map(ctu.is_ctu, model.graph.node)) == len(chosen)
+    assert_same(model)
+
+
+@pytest.mark.parametrize("ops", [None, ["relu"], ["leakyrelu"]])
+def test_leaky_relus_beside_relus(ops):
+    text = NET.replace("t = Relu(s)", "t = LeakyRelu <alpha = 0.2> (s)")
+    assert_same(steered(text, ops=ops))
+
+
+def test_each_site_keeps_its_own_parameters():
+    model = steered()
+    sites = [node for node in model.graph.node if ctu.is_ctu(node)]
+    for site, beta in zip(sites, (0.5, 0.7, 0.95), strict=True):
+        name = f"beta_{site.output[0]}"
+        model.graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [], [beta]))
+        site.input[1] = name
+    assert_same(model)
+
+
+@pytest.mark.parametrize("beta_as", ["input", "required-input"])
+def test_beta_can_be_fed(beta_as):
+    model = steered(beta_as=beta_as)
+    results = [
+        assert_same(model, fed={"beta": np.full(shape, beta, np.float32)})
+        for shape, beta in itertools.product(([], [1]), (0.5, 0.9))
+    ]
+    assert np.array_equal(results[0], results[2])
+    assert not np.array_equal(results[0], results[1])
+
+
+def test_added_names_are_free():
+    assert_same(steered(NET.replace("w3", "one"), beta_as="input"))
+
+
+def test_beta_fed_per_channel_is_an_error():
+    session, _ = opened(steered(beta_as="input"))
+    with pytest.raises(Exception, match="Reshape"):
+        session.run(None, {"x": random_x(), "beta": np.full([16, 1, 1], 0.5, np.float32)})
+
+
+def test_baked_beta_can_be_overridden_in_the_options():
+    model = steered()
+    value = ort.OrtValue.ortvalue_from_numpy(np.array(0.5, np.float32))
+    sessions = []
+    for open_one in layout.open_session, lambda path, p, o: (runtime.open_session(path, o, p), ""):
+        options = new_options()
+        options.add_initializer("beta", value)
+        sessions.append(open_one(model.SerializeToString(), CPU, options)[0])
+    result = assert_same(model, None, None, *sessions)
+    assert not np.allclose(result, assert_same(model))
+
+
+def test_per_channel_override_of_baked_beta_falls_back():
+    options = new_options()
+    channels = np.linspace(0, 1, 16, dtype=np.float32).reshape(16, 1, 1)
+    value = ort.OrtValue.ortvalue_from_numpy(channels)
+    options.add_initializer("beta", value)
+    assert reason_of(steered(tail("y = Neg(r)")), options).startswith("its output 'y' differs")
+
+
+def test_metadata_stay():
+    model = steered()
+    model.metadata_props.add(key="names", value="a, b")
+    model.producer_name, model.domain, model.model_version = "me", "here", 3
+    model.doc_string, model.graph.doc_string = "model", "graph"
+    plain = runtime.open_session(model.SerializeToString(), new_options(), CPU).get_modelmeta()
+    meta = opened(model)[0].get_modelmeta()
+    assert meta.custom_metadata_map["names"] == "a, b"
+    for field in dir(plain):
+        if not field.startswith("_"):
+            assert getattr(meta, field) == getattr(plain, field)
+
+
+def test_external_data(tmp_path):
+    path = tmp_path / "net.onnx"
+    model = steered()
+    onnx.save(model, path, save_as_external_data=True, size_threshold=0, location="net.data")
+    session, reason = layout.open_session(path, CPU, new_options())
+    assert session is not None, reason
+    assert_same(steered(), blocked=session)
+    reason = layout.open_session(path.read_bytes(), CPU, new_options())[1]
+    assert reason is not None
+
+
+# --- refusals
+
+
+def per_channel():
+    model = steered()
+    beta = next(tensor for tensor in model.graph.initializer if tensor.name == "beta")
+    beta.CopyFrom(helper.make_tensor("beta", TensorProto.FLOAT, [16, 1, 1], [0.85] * 16))
+    return model
+
+
+def half():
+    model = steered()
+    model.graph.initializer.append(helper.make_tensor("h", TensorProto.FLOAT16, [], [1.0]))
+    return model
+
+
+IN_FUNCTION = f"""<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+g (float[N, 16, 8, 8] x, float[16, 16, 3, 3] w) => (float[N, 16, 8, 8] y)
+{{ c = Conv {PAD} (x, w)  y = my.f(c) }}
+<domain: "my", opset_import: ["" : 17]> f (X) => (Y) {{ Y = Relu(X) }}"""
+
+REFUSED = {
+    "the model holds no CTU": lambda: with_weights(NET),
+    "the model holds no convolution": lambda: steered(
+        f"{HEAD}) => (float[N, 16, 8, 8] y) {{ y = Relu(x) }}"
+    ),
+    "a CTU is inside a model-local function": lambda: steered(IN_FUNCTION),
+    "the model computes in half precision": half,
+    "the parameters of 'r' are not all scalars": per_channel,
+    "no op is left to stand in for the CTU": lambda: steered(
+        tail("s = Sigmoid(r)  t = Tanh(s)  y = Relu(t)"), include="^r$"
+    ),
+    "ONNX Runtime lays out nothing in blocks": lambda: steered(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 16, 8] x, float[16, 16, 3] w) => (float[N, 16, 6] y)
+        { c = Conv(x, w)  y = Relu(c) }"""
+    ),
+    "ONNX Runtime folded, merged or decomposed some stand-ins": lambda: steered(
+        tail("m = Relu(w)  y = Conv <pads = [1, 1, 1, 1]> (r, m)")
+    ),
+    "its output 'y' NaN": lambda: steered(
+        tail("n = Neg(x)  m = Mul(n, x)  l = Log(m)  y = Add(l, r)")
+    ),
+}
+
+
+@pytest.mark.parametrize(("reason", "make"), REFUSED.items(), ids=REFUSED)
+def test_refused_models(reason, make):
+    assert reason_of(make()) == reason
+
+
+def test_ops_that_become_a_stand_in_are_refused():
+    """Mish has no kernel: ONNX Runtime replaces it by Softplus, Tanh and Mul."""
+    text = tail("y = Mish(r)").replace('"" : 17', '"" : 18')
+    assert reason_of(steered(text)) == "ONNX Runtime folded, merged or decomposed some stand-ins"
+
+
+def test_models_that_run_on_no_random_input_are_refused():
+    text = tail("seven = Constant <value = int64[1] {7}> ()  y = Reshape(r, seven)")
+    model = steered(text.replace("float[N, 16, 8, 8] y", "float[7] y"))
+    assert "random input" in reason_of(model)
+
+
+def test_large_models_are_refused(monkeypatch):
+    monkeypatch.setattr(layout, "_LARGEST", 1 << 10)
+    assert reason_of(steered()) == "the model is larger than 0 MiB"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"graph_optimization_level": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED},
+            "the session options lower the optimisation level",
+        ),
+        (
+            {"optimized_model_filepath": "optimised.onnx"},
+            "the session options want the optimised model in a file",
+        ),
+    ],
+)
+def test_refused_options(change, reason):
+    options = new_options()
+    for name, value in change.items():
+        setattr(options, name, value)
+    assert reason_of(steered(), options) == reason
+
+
+def test_other_providers_are_refused():
+    model = steered().SerializeToString()
+    providers = [("CUDAExecutionProvider", {"device_id": 0}), *CPU]
+    session, reason = layout.open_session(model, providers, new_options())
+    assert session is None
+    assert reason == "runs on CUDAExecutionProvider, not on the CPU alone"
+
+
+# --- the comparison can fail
+
+
+def relu_left(sites):
+    sites[0].op_type, sites[0].domain = "Relu", ""
+    del sites[0].input[1:]
+
+
+def parameters_swapped(sites):
+    sites[1].input[1], sites[1].input[2] = sites[1].input[2], sites[1].input[1]
+
+
+def wrong_input(sites):
+    sites[1].input[0] = sites[0].output[0]
+
+
+@pytest.mark.parametrize("damage", [relu_left, parameters_swapped, wrong_input])
+@pytest.mark.parametrize("beta_as", rewrite.BETA_AS)
+def test_wrong_bake_is_caught(monkeypatch, damage, beta_as):
+    bake = layout.bake
+
+    def wrong(optimised, *args):
+        count = bake(optimised, *args)
+        damage([node for node in optimised.graph.node if ctu.is_ctu(node)])
+        return count
+
+    monkeypatch.setattr(layout, "bake", wrong)
+    assert reason_of(steered(beta_as=beta_as)).startswith("its output 'y' differs by")
+
+
+def test_other_interface_is_caught(monkeypatch):
+    bake = layout.bake
+
+    def wrong(optimised, *args):
+        count = bake(optimised, *args)
+        beta = next(tensor for tensor in optimised.graph.initializer if tensor.name == "beta")
+        optimised.graph.initializer.remove(beta)
+        return count
+
+    monkeypatch.setattr(layout, "bake", wrong)
+    assert reason_of(steered(beta_as="input")) == "its inputs differ from the plain session's"
+
+
+def test_lost_site_is_caught(monkeypatch):
+    bake = layout.bake
+
+    def wrong(optimised, *args):
+        for node in optimised.graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "activation":
+                    attribute.s = b"Relu"
+        return bake(optimised, *args)
+
+    monkeypatch.setattr(layout, "bake", wrong)
+    assert reason_of(steered()) == "ONNX Runtime folded, merged or decomposed some stand-ins"
+
+
+# --- ctonnx.session
+
+
+def test_session_is_blocked_unless_told_otherwise(monkeypatch, tmp_path):
+    path = tmp_path / "net.onnx"
+    onnx.save(steered(), path)
+    seen = []
+    open_session = layout.open_session
+
+    def spy(*args):
+        seen.append(open_session(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(layout, "open_session", spy)
+    assert ctonnx.session(path) is seen[0][0] is not None
+    ctonnx.session(path, layout=False)
+    assert len(seen) == 1
+
+
+def test_fallback_is_silent(recwarn, caplog, capfd):
+    caplog.set_level(logging.DEBUG, "ctonnx.runtime")
+    model = with_weights(NET)
+    session = ctonnx.session(model.SerializeToString())
+    assert session.run(None, {"x": random_x()})[0].shape == (2, 4)
+    assert caplog.messages == ["plain layout: the model holds no CTU"]
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_printed_where_it_applies(capfd):
+    ctonnx.session(steered(beta_as="input", lowering="op").SerializeToString(), CPU)
+    assert "nchwc" not in capfd.readouterr().err.lower()
+
+
+def test_broken_models_raise_what_onnx_runtime_raises(tmp_path):
+    with pytest.raises(Exception, match="missing"):
+        ctonnx.session(tmp_path / "missing.onnx")
+
+
+def test_options_and_disk_are_left_as_they_were(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fields = [
+        *("graph_optimization_level", "optimized_model_filepath"),
+        *("log_severity_level", "enable_profiling"),
+    ]
+    for model in steered(), steered(tail("y = Neg(r)")), with_weights(NET):
+        options = ort.SessionOptions()
+        before = [getattr(options, field) for field in fields]
+        ctonnx.session(model.SerializeToString(), CPU, options)
+        assert [getattr(options, field) for field in fields] == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_profile_is_written(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    session = ctonnx.session(steered().SerializeToString(), CPU, options)
+    session.end_profiling()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_threads_may_share_options():
+    model = steered().SerializeToString()
+    options = new_options()
+    sessions = []
+
+    def make(blocked):
+        sessions.append(ctonnx.session(model, CPU, options, layout=blocked))
+
+    threads = [threading.Thread(target=make, args=[i % 2 == 0]) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = [session.run(None, {"x": random_x()})[0] for session in sessions]
+    assert len(results) == 8
+    for result in results:
+        np.testing.assert_allclose(result, results[0], rtol=0, atol=1e-6)
