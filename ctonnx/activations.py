@@ -12,8 +12,7 @@ STEERABLE = {
     "PRelu": lambda node: node.input[1],
 }
 
-_SMOOTH = "it is smooth: it has no kink to bend"
-_QUADRATIC = "it has a quadratic piece, which no CTU is at beta 1"
+_SMOOTH = "it is not piecewise affine: there is no kink between two lines to bend"
 _LATER = "piecewise affine, but not supported yet"
 
 LEFT_ALONE = {
@@ -22,6 +21,7 @@ LEFT_ALONE = {
             "Celu",
             "Elu",
             "Gelu",
+            "HardSwish",
             "Mish",
             "Selu",
             "Sigmoid",
@@ -32,13 +32,16 @@ LEFT_ALONE = {
         ),
         _SMOOTH,
     ),
-    "HardSwish": _QUADRATIC,
     "Clip": _LATER,
     "HardSigmoid": _LATER,
     "ThresholdedRelu": "it jumps at its threshold: the CTU bends kinks, not jumps",
 }
 
-_DEFAULT_DOMAINS = ("", "ai.onnx")
+_CONTRIB = {("com.microsoft", op): _SMOOTH for op in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")}
+
+_RECURRENT = ("RNN", "GRU", "LSTM")
+
+DEFAULT_DOMAINS = ("", "ai.onnx")
 
 
 def slope_of(node):
@@ -53,14 +56,23 @@ def refusal(node, dtypes):
         None where `node` is no activation at all, "" where it can be steered, and otherwise the
         reason why it cannot.
     """
+    if (node.domain, node.op_type) in _CONTRIB:
+        return _CONTRIB[node.domain, node.op_type]
     if node.domain == "com.microsoft" and "Relu" in str(_attribute(node, "activation", "")):
         return f"fused into {node.op_type} by ONNX Runtime: patch the model from before that"
-    if node.domain not in _DEFAULT_DOMAINS:
+    if node.domain not in DEFAULT_DOMAINS:
         return None
+    if node.op_type in _RECURRENT and "Relu" in str(_attribute(node, "activations", "")):
+        return f"it is part of {node.op_type}"
     if node.op_type in LEFT_ALONE:
         return LEFT_ALONE[node.op_type]
     if node.op_type not in STEERABLE:
         return None
+    needed = 2 if node.op_type == "PRelu" else 1
+    if len(node.input) < needed or not all(node.input[:needed]):
+        return "it lacks an input"
+    if any(attribute.ref_attr_name for attribute in node.attribute):
+        return "its slope is an attribute of the function around it"
     wrong = set(dtypes) - set(FLOATING)
     if wrong:
         return f"its tensor is {TensorProto.DataType.Name(wrong.pop()).lower()}, not floating-point"
@@ -69,7 +81,7 @@ def refusal(node, dtypes):
 
 def _attribute(node: NodeProto, name, default):
     for attribute in node.attribute:
-        if attribute.name == name:
+        if attribute.name == name and not attribute.ref_attr_name:
             value = helper.get_attribute_value(attribute)
             return value.decode() if isinstance(value, bytes) else value
     return default

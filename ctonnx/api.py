@@ -41,10 +41,14 @@ def patch(
         what was steered and what was skipped, and why.
 
     Raises:
-        UsageError: a wrong argument, an existing output, or a model that is steered already.
+        UsageError: a wrong argument, an existing output, a model that is steered already, or a
+            graphsurgeon Graph with `beta_as="input"`, as these know no optional inputs.
         NothingToDo: no activation to steer.
         ModelError: the model cannot be read, or is unsafe to read.
     """
+
+    if beta_as == "input" and _is_graph(model):
+        raise UsageError("a graphsurgeon Graph has no optional inputs: use required-input")
 
     def change(proto):
         rewrite.steer(
@@ -129,10 +133,14 @@ def _to_proto(model):
         copy = ModelProto()
         copy.CopyFrom(model)
         return copy
-    if type(model).__module__.startswith("onnx_graphsurgeon"):
+    if _is_graph(model):
         import onnx_graphsurgeon
 
         return onnx_graphsurgeon.export_onnx(model)
     raise UsageError(
         f"expected a path, a ModelProto or a graphsurgeon Graph, got {type(model).__name__}"
     )
+
+
+def _is_graph(model):
+    return type(model).__module__.startswith("onnx_graphsurgeon")

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -53,28 +54,41 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option(
     "--ops", metavar="LIST", help="Op types to steer: relu,leakyrelu,prelu. [default: all]"
 )
-@click.option("--include", metavar="REGEX", help="Steer only activations whose name matches.")
-@click.option("--exclude", metavar="REGEX", help="Leave out activations whose name matches.")
-@click.option("--check", is_flag=True, help="Run the result against the original before writing.")
+@click.option("--include", metavar="REGEX", help="Steer only nodes whose name matches.")
+@click.option("--exclude", metavar="REGEX", help="Leave out nodes whose name matches.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Before writing, compare with the original at beta 1, and kernel with fallback.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @_force
 @_json
 def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **choices):
-    """Steer MODEL; writes MODEL.ct.onnx beside it, or OUTPUT."""
-    from . import api, files, rewrite
+    """Steer MODEL.
+
+    Writes X.ct.onnx beside X.onnx, or OUTPUT.
+    """
+    from . import api, files, rewrite, runtime, validate
 
     def steer(proto):
         names = None if ops is None else [name.strip() for name in ops.split(",")]
         return rewrite.steer(proto, beta, coeff, ops=names, **choices)
 
+    def verify(report, path):
+        checks.update(validate.check_steered(model, path, report, beta, choices["lowering"]))
+
     checks = {}
     output = output or api.steered_path
+    if dry_run and check:
+        raise click.UsageError("--check runs what is written: it does not go with --dry-run")
     if dry_run:
         report = steer(files.load(model))
         output = files.check_output(output(model) if callable(output) else output, force)
     else:
-        verified = check, beta, choices["lowering"], checks
-        report, output = _patch_file(model, steer, output, force, *verified)
+        report, output = files.edit(model, steer, output, force, verify if check else None)
+    if choices["lowering"] == "portable" and not runtime.has_library():
+        report.notes.append("the op library is not installed: here the model runs as its fallback")
     for note in report.notes:
         _say(note)
     if as_json:
@@ -84,6 +98,11 @@ def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **cho
             replaced=[_as_json(a) for a in report.replaced],
             skipped=[_as_json(a, "reason") for a in report.skipped],
             notes=report.notes,
+            checks=[
+                {"check": name, **asdict(comparison)}
+                for name, comparisons in checks.items()
+                for comparison in comparisons
+            ],
         )
         return
     for a in report.skipped:
@@ -95,26 +114,11 @@ def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **cho
     click.echo(f"{'would write' if dry_run else 'wrote'} {output}: {count} at beta {beta:.12g}")
 
 
-def _patch_file(model, steer, output, force, check, beta, lowering, checks):
-    from . import files, validate
-
-    steered = {}
-
-    def change(proto):
-        steered["report"] = steer(proto)
-
-    def verify(path):
-        checks.update(validate.check_steered(model, path, steered["report"], beta, lowering))
-
-    _, written = files.edit(model, change, output, force, verify if check else None)
-    return steered["report"], written
-
-
 @cli.command()
 @_model
 @_json
 def inspect(model, as_json):
-    """List the activations of MODEL: steerable, steered or skipped, and why."""
+    """List the activations of MODEL and their state."""
     from . import api
 
     activations = api.inspect(model)
@@ -163,7 +167,10 @@ def set_(model, beta, output, force, as_json):
 @_force
 @_json
 def unpatch(model, output, force, as_json):
-    """Give back the original of a steered MODEL; writes X.onnx for X.ct.onnx, or OUTPUT."""
+    """Give back the original of a steered MODEL.
+
+    Writes X.onnx for X.ct.onnx, or OUTPUT.
+    """
     from . import api
 
     written = api.unpatch(model, output, force=force)

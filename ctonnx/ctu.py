@@ -27,7 +27,7 @@ def check_unit_interval(name, value):
     except (TypeError, ValueError):
         raise UsageError(f"{name} must be a number in [0, 1], got {value!r}") from None
     if not 0.0 <= number <= 1.0:
-        raise UsageError(f"{name} must lie in [0, 1], got {number:g}")
+        raise UsageError(f"{name} must lie in [0, 1], got {number!r}")
     return number
 
 
@@ -68,8 +68,9 @@ def function(opset, dtypes, sloped):
 
     Args:
         opset: the model's own opset of the default domain, at least MIN_OPSET.
-        dtypes: the TensorProto element types of the function's X over all call sites. float16 and
-            bfloat16 are computed in float32; more than one type needs opset 15 (CastLike).
+        dtypes: the TensorProto element types of the function's X over all call sites, UNDEFINED
+            for one that is not known. float16 and bfloat16 are computed in float32; an unknown
+            type, or more than one, needs opset 15 (CastLike).
         sloped: whether the call sites pass the input `slope`.
 
     Returns:
@@ -102,13 +103,20 @@ def function(opset, dtypes, sloped):
     if sloped:
         slope = computed("slope", dtypes)
         gap = op("Sub", one, slope)
-        distance = op("Mul", distance, op("Abs", gap))
+        # A gap of 0 becomes one too small to matter: 0 * inf would be NaN.
+        distance = op("Mul", distance, op("Add", op("Abs", gap), constant(1e-30)))
         # Relu rather than PRelu, which runtimes have for fewer types.
-        original = op("Sub", original, op("Mul", slope, op("Relu", op("Neg", x))))
+        negative = op("Mul", slope, op("Relu", op("Neg", x)))
+        zero = constant(0.0)
+        if opset >= 9:
+            # Again, for slope 0 and X = -inf.
+            negative = op("Where", op("Greater", op("Abs", slope), zero), negative, zero)
+        original = op("Sub", original, negative)
     # inf / inf would be NaN, so the gate's distance stays finite; the log term carries NaN.
     largest = float(np.finfo(np.float32).max)
-    if opset >= 8:
-        finite = op("Min", distance, constant(largest))
+    if opset >= 9:
+        beyond = op("Greater", distance, constant(largest))
+        finite = op("Where", beyond, constant(0.0), distance)
     else:
         finite = op("Clip", distance, max=largest)
     decay = op("Exp", op("Neg", op("Mul", inverse, distance)))
@@ -117,13 +125,12 @@ def function(opset, dtypes, sloped):
     gate_term = op("Div", op("Mul", coeff, finite), op("Add", one, growth))
     correction = op("Sub", log_term, gate_term)
     if sloped:
-        zero = constant(0.0)
         above, below = op("Greater", gap, zero), op("Less", gap, zero)
         sign = op("Sub", op("Cast", above, to=compute), op("Cast", below, to=compute))
         correction = op("Mul", sign, correction)
     if dtypes == {compute}:
         op("Add", original, correction, output="Y")
-    elif len(dtypes) == 1:
+    elif len(dtypes) == 1 and TensorProto.UNDEFINED not in dtypes:
         op("Cast", op("Add", original, correction), output="Y", to=next(iter(dtypes)))
     else:
         op("CastLike", op("Add", original, correction), "X", output="Y")

@@ -1,15 +1,22 @@
 """Reading and writing model files: nothing half-written, no weights loaded that are not needed."""
 
+import filecmp
+import math
 import os
 import shutil
-from contextlib import contextmanager
+import tempfile
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from .errors import ModelError, UsageError
 from .graph import scopes
+
+# Element types of which a byte holds more than one.
+_PACKED_BITS = {"UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "UINT2": 2, "INT2": 2}
+_PACKED_BITS |= {"FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
 
 
 def load(path):
@@ -23,6 +30,8 @@ def load(path):
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ModelError(f"{path}: is no regular file")
         data = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
@@ -43,52 +52,79 @@ def load(path):
 def edit(path, change, output, force=False, verify=None):
     """Load `path`, let `change` edit the ModelProto in place, and write it to `output`.
 
+    External data are shared where `output` is in the folder of `path`, and copied beside `output`
+    otherwise. Everything gets its name last, the model after its data: when anything fails, nothing
+    is left behind and nothing that was there has changed.
+
     Args:
         output: where to write, or a function that gives that for `path`.
-        verify: called with the path of the finished file before it gets its name; when it raises,
-            nothing is left behind.
+        force: overwrite an existing model at `output`.
+        verify: called with what `change` returned and the path of the finished file before it gets
+            its name; what it raises ends the edit.
 
     Returns:
         What `change` returned, and the Path written.
 
     Raises:
-        UsageError: `output` exists and `force` is not set, or it cannot be written.
+        UsageError: as for `check_output`, or an external data file cannot be copied there.
         ModelError: the model, or its external data, cannot be read safely.
     """
+    path = Path(path)
     model = load(path)
     result = change(model)
-    if callable(output):
-        output = output(path)
-    with staged(output, force) as temporary:
-        write(model, temporary, source=path, force=force)
-        if verify is not None:
-            verify(temporary)
-    return result, Path(output)
+    output = check_output(output(path) if callable(output) else output, force)
+    # Behind a link it is the file that changes.
+    target = output.resolve()
+    data = check_external_data(model, path.parent)
+    if target in {file.resolve() for file in data.values()}:
+        raise UsageError(f"{output}: holds data of the model itself")
+    if target.parent == path.parent.resolve():
+        data = {}
+    try:
+        with _staging(target, data) as (folder, temporary):
+            _write(model, temporary)
+            if verify is not None:
+                verify(result, temporary)
+            for location in data:
+                (target.parent / location).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(folder / location, target.parent / location)
+            if target.exists():
+                shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+    except OSError as error:
+        raise UsageError(f"{output}: cannot be written: {error.strerror}") from None
+    return result, output
 
 
 @contextmanager
-def staged(path, force=False):
-    """Yield a temporary path beside `path`, which becomes `path` when the block ends.
+def _staging(target, data):
+    """Yield a folder with copies of `data`, location -> file, and a path to write the model to.
 
-    It is removed when the block raises: `path` is never half-written.
-
-    Raises:
-        UsageError: as for `check_output`.
+    Both are on the file system of `target` and are removed in the end. Without data to copy the
+    folder is the target's own, so that a model there finds the data that it shares.
     """
-    # Behind a link it is the file that changes, and it keeps its mode.
-    path = check_output(path, force).resolve()
-    temporary = path.with_name(f".{os.getpid()}.tmp.onnx")
-    try:
-        temporary.touch(exist_ok=False)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
-        yield temporary
-        if path.exists():
-            temporary.chmod(path.stat().st_mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for location, file in data.items():
+        there = target.parent / location
+        if there.exists() and not filecmp.cmp(file, there, shallow=False):
+            raise UsageError(f"{there}: exists and holds other data: choose another folder")
+    with ExitStack() as stack:
+        folder = target.parent
+        if data:
+            made = tempfile.TemporaryDirectory(prefix=".ctonnx-", dir=folder)
+            folder = Path(stack.enter_context(made))
+        for location, file in data.items():
+            (folder / location).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / location)
+        temporary = folder / f".{os.getpid()}.tmp.onnx"
+        stack.callback(temporary.unlink, missing_ok=True)
+        yield folder, temporary
+
+
+def _write(model, path):
+    with open(path, "xb") as stream:
+        stream.write(model.SerializeToString(deterministic=True))
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def check_output(path, force=False):
@@ -113,33 +149,6 @@ def check_output(path, force=False):
     return path
 
 
-def write(model, path, source=None, force=False):
-    """Write `model` to `path`, a name that `staged` gave, and bring along the external data.
-
-    Args:
-        source: the file the model was read from. Its external data are shared where `path` is in
-            the same folder, and copied beside `path` first otherwise.
-        force: overwrite data files that exist there.
-
-    Raises:
-        ModelError: an external data file is missing, too short or outside the model's folder.
-        UsageError: a data file of that name exists.
-    """
-    path = Path(path)
-    if source is not None:
-        files = check_external_data(model, Path(source).parent)
-        if path.parent.resolve() != Path(source).parent.resolve():
-            for location, file in files.items():
-                target = path.parent / location
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with staged(target, force) as temporary:
-                    shutil.copyfile(file, temporary)
-    with open(path, "wb") as stream:
-        stream.write(model.SerializeToString(deterministic=True))
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def check_external_data(model, folder):
     """The external data files of `model`: a dict from location to Path.
 
@@ -147,27 +156,40 @@ def check_external_data(model, folder):
         ModelError: a location leaves `folder`, or its file is no regular file or too short.
     """
     files = {}
-    root = folder.resolve()
     for tensor in _tensors(model):
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        entry = {item.key: item.value for item in tensor.external_data}
-        location = entry.get("location", "")
-        file = folder / location
-        if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-            raise ModelError(f"unsafe external data location {location!r} of {tensor.name!r}")
-        if not file.resolve().is_relative_to(root):
-            raise ModelError(f"external data {location!r} leaves the model's folder through a link")
-        if not file.is_file():
-            raise ModelError(f"external data file {file} is missing, or is no regular file")
-        try:
-            offset, length = int(entry.get("offset", 0)), int(entry.get("length", 0))
-        except ValueError:
-            raise ModelError(f"damaged external data entry of {tensor.name!r}") from None
-        if offset < 0 or length < 0 or offset + length > file.stat().st_size:
-            raise ModelError(f"external data file {file} is too short for {tensor.name!r}")
-        files[location] = file
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entry = {item.key: item.value for item in tensor.external_data}
+            location = entry.get("location", "")
+            try:
+                files[location] = _checked(folder, location, entry, _byte_size(tensor))
+            except (KeyError, OSError, RuntimeError, ValueError) as error:
+                # A name that is no name, a link to itself, a number that is none.
+                raise ModelError(f"external data of {tensor.name!r}: {error}") from None
     return files
+
+
+def _checked(folder, location, entry, needed):
+    """The file of an external data entry; raises ModelError or, where it is damaged, others."""
+    file = folder / location
+    if not location or Path(location).is_absolute() or ".." in Path(location).parts:
+        raise ModelError(f"unsafe external data location {location!r}")
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"external data {location!r} leave the model's folder through a link")
+    if not file.is_file():
+        raise ModelError(f"external data file {file} is missing, or is no regular file")
+    offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
+    if offset < 0 or length < needed or offset + length > file.stat().st_size:
+        raise ModelError(f"external data file {file} is too short, or the entry is damaged")
+    return file
+
+
+def _byte_size(tensor):
+    """The least number of bytes that hold the tensor's elements."""
+    name = TensorProto.DataType.Name(tensor.data_type)
+    bits = _PACKED_BITS.get(name)
+    if bits is None:
+        bits = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-math.prod(tensor.dims) * bits // 8)
 
 
 def _tensors(model):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, helper, shape_inference
 
+from .errors import ModelError
+
 _INFERENCE_ERRORS = (
     shape_inference.InferenceError,
     onnx.checker.ValidationError,
@@ -65,8 +67,15 @@ def key_of(proto):
 
 
 def functions_of(model):
-    """The model-local functions by `key_of`."""
-    return {key_of(function): function for function in model.functions}
+    """The model-local functions by `key_of`.
+
+    Raises:
+        ModelError: two are of the same name.
+    """
+    functions = {key_of(function): function for function in model.functions}
+    if len(functions) != len(model.functions):
+        raise ModelError("the model holds two functions of one name")
+    return functions
 
 
 def names(model):

@@ -99,10 +99,12 @@ def steer(
     _check_choice("lowering", lowering, LOWERINGS)
     _check_choice("beta_as", beta_as, BETA_AS)
     selected = _selector(ops, include, exclude)
-    if _metadata(model, "ctonnx.version") is not None:
+    if _is_steered(model):
         raise UsageError(
             "the model is already steered: change its beta with `ctonnx set`, or steer its original"
         )
+    if any(entry.domain == ctu.DOMAIN for entry in model.opset_import):
+        raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
     opset = _opset(model)
 
     report = Report()
@@ -120,6 +122,13 @@ def steer(
                 "wrote the op's function too: without it ONNX Runtime cannot infer the types in "
                 "the model-local functions that hold activations"
             )
+    usual = _usual_type(model, candidates)
+    unknown = sum(not dtypes for _, _, dtypes in candidates)
+    if unknown:
+        name = TensorProto.DataType.Name(usual).lower()
+        report.notes.append(f"took {unknown} activations of unknown element type to be {name}")
+    if opset < 15:
+        candidates = [(a, node, dtypes or {usual}) for a, node, dtypes in candidates]
     sites = _of_fitting_types(candidates, opset, with_function, report)
     if not sites:
         raise NothingToDo(_nothing_matched(report.skipped))
@@ -128,6 +137,8 @@ def steer(
     _raise_ir(model, 8 if with_function and lowering != "primitives" else 4, report)
     parameters = _Parameters(model)
     report.beta_name = parameters.add("beta", beta, as_input=beta_as)
+    if beta_as != "initializer":
+        report.notes.append(f"beta is the graph's input {report.beta_name!r}")
     coeff_name = parameters.add("coeff", coeff)
     sloped = any(activations.slope_of(node) for _, node, _ in sites)
     for activation, node, dtypes in sites:
@@ -137,7 +148,7 @@ def steer(
             inputs.append(slope)
         elif slope or (sloped and with_function):
             # A function has one signature, so next to a LeakyRelu a Relu passes its slope too.
-            inputs.append(parameters.add_slope(slope, next(iter(dtypes))))
+            inputs.append(parameters.add_slope(slope, next(iter(dtypes), usual)))
         _record_node(node)
         node.op_type, node.domain = ctu.OP_TYPE, ctu.DOMAIN
         del node.attribute[:], node.input[:]
@@ -148,7 +159,8 @@ def steer(
     _pass_into_functions(model, parameters.names)
     model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
     if with_function:
-        dtypes = set().union(*(dtypes for _, _, dtypes in sites))
+        unknown = {TensorProto.UNDEFINED}
+        dtypes = set().union(*(dtypes or unknown for _, _, dtypes in sites))
         model.functions.append(ctu.function(opset, dtypes, sloped))
     if lowering == "primitives":
         _inline(model)
@@ -254,8 +266,7 @@ def _survey(model, values):
                 continue
             status = "skipped" if reason else "steerable"
             activation = Activation(name, node.op_type, scope.path, status, reason or None)
-            # An unknown type, as behind another custom op, is taken to be the usual one.
-            yield activation, node, scope, known or {TensorProto.FLOAT}
+            yield activation, node, scope, known
 
 
 def _selector(ops, include, exclude):
@@ -294,13 +305,21 @@ def _pattern(option, text):
         raise UsageError(f"{option}: {text!r} is not a regular expression: {error}") from None
 
 
+def _usual_type(model, candidates):
+    """The commonest known type of the candidates, else of the floating-point initializers."""
+    counts = Counter(dtype for _, _, dtypes in candidates for dtype in dtypes) or Counter(
+        t.data_type for t in model.graph.initializer if t.data_type in ctu.FLOATING
+    )
+    return counts.most_common(1)[0][0] if counts else TensorProto.FLOAT
+
+
 def _of_fitting_types(candidates, opset, with_function, report):
     """The candidates whose element types the function, or a slope, can serve; the rest are skipped.
 
     A slope is an initializer of one element type. The function's body is written for one element
     type too, unless CastLike (opset 15) is there to follow X.
     """
-    commonest = Counter(min(dtypes) for _, _, dtypes in candidates).most_common(1)
+    commonest = Counter(min(dtypes, default=0) for _, _, dtypes in candidates).most_common(1)
     sloped = any(activations.slope_of(node) for _, node, _ in candidates)
     one_type = opset < 15 and with_function
     sites = []
@@ -328,13 +347,25 @@ def _check_choice(name, value, choices):
 
 
 def _opset(model):
-    opset = max((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), default=0)
+    def version(owner):
+        domains = activations.DEFAULT_DOMAINS
+        return max((e.version for e in owner.opset_import if e.domain in domains), default=0)
+
+    # A graph of function calls alone need not import the default domain.
+    opset = version(model) or max(map(version, model.functions), default=0)
     if opset < ctu.MIN_OPSET:
         raise ModelError(
             f"the model's opset is {opset}, steering needs {ctu.MIN_OPSET} or newer: "
             "convert it with onnx.version_converter"
         )
     return opset
+
+
+def _is_steered(model):
+    # Other tools drop metadata; lowering to primitives leaves no node.
+    return _metadata(model, "ctonnx.version") is not None or any(
+        ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node
+    )
 
 
 def _steered(model):
@@ -449,7 +480,10 @@ def _inline(model):
             node.metadata_props.add(key=LOWERED, value="inside")
         if "Y" in node.output:
             node.metadata_props.add(key=LOWERED, value="result")
-    inlined = inliner.inline_selected_functions(model, [(ctu.DOMAIN, ctu.OP_TYPE)])
+    try:
+        inlined = inliner.inline_selected_functions(model, [(ctu.DOMAIN, ctu.OP_TYPE)])
+    except RuntimeError as error:
+        raise ModelError(f"cannot be lowered to primitives: {error}") from None
     model.CopyFrom(inlined)
     for owner in (model, *model.functions):
         _keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)

@@ -4,9 +4,11 @@ import logging
 import threading
 import warnings
 from contextlib import nullcontext
+from importlib import metadata
+from os import PathLike
 from pathlib import Path
 
-from .errors import EnvironmentLacks
+from .errors import EnvironmentLacks, UsageError
 
 # The oldest ONNX Runtime whose C API has all that the library uses.
 MIN_ONNXRUNTIME = (1, 18)
@@ -23,15 +25,33 @@ def get_library_path():
     """Path of the op library, as str, for `SessionOptions.register_custom_ops_library`.
 
     Raises:
-        EnvironmentLacks: ctonnx was installed without a C++ compiler.
+        EnvironmentLacks: ctonnx was installed where no C++ compiler was found, or not at all.
     """
-    path = Path(__file__).with_name(_LIBRARY)
-    if not path.is_file():
-        raise EnvironmentLacks(
-            "the op library is not installed, as no C++ compiler was found: install g++ or clang++ "
-            "and reinstall ctonnx, or run the model without it"
-        )
-    return str(path)
+    # Beside this file, or, where that is a source folder, where the package is installed.
+    for path in Path(__file__).with_name(_LIBRARY), _installed(_LIBRARY):
+        if path is not None and path.is_file():
+            return str(path)
+    raise EnvironmentLacks(
+        "the op library is missing: ctonnx is not installed, or was where no C++ compiler was "
+        "found; install g++ or clang++, then ctonnx again"
+    )
+
+
+def has_library():
+    """Whether the op library is installed."""
+    try:
+        return bool(get_library_path())
+    except EnvironmentLacks:
+        return False
+
+
+def _installed(name):
+    """Path of a file of the installed package; None where there is no such file or package."""
+    try:
+        files = metadata.files("ctonnx") or ()
+    except metadata.PackageNotFoundError:
+        return None
+    return next((Path(file.locate()) for file in files if file.name == name), None)
 
 
 def import_onnxruntime():
@@ -74,7 +94,7 @@ def session(path, providers=None, session_options=None, *, layout=True):
     carries.
 
     Args:
-        path: the model's path, or its bytes.
+        path: the model's path, its bytes or an onnx.ModelProto.
         providers: execution providers, as for InferenceSession; all that are available where None.
         session_options: options to use; the library is registered with them.
         layout: on the CPU, keep ONNX Runtime's blocked layout of convolutional networks around the
@@ -83,9 +103,15 @@ def session(path, providers=None, session_options=None, *, layout=True):
             does without.
 
     Raises:
-        EnvironmentLacks: onnxruntime is not installed, or too old.
+        EnvironmentLacks: onnxruntime is not installed, too old or without one of `providers`; or
+            the library is missing and the model holds no fallback.
+        UsageError: `path` is something else.
     """
     ort = import_onnxruntime()
+    if hasattr(path, "SerializeToString"):
+        path = path.SerializeToString()
+    if not isinstance(path, str | bytes | PathLike):
+        raise UsageError(f"expected a path, bytes or a ModelProto, got {type(path).__name__}")
     providers = providers or ort.get_available_providers()
     options = session_options
     if options is None:
@@ -97,7 +123,7 @@ def session(path, providers=None, session_options=None, *, layout=True):
             register(options)
         except EnvironmentLacks as error:
             warnings.warn(f"running without fast kernels: {error}", RuntimeWarning, stacklevel=2)
-            layout = False
+            return _open_without_library(path, options, providers, error)
         if layout:
             from .layout import open_session as open_in_blocks
 
@@ -108,10 +134,27 @@ def session(path, providers=None, session_options=None, *, layout=True):
         return open_session(path, options, providers)
 
 
-def open_session(path, options, providers=None):
-    """An onnxruntime.InferenceSession, on every available provider where `providers` is None."""
+def open_session(path, options, providers):
+    """An onnxruntime.InferenceSession of a path or bytes.
+
+    Raises:
+        EnvironmentLacks: this onnxruntime lacks one of `providers`.
+    """
     ort = import_onnxruntime()
+    available = ort.get_available_providers()
+    for provider in providers:
+        name = provider if isinstance(provider, str) else provider[0]
+        # Left to itself, ONNX Runtime warns and runs on the CPU.
+        if name not in available:
+            raise EnvironmentLacks(f"{name} is not available: choose among {', '.join(available)}")
     model = path if isinstance(path, bytes) else str(path)
-    return ort.InferenceSession(
-        model, options, providers=providers or ort.get_available_providers()
-    )
+    return ort.InferenceSession(model, options, providers=providers)
+
+
+def _open_without_library(path, options, providers, why):
+    try:
+        return open_session(path, options, providers)
+    except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
+        if "ctonnx:CTU" in str(error):
+            raise EnvironmentLacks(f"the model holds no fallback, and {why}") from error
+        raise

@@ -1,6 +1,6 @@
 """Comparing runs: every output is compared, or the comparison fails."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,13 +38,17 @@ def compare(expected, actual, tolerance=None):
             bfloat16. A `max_abs` up to 1e-6 passes too.
 
     Returns:
-        list of Comparison, one per output of either run. One fails where an output is missing,
-        empty, not finite in the same places with the same sign, or NaN anywhere.
+        list of Comparison, one per output of either run. One fails where an output is missing, not
+        finite in the same places with the same sign, or NaN anywhere; all fail where all are
+        empty.
     """
-    return [
+    results = [
         _compare_one(name, expected.get(name), actual.get(name), tolerance)
         for name in sorted({*expected, *actual})
     ]
+    if not any(np.size(value) for value in expected.values()):
+        return [replace(r, ok=False, reason="empty: nothing to compare") for r in results]
+    return results
 
 
 def _compare_one(name, expected, actual, tolerance):
@@ -58,8 +62,6 @@ def _compare_one(name, expected, actual, tolerance):
         return failed(
             f"is {actual.dtype}{list(actual.shape)}, not {expected.dtype}{list(expected.shape)}"
         )
-    if expected.size == 0:
-        return failed("empty: nothing to compare")
     if not np.issubdtype(expected.dtype, np.number) and expected.dtype.name != "bfloat16":
         same = bool(np.array_equal(expected, actual))
         return Comparison(name, 0.0, 0.0, True) if same else failed("differs")
@@ -106,9 +108,24 @@ class Model:
         self.inputs = self._session.get_inputs()
 
     def run(self, inputs):
-        """Output name -> array for `inputs`, input name -> array."""
+        """Output name -> array for `inputs`, input name -> array; a sequence's have an index."""
         names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, inputs), strict=True))
+        result = {}
+        for name, value in zip(names, self._session.run(names, inputs), strict=True):
+            result.update(_arrays(name, value))
+        return result
+
+
+def _arrays(name, value):
+    """The arrays that an output holds, sequences and maps included, by name."""
+    if isinstance(value, list):
+        for i, element in enumerate(value):
+            yield from _arrays(f"{name}[{i}]", element)
+    elif isinstance(value, dict):
+        for key, element in value.items():
+            yield f"{name}[{key!r}]", np.asarray(element)
+    else:
+        yield name, value
 
 
 def random_inputs(model, seed=0):

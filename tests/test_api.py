@@ -1,5 +1,6 @@
 """The public functions: what they take, what they give back, what is visible."""
 
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import DIGITS
+from conftest import DIGITS, ROOT
 
 import ctonnx
 from ctonnx import runtime
@@ -65,6 +66,8 @@ def test_a_graphsurgeon_graph_gives_a_graph():
     gs = pytest.importorskip("onnx_graphsurgeon")
     graph = gs.import_onnx(onnx.load(DIGITS / "digits.onnx"))
     steered = ctonnx.patch(graph, 0.85)
+    with pytest.raises(ctonnx.ModelError, match="no record"):
+        ctonnx.unpatch(steered)
     assert isinstance(steered, gs.Graph)
     assert not any(node.op == "CTU" for node in graph.nodes)
     assert sum(node.op == "CTU" for node in steered.nodes) == 7
@@ -93,6 +96,12 @@ def test_session_runs_with_the_library_and_without(monkeypatch, tmp_path):
     assert (fast.argmax(1) == held["label"]).mean() > 0.9
     with pytest.raises(ctonnx.EnvironmentLacks, match="no C\\+\\+ compiler"):
         ctonnx.get_library_path()
+    alone = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.85, lowering="op")
+    with (
+        pytest.warns(RuntimeWarning, match="without fast kernels"),
+        pytest.raises(ctonnx.EnvironmentLacks, match="holds no fallback"),
+    ):
+        ctonnx.session(alone)
 
 
 def test_session_takes_options_and_providers():
@@ -101,6 +110,28 @@ def test_session_takes_options_and_providers():
     session = ctonnx.session(DIGITS / "digits.onnx", ["CPUExecutionProvider"], options)
     assert session.get_providers() == ["CPUExecutionProvider"]
     assert session.get_session_options().intra_op_num_threads == 1
+    with pytest.raises(ctonnx.EnvironmentLacks, match="CPUExecutionProvider"):
+        ctonnx.session(DIGITS / "digits.onnx", ["NoSuchExecutionProvider"])
+
+
+def test_session_takes_a_path_bytes_or_a_proto():
+    path = DIGITS / "digits.onnx"
+    for model in (path, str(path), path.read_bytes(), onnx.load(path)):
+        assert ctonnx.session(model).get_inputs()[0].name == "image"
+    with pytest.raises(ctonnx.UsageError, match="expected a path, bytes or a ModelProto, got int"):
+        ctonnx.session(42)
+
+
+def test_the_source_folder_finds_the_installed_library(tmp_path):
+    """Run from a clone, Python imports its ctonnx, which holds no library."""
+    shutil.copytree(ROOT / "ctonnx", tmp_path / "ctonnx", ignore=shutil.ignore_patterns("*.so"))
+    program = "import ctonnx; print(ctonnx.__file__, ctonnx.get_library_path())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    module, library = done.stdout.split()
+    assert module.startswith(str(tmp_path))
+    assert library == ctonnx.get_library_path()
 
 
 def test_an_old_onnxruntime_is_refused(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_patch_json(run):
     document = json.loads(out)
     assert (code, err, document["schema_version"], document["output"]) == (0, "", 1, "o.onnx")
     assert document["replaced"][0] == {"name": "node_relu", "op": "Relu", "scope": ""}
+    assert (document["written"], document["notes"], document["checks"]) == (True, [], [])
     assert document["skipped"] == [
         {
             "name": "node_relu_6",
@@ -138,12 +140,21 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
 
     monkeypatch.setattr(doctor, "_largest_error", lambda: 0.1)
     code, out, err = run("doctor")
-    assert (code, out.splitlines()[-1]) == (4, "does not work")
+    assert (code, out.splitlines()[-1]) == (4, "the op library does not work, see above")
     assert "wrong by 1.0e-01" in err
     monkeypatch.setattr(doctor, "_largest_error", lambda: float("nan"))
     assert run("doctor")[0] == 4
     monkeypatch.setattr(runtime, "_LIBRARY", "libmissing.so")
     code, _, err = run("doctor")
+    assert code == 4
+    assert "no C++ compiler was found" in err
+    # The fallback is there, and is what the check then checks.
+    code, _, err = run("patch", "digits.onnx", "--beta", "0.85", "--check")
+    assert code == 0
+    assert err.count("check passed") == 1
+    code, _, err = run(
+        "patch", "digits.onnx", "--beta", "0.85", "--check", "--force", "--lowering", "op"
+    )
     assert code == 4
     assert "no C++ compiler was found" in err
 
@@ -163,8 +174,13 @@ MISTAKES = [
     (["patch", "digits.onnx", "--beta", "0.5", "--include", "("], 2, "not a regular expression"),
     (["patch", "digits.onnx", "--beta", "0.5", "--ops", "gelu"], 2, "unknown op 'gelu'"),
     (["patch", "digits.onnx", "--beta", "0.5", "-o", "taken.onnx"], 2, "exists already"),
+    (["patch", "digits.onnx", "--beta", "0.5", "--dry-run", "--check"], 2, "does not go with"),
     (["patch", "digits.onnx", "--beta", "0.5", "-o", "folder"], 2, "folder: is a folder"),
-    (["patch", "digits.onnx", "--beta", "0.5", "-o", "no/such.onnx"], 2, "cannot be written"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", "no/such.onnx"], 2, "no folder no"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", "x" * 300], 2, "File name too long"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", "pipe", "--force"], 2, "no regular file"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", "no/x.onnx", "--dry-run"], 2, "no folder no"),
+    (["patch", "", "--beta", "0.5"], 3, "is a folder"),
     (["patch", "digits.onnx"], 2, "Missing option '--beta'"),
     (["patch", "digits.onnx", "--bet", "0.5"], 2, "No such option"),
     (["patch", "steered.onnx", "--beta", "0.5"], 2, "already steered"),
@@ -173,6 +189,7 @@ MISTAKES = [
     (["set", "digits.onnx", "--beta", "0.5"], 1, "no CTU"),
     (["set", "steered.onnx", "--beta", "2"], 2, "beta must lie in [0, 1]"),
     (["unpatch", "digits.onnx", "-o", "x.onnx"], 1, "no CTU"),
+    (["unpatch", "missing.onnx"], 3, "no such file"),
     (["unpatch", "steered.onnx"], 2, "does not end in .ct.onnx"),
     (["frobnicate"], 2, "No such command 'frobnicate'"),
 ]
@@ -184,6 +201,7 @@ MISTAKES = [
 def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
     digits = files()["digits.onnx"]
     os.mkdir("folder")
+    os.mkfifo("pipe")
     for name, data in {
         "truncated.onnx": digits[: len(digits) // 2],
         "random.onnx": np.random.default_rng(0).bytes(1000),
@@ -203,10 +221,38 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
     assert files() == before
 
 
+def test_links_are_followed_and_modes_kept(run):
+    assert run("patch", "digits.onnx", "--beta", "0.85")[0] == 0
+    os.chmod("digits.ct.onnx", 0o640)
+    os.symlink("digits.ct.onnx", "link.onnx")
+    assert run("set", "link.onnx", "--beta", "0.9")[0] == 0
+    assert os.path.islink("link.onnx")
+    assert "(beta 0.9)" in run("inspect", "digits.ct.onnx")[1]
+    assert oct(os.stat("digits.ct.onnx").st_mode & 0o777) == "0o640"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(run, monkeypatch, number):
+    from ctonnx import validate
+
+    monkeypatch.setattr(validate, "check_steered", lambda *a, **o: os.kill(os.getpid(), number))
+    assert run("patch", "digits.onnx", "--beta", "0.5", "--check")[0] == 128 + number
+    assert os.listdir() == ["digits.onnx"]
+
+
+def test_standard_output_that_cannot_be_written_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "ctonnx", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_a_failing_check_writes_nothing(run, monkeypatch):
     from ctonnx import validate
 
     monkeypatch.setattr(validate, "_DEFAULT_TOLERANCE", 0.0)
+    monkeypatch.setattr(validate, "_NOISE", 0.0)
     code, out, err = run("patch", "digits.onnx", "--beta", "0.85", "--check")
     assert (code, out) == (1, "")
     assert "at beta 1 against the original: output 'logits' differs by" in err

@@ -44,10 +44,13 @@ def test_external_data_are_copied_to_another_folder(external, tmp_path):
     steered = ctonnx.patch(external, 1.0, output=tmp_path / "out" / "m.onnx")
     assert sorted(os.listdir(tmp_path / "out")) == ["m.onnx", "weights.bin"]
     np.testing.assert_allclose(run(steered), [[0, 2, 4, 6]], atol=1e-5)
-    (tmp_path / "out" / "m.onnx").unlink()
-    with pytest.raises(UsageError, match=r"weights\.bin: exists already"):
-        ctonnx.patch(external, 1.0, output=tmp_path / "out" / "m.onnx")
-    assert os.listdir(tmp_path / "out") == ["weights.bin"]
+    # The same data may lie there already; other data are never overwritten.
+    ctonnx.patch(external, 1.0, output=tmp_path / "out" / "m.onnx", force=True)
+    (tmp_path / "out" / "weights.bin").write_bytes(b"somebody else's!")
+    with pytest.raises(UsageError, match=r"weights\.bin: exists and holds other data"):
+        ctonnx.patch(external, 1.0, output=tmp_path / "out" / "m.onnx", force=True)
+    assert (tmp_path / "out" / "weights.bin").read_bytes() == b"somebody else's!"
+    assert sorted(os.listdir(tmp_path / "out")) == ["m.onnx", "weights.bin"]
 
 
 @pytest.mark.parametrize(
@@ -56,18 +59,23 @@ def test_external_data_are_copied_to_another_folder(external, tmp_path):
         ({"location": "../weights.bin"}, "unsafe external data location"),
         ({"location": "/etc/passwd"}, "unsafe external data location"),
         ({"location": "sub/../../weights.bin"}, "unsafe external data location"),
-        ({"location": "link.bin"}, "leaves the model's folder"),
+        ({"location": "link.bin"}, "leave the model's folder"),
         ({"location": "pipe"}, "no regular file"),
         ({"location": "missing.bin"}, "missing"),
         ({"offset": "8"}, "too short"),
         ({"offset": "-8"}, "too short"),
         ({"length": "1000"}, "too short"),
-        ({"length": "many"}, "damaged"),
+        ({"length": "8"}, "too short"),
+        ({"length": "many"}, "external data of 'w'"),
+        ({"location": "loop"}, "external data of 'w'"),
+        ({"location": "a\0b"}, "external data of 'w'"),
+        ({"location": "x" * 300}, "external data of 'w'"),
     ],
 )
 def test_unsafe_external_data_are_refused(external, tmp_path, change, message):
     (tmp_path / "outside.bin").write_bytes(bytes(16))
     (external.parent / "link.bin").symlink_to(tmp_path / "outside.bin")
+    (external.parent / "loop").symlink_to(external.parent / "loop")
     os.mkfifo(external.parent / "pipe")
     model = onnx.load(external, load_external_data=False)
     tensor = model.graph.initializer[0]
@@ -82,27 +90,36 @@ def test_unsafe_external_data_are_refused(external, tmp_path, change, message):
     assert sorted(os.listdir(external.parent)) == before
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path):
-    path = tmp_path / "model.onnx"
-    path.write_bytes(b"before")
+def test_a_failing_edit_leaves_nothing_and_changes_nothing(external, tmp_path):
+    def fail(result, path):
+        assert run(path).shape == (1, 4)
+        raise ZeroDivisionError
 
-    def fail():
-        with files.staged(path, force=True) as temporary:
-            temporary.write_bytes(b"half")
-            raise ZeroDivisionError
+    (tmp_path / "out").mkdir()
+    for folder in (external.parent, tmp_path / "out"):
+        (folder / "old.onnx").write_bytes(b"before")
+        before = sorted(os.listdir(folder))
+        with pytest.raises(ZeroDivisionError):
+            files.edit(external, lambda model: None, folder / "old.onnx", True, fail)
+        assert sorted(os.listdir(folder)) == before
+        assert (folder / "old.onnx").read_bytes() == b"before"
 
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert os.listdir(tmp_path) == ["model.onnx"]
-    assert path.read_bytes() == b"before"
+
+def test_the_output_may_not_be_the_data(external):
+    with pytest.raises(UsageError, match="data of the model itself"):
+        ctonnx.patch(external, 0.5, output=external.parent / "weights.bin", force=True)
+    assert (external.parent / "weights.bin").stat().st_size == 16
 
 
 def test_an_unreadable_file_is_an_error(tmp_path):
     for data in (
         b"",
-        b"\\x00" * 100,
+        bytes(100),
         parsed(WEIGHTED.replace("w)", "x)")).SerializeToString()[:40],
     ):
         (tmp_path / "m.onnx").write_bytes(data)
         with pytest.raises(ModelError, match="not an ONNX model"):
             files.load(tmp_path / "m.onnx")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="no regular file"):
+        files.load(tmp_path / "pipe")

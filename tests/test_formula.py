@@ -95,9 +95,20 @@ def test_function_of_mixed_element_types_follows_x():
 def test_function_special_values():
     feeds = {"X": np.float32([np.nan, np.inf, -np.inf]), "coeff": np.float32([0.5])}
     model = Model(op_model().SerializeToString())
-    for beta in BETAS[1:]:
+    for beta in BETAS:
         y = model.run({**feeds, "beta": np.float32([beta])})["Y"]
         np.testing.assert_array_equal(y, [np.nan, np.inf, 0.0])
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.25, 1.0, 1.5, -0.5])
+def test_function_special_values_with_slope(slope):
+    feeds = {"X": np.float32([np.nan, np.inf, -np.inf]), "coeff": np.float32([0.5])}
+    feeds["slope"] = np.float32([slope])
+    model = Model(op_model(sloped=True).SerializeToString())
+    for beta in BETAS:
+        y = model.run({**feeds, "beta": np.float32([beta])})["Y"]
+        infinite = -np.inf * slope if slope else 0.0
+        np.testing.assert_array_equal(y, [np.nan, np.inf, infinite])
 
 
 def _assert_close(y, x, beta, slope, tolerance):
