@@ -8,9 +8,10 @@ from pathlib import Path
 import onnx
 import onnx.parser
 import pytest
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
-from ctonnx import ctu
+from ctonnx import ctu, rewrite
+from ctonnx.graph import scopes
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "samples" / "digits"
@@ -54,6 +55,37 @@ def op_model(dtype=TensorProto.FLOAT, sloped=False, function=True, opset=17, sha
         functions=[ctu.function(opset, {dtype}, sloped)] if function else [],
         ir_version=8,
     )
+
+
+def without_steering(model):
+    """A copy of a ModelProto less all that steering may change: two that differ in nothing else are
+    equal without it."""
+    rest = ModelProto()
+    rest.CopyFrom(model)
+    held = {tensor.name for tensor in rest.graph.initializer}
+    ours = {"beta", "coeff", *(name for name in held if name.startswith("slope"))}
+
+    def drop(repeated, unwanted):
+        kept = [element for element in repeated if not unwanted(element)]
+        del repeated[:]
+        repeated.extend(kept)
+
+    for scope in scopes(rest):
+        for node in scope.body.node:
+            if node.op_type in ("Relu", "LeakyRelu", "PRelu", "CTU"):
+                for part in ("op_type", "domain", "attribute"):
+                    node.ClearField(part)
+                del node.input[1:]
+            drop(node.metadata_props, lambda entry: entry.key == rewrite.ORIGINAL)
+    if rest.graph.input and rest.ir_version:
+        # Raising the IR version takes initializers out of the inputs.
+        drop(rest.graph.input, lambda value: value.name in held)
+        rest.ClearField("ir_version")
+    drop(rest.graph.initializer, lambda tensor: tensor.name in ours)
+    drop(rest.metadata_props, lambda entry: entry.key.startswith("ctonnx."))
+    drop(rest.opset_import, lambda entry: entry.domain == ctu.DOMAIN)
+    drop(rest.functions, ctu.is_ctu)
+    return rest
 
 
 @pytest.fixture(scope="session")
