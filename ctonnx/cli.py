@@ -52,7 +52,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     help="CTU nodes with a fallback function, CTU nodes alone, or standard ops alone.",
 )
 @click.option(
-    "--ops", metavar="LIST", help="Op types to steer: relu,leakyrelu,prelu. [default: all]"
+    "--ops", metavar="LIST", help="Op types to steer: relu,leakyrelu,prelu,clip,... [default: all]"
 )
 @click.option("--include", metavar="REGEX", help="Steer only nodes whose name matches.")
 @click.option("--exclude", metavar="REGEX", help="Leave out nodes whose name matches.")

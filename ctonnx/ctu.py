@@ -12,6 +12,9 @@ from .errors import UsageError
 DOMAIN = "ctonnx"
 OP_TYPE = "CTU"
 VERSION = 1
+
+# The op, and those of `activations.function` that call it.
+OPS = (OP_TYPE, "CTUMax", "CTUMin", "CTUClip", "CTUHardSigmoid")
 EPSILON = 1e-6
 
 # The oldest opset whose arithmetic broadcasts as the function needs it.
@@ -145,7 +148,7 @@ def function(opset, dtypes, sloped):
     )
 
 
-def is_ctu(node):
-    """Whether a NodeProto or FunctionProto is the op (its function)."""
-    name = node.name if isinstance(node, FunctionProto) else node.op_type
-    return (node.domain, name) == (DOMAIN, OP_TYPE)
+def is_ctu(proto):
+    """Whether a NodeProto, or FunctionProto, is an op of ours: CTU or one that calls it."""
+    name = proto.name if isinstance(proto, FunctionProto) else proto.op_type
+    return proto.domain == DOMAIN and name in OPS

@@ -3,9 +3,20 @@
 from collections import defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 
 import onnx
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, helper, shape_inference
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+    shape_inference,
+)
 
 from .errors import ModelError
 
@@ -24,8 +35,9 @@ class Scope:
     `path` is "" for the graph, "node.attribute" chained with "/" for a body inside it, and
     "domain::name" for a function. `function` is the function that encloses the body, if any, and
     `parent` the scope whose names the body sees.
-    `types` maps a tensor's name to the set of its TensorProto element types; a function called
-    with several types has several, and an unknown one is missing.
+    `types` maps a tensor's name to the set of its TensorProto element types; a function called with
+    several types has several, and an unknown one is missing. `shapes` maps it to its dimensions, a
+    number, a symbol or None each; None where calls differ.
     """
 
     path: str
@@ -33,6 +45,41 @@ class Scope:
     function: FunctionProto | None = None
     parent: "Scope | None" = None
     types: dict = field(default_factory=dict)
+    shapes: dict = field(default_factory=dict)
+
+    def constant(self, name):
+        """The number that the body sees under `name`, where that is a scalar constant, or None."""
+        if name in self._constants:
+            return self._constants[name]
+        return self.parent.constant(name) if self.parent else None
+
+    @cached_property
+    def _constants(self):
+        found = {}
+        if isinstance(self.body, GraphProto):
+            found.update((tensor.name, _number(tensor)) for tensor in self.body.initializer)
+        for node in self.body.node:
+            if node.op_type == "Constant":
+                for attribute in node.attribute:
+                    found[node.output[0]] = _number_of_attribute(attribute)
+        return {name: number for name, number in found.items() if number is not None}
+
+
+def _number(tensor):
+    if prod(tensor.dims) != 1 or tensor.data_location == TensorProto.EXTERNAL:
+        return None
+    try:
+        return float(numpy_helper.to_array(tensor).item())
+    except (TypeError, ValueError):
+        return None  # A string, or a tensor without its data.
+
+
+def _number_of_attribute(attribute):
+    if attribute.name == "value":
+        return _number(attribute.t)
+    if attribute.name in ("value_float", "value_int"):
+        return float(helper.get_attribute_value(attribute))
+    return None
 
 
 def node_label(node):
@@ -118,6 +165,9 @@ def typed_scopes(model):
         for target, mirror in zip(targets, inferred, strict=True):
             for name, types in mirror.types.items():
                 target.types.setdefault(name, set()).update(types)
+            for name, shape in mirror.shapes.items():
+                # Calls of one function may differ: then nothing is known of it.
+                target.shapes[name] = shape if target.shapes.get(name, shape) == shape else None
             for node in mirror.body.node:
                 key = key_of(node)
                 if key in functions:
@@ -159,12 +209,20 @@ def _inferred(model):
     result = list(_scopes(Scope("", model.graph)))
     for scope in result:
         graph = scope.body
-        scope.types = dict(scope.parent.types) if scope.parent else {}
+        if scope.parent:
+            scope.types, scope.shapes = dict(scope.parent.types), dict(scope.parent.shapes)
         for tensor in graph.initializer:
             scope.types[tensor.name] = {tensor.data_type}
+            scope.shapes[tensor.name] = list(tensor.dims)
         for value in (*graph.input, *graph.output, *graph.value_info):
-            if value.type.tensor_type.elem_type:
-                scope.types[value.name] = {value.type.tensor_type.elem_type}
+            kind = value.type.tensor_type
+            if kind.elem_type:
+                scope.types[value.name] = {kind.elem_type}
+            if kind.HasField("shape"):
+                scope.shapes[value.name] = [
+                    getattr(dim, dim.WhichOneof("value")) if dim.WhichOneof("value") else None
+                    for dim in kind.shape.dim
+                ]
     return result
 
 

@@ -134,6 +134,8 @@ def _put_stand_ins(model):
         raise _Refused("the model holds no CTU")
     if any(scope.function and ctu.is_ctu(node) for scope, node in found):
         raise _Refused("a CTU is inside a model-local function")
+    if any(node.op_type != ctu.OP_TYPE for node in sites):
+        raise _Refused("a CTU is part of a Clip or the like")
     if all(node.op_type != "Conv" for _, node in found):
         raise _Refused("the model holds no convolution")
     if {t.data_type for t in model.graph.initializer} & {TensorProto.FLOAT16, TensorProto.BFLOAT16}:

@@ -15,11 +15,12 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, inli
 
 from . import activations, ctu
 from .errors import ModelError, NothingToDo, UsageError
-from .graph import functions_of, key_of, names, node_label, scopes, typed_scopes, unique_name
+from .graph import Scope, functions_of, key_of, names, node_label, scopes, typed_scopes, unique_name
 
 ORIGINAL = "ctonnx.original"
 
-# On the standard ops of a CTU lowered to primitives: "inside" on its Relus, "result" on its last.
+# Lowering to primitives leaves it on the last op of an activation, with the activation's op type,
+# and empty on those inside that would look like activations themselves.
 LOWERED = "ctonnx.lowered"
 
 LOWERINGS = ("portable", "op", "primitives")
@@ -62,7 +63,7 @@ class Report:
 def find(model):
     """The Activations of a ModelProto, in order of scope and node."""
     values = _scalar_initializers(model)
-    return [activation for activation, *_ in _survey(model, values)]
+    return [site.activation for site in _survey(model, values)]
 
 
 def steer(
@@ -110,25 +111,27 @@ def steer(
     report = Report()
     candidates = []
     with_function = lowering != "op"
-    for activation, node, scope, dtypes in _survey(model, {}):
-        reason = activation.reason or selected(activation)
+    for site in _survey(model, {}):
+        reason = site.activation.reason or selected(site.activation)
+        if not reason and opset < 8 and site.steering.op_type != ctu.OP_TYPE:
+            reason = "its function needs opset 8"
         if reason:
-            report.skip(activation, reason)
+            report.skip(site.activation, reason)
             continue
-        candidates.append((activation, node, dtypes))
-        if scope.function is not None and not with_function:
+        candidates.append(site)
+        if site.scope.function is not None and not with_function:
             with_function = True
             report.notes.append(
                 "wrote the op's function too: without it ONNX Runtime cannot infer the types in "
                 "the model-local functions that hold activations"
             )
     usual = _usual_type(model, candidates)
-    unknown = sum(not dtypes for _, _, dtypes in candidates)
+    unknown = sum(not site.dtypes for site in candidates)
     if unknown:
         name = TensorProto.DataType.Name(usual).lower()
         report.notes.append(f"took {unknown} activations of unknown element type to be {name}")
     if opset < 15:
-        candidates = [(a, node, dtypes or {usual}) for a, node, dtypes in candidates]
+        candidates = [replace(site, dtypes=site.dtypes or {usual}) for site in candidates]
     sites = _of_fitting_types(candidates, opset, with_function, report)
     if not sites:
         raise NothingToDo(_nothing_matched(report.skipped))
@@ -140,28 +143,42 @@ def steer(
     if beta_as != "initializer":
         report.notes.append(f"beta is the graph's input {report.beta_name!r}")
     coeff_name = parameters.add("coeff", coeff)
-    sloped = any(activations.slope_of(node) for _, node, _ in sites)
-    for activation, node, dtypes in sites:
-        slope = activations.slope_of(node)
-        inputs = [node.input[0], report.beta_name, coeff_name]
-        if isinstance(slope, str):
-            inputs.append(slope)
-        elif slope or (sloped and with_function):
-            # A function has one signature, so next to a LeakyRelu a Relu passes its slope too.
-            inputs.append(parameters.add_slope(slope, next(iter(dtypes), usual)))
-        _record_node(node)
-        node.op_type, node.domain = ctu.OP_TYPE, ctu.DOMAIN
-        del node.attribute[:], node.input[:]
-        node.input.extend(inputs)
+    sloped = with_function and any(site.steering.sloped for site in sites)
+    for site in sites:
+        operands = list(site.steering.operands)
+        if sloped and site.steering.op_type == ctu.OP_TYPE and not operands:
+            # A function has one signature: next to a LeakyRelu a Relu passes its slope too.
+            operands = [0.0]
+        dtype = next(iter(site.dtypes), usual)
+        operands = [o if isinstance(o, str) else parameters.add_operand(o, dtype) for o in operands]
+        _steer_node(site, [report.beta_name, coeff_name, *operands], parameters)
         held = None if beta_as == "required-input" else beta
-        report.replaced.append(replace(activation, status="steered", beta=held, coeff=coeff))
+        report.replaced.append(replace(site.activation, status="steered", beta=held, coeff=coeff))
+    _insert_activations(model, sites)
+    quantized = {
+        name
+        for scope in scopes(model)
+        for node in scope.body.node
+        if node.op_type == "QuantizeLinear"
+        for name in node.input[:1]
+    }
+    count = sum(bool(quantized.intersection((site.inner or site.node).output)) for site in sites)
+    if count:
+        report.notes.append(
+            f"{count} feed QuantizeLinear, with a range that was calibrated without steering"
+        )
 
     _pass_into_functions(model, parameters.names)
     model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
     if with_function:
         unknown = {TensorProto.UNDEFINED}
-        dtypes = set().union(*(dtypes or unknown for _, _, dtypes in sites))
+        dtypes = set().union(*(site.dtypes or unknown for site in sites))
         model.functions.append(ctu.function(opset, dtypes, sloped))
+    # These have no kernel: wherever they stand their function is what runs.
+    ours = {site.steering.op_type for site in sites} - {ctu.OP_TYPE}
+    if "CTUHardSigmoid" in ours:
+        ours.add("CTUClip")
+    model.functions.extend(activations.function(op, opset, sloped) for op in sorted(ours))
     if lowering == "primitives":
         _inline(model)
     from . import __version__
@@ -207,13 +224,16 @@ def unsteer(model):
         NothingToDo: the model holds no CTU, as after lowering to primitives.
         ModelError: a CTU node carries no record of what it replaced.
     """
-    parameters = set()
+    parameters, inserted = set(), False
     for scope in _steered(model):
         for node in scope.body.node:
             if ctu.is_ctu(node):
                 parameters.update(node.input[1:])
                 _restore(node)
                 parameters.difference_update(node.input)
+                if not node.input:  # It was fused into the node before it.
+                    node.ClearField("op_type")
+                    inserted = True
     for scope in scopes(model):
         # PRelu's slope is the model's own: what restored nodes still use is no parameter of ours.
         if isinstance(scope.body, FunctionProto):
@@ -221,6 +241,8 @@ def unsteer(model):
         for node in scope.body.node:
             if _metadata(node, ORIGINAL) is not None:
                 _restore(node)
+        if inserted:
+            _keep(scope.body.node, lambda node: node.op_type)
     for i in reversed(range(len(model.functions))):
         if ctu.is_ctu(model.functions[i]):
             del model.functions[i]
@@ -241,32 +263,49 @@ def unsteer(model):
 # --- finding
 
 
+@dataclass(frozen=True)
+class _Site:
+    """An activation where it stands. `dtypes` is empty where the element type is not known;
+    `inner` is the activation as a node of its own where `node` is one that it is fused into."""
+
+    activation: Activation
+    node: NodeProto
+    scope: Scope
+    dtypes: set
+    steering: activations.Steering | None = None
+    inner: NodeProto | None = None
+
+
 def _survey(model, values):
-    """Yield (Activation, node, Scope, element types) of every activation of the model."""
+    """Yield a _Site for every activation of the model."""
     for scope in typed_scopes(model):
         if scope.function is not None and ctu.is_ctu(scope.function):
             continue
         for node in scope.body.node:
             name = node_label(node)
+            lowered = _metadata(node, LOWERED)
             if ctu.is_ctu(node):
                 beta, coeff = (values.get(n) for n in node.input[1:3])
                 activation = Activation(
                     name, _original_op(node), scope.path, "steered", None, beta, coeff
                 )
-                yield activation, node, scope, set()
-                continue
-            lowered = _metadata(node, LOWERED)
-            if lowered == "result":
-                yield Activation(name, ctu.OP_TYPE, scope.path, "steered"), node, scope, set()
-            if lowered is not None:
-                continue
-            known = scope.types.get(node.input[0], set()) if node.input else set()
-            reason = activations.refusal(node, known)
-            if reason is None:
-                continue
-            status = "skipped" if reason else "steerable"
-            activation = Activation(name, node.op_type, scope.path, status, reason or None)
-            yield activation, node, scope, known
+                yield _Site(activation, node, scope, set())
+            elif lowered:
+                activation = Activation(name, lowered, scope.path, "steered")
+                yield _Site(activation, node, scope, set())
+            elif lowered is None:
+                inner = activations.unfused(node)
+                known = scope.types.get((*node.input, *node.output, "")[0], set())
+                judged = activations.judge(inner or node, known, scope.constant)
+                if judged is None:
+                    continue
+                op_type = (inner or node).op_type
+                if isinstance(judged, str):
+                    activation = Activation(name, op_type, scope.path, "skipped", judged)
+                    yield _Site(activation, node, scope, known)
+                else:
+                    activation = Activation(name, op_type, scope.path, "steerable")
+                    yield _Site(activation, node, scope, known, judged, inner)
 
 
 def _selector(ops, include, exclude):
@@ -307,29 +346,31 @@ def _pattern(option, text):
 
 def _usual_type(model, candidates):
     """The commonest known type of the candidates, else of the floating-point initializers."""
-    counts = Counter(dtype for _, _, dtypes in candidates for dtype in dtypes) or Counter(
+    counts = Counter(dtype for site in candidates for dtype in site.dtypes) or Counter(
         t.data_type for t in model.graph.initializer if t.data_type in ctu.FLOATING
     )
     return counts.most_common(1)[0][0] if counts else TensorProto.FLOAT
 
 
 def _of_fitting_types(candidates, opset, with_function, report):
-    """The candidates whose element types the function, or a slope, can serve; the rest are skipped.
+    """The candidates whose element types the function, or an operand, can serve; the rest skipped.
 
-    A slope is an initializer of one element type. The function's body is written for one element
+    An operand is an initializer of one element type. The function's body is written for one element
     type too, unless CastLike (opset 15) is there to follow X.
     """
-    commonest = Counter(min(dtypes, default=0) for _, _, dtypes in candidates).most_common(1)
-    sloped = any(activations.slope_of(node) for _, node, _ in candidates)
+    commonest = Counter(min(site.dtypes, default=0) for site in candidates).most_common(1)
+    sloped = any(site.steering.sloped for site in candidates)
     one_type = opset < 15 and with_function
     sites = []
-    for activation, node, dtypes in candidates:
-        if len(dtypes) > 1 and (sloped or one_type):
-            report.skip(activation, "its function is called with several element types")
-        elif one_type and min(dtypes) != commonest[0][0]:
-            report.skip(activation, "its element type is not the usual one; mixing needs opset 15")
+    for site in candidates:
+        typed = sloped or any(not isinstance(o, str) for o in site.steering.operands)
+        if len(site.dtypes) > 1 and (typed or one_type):
+            report.skip(site.activation, "its function is called with several element types")
+        elif one_type and min(site.dtypes) != commonest[0][0]:
+            reason = "its element type is not the usual one; mixing needs opset 15"
+            report.skip(site.activation, reason)
         else:
-            sites.append((activation, node, dtypes))
+            sites.append(site)
     return sites
 
 
@@ -369,8 +410,13 @@ def _is_steered(model):
 
 
 def _steered(model):
-    """The Scopes that hold CTU nodes, as a list."""
-    found = [scope for scope in scopes(model) if any(map(ctu.is_ctu, scope.body.node))]
+    """The Scopes of the model's own that hold CTU nodes, as a list."""
+    found = [
+        scope
+        for scope in scopes(model)
+        if not (scope.function and ctu.is_ctu(scope.function))
+        and any(map(ctu.is_ctu, scope.body.node))
+    ]
     if not found:
         raise NothingToDo(
             "the model holds no CTU: it is not steered, or for good, being lowered to primitives"
@@ -399,34 +445,83 @@ def _raise_ir(model, minimum, report):
     _record(model, before)
 
 
+def _steer_node(site, inputs, parameters):
+    """Make the site's node, or the one fused into it, an op of ours with `inputs` behind X."""
+    node = site.node
+    if site.inner is not None:
+        _record(node, _copy_of(node, "metadata_props", "doc_string", "name"))
+        before = parameters.free_name(f"{node.output[0]}_before_activation")
+        site.inner.name = node.name and f"{node.name}_activation"
+        node.output[0] = before
+        _keep(node.attribute, lambda a: not a.name.startswith("activation"))
+        if node.op_type == "FusedGemm":
+            node.op_type, node.domain = "Gemm", ""
+        node = site.inner
+        _record(node, NodeProto(op_type=node.op_type))
+        x = before
+    else:
+        _record(node, _copy_of(node, "metadata_props", "doc_string", "name", "output"))
+        x = site.steering.x
+    node.op_type, node.domain = site.steering.op_type, ctu.DOMAIN
+    del node.attribute[:], node.input[:]
+    node.input.extend([x, *inputs])
+
+
+def _insert_activations(model, sites):
+    """Put the activations that were fused behind the nodes that they were fused into."""
+    behind = {}
+    for site in sites:
+        if site.inner is not None:
+            behind[id(site.scope.body), site.node.output[0]] = site.inner
+    if not behind:
+        return
+    # Innermost bodies first, as a body is copied along with the node that holds it.
+    for scope in reversed(list({id(site.scope): site.scope for site in sites}.values())):
+        nodes = []
+        for node in scope.body.node:
+            nodes.append(node)
+            inner = behind.get((id(scope.body), node.output[0] if node.output else ""))
+            if inner is not None:
+                nodes.append(inner)
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del scope.body.node[:]
+        scope.body.node.extend(copies)
+
+
 class _Parameters:
     """The initializers and inputs that steering adds to the graph, under names that are free."""
 
     def __init__(self, model):
         self._model = model
         self._taken = names(model)
-        self._slopes = {}
+        self._operands = {}
         self.names = []
 
-    def _name(self, base):
+    def free_name(self, base):
+        """A name like `base` that nothing in the model has."""
         name = unique_name(base, self._taken)
         self._taken.add(name)
+        return name
+
+    def _parameter(self, base):
+        name = self.free_name(base)
         self.names.append(name)
         return name
 
     def add(self, base, value, as_input="initializer"):
-        name = self._name(base)
+        name = self._parameter(base)
         if as_input != "initializer":
             make_beta_an_input(self._model, name)
         if as_input != "required-input":
             self._model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
         return name
 
-    def add_slope(self, value, dtype):
-        if (value, dtype) not in self._slopes:
-            name = self._slopes[value, dtype] = self._name("slope")
+    def add_operand(self, value, dtype):
+        """The name of an initializer of the number `value`, one for all that need it."""
+        if (value, dtype) not in self._operands:
+            name = self._operands[value, dtype] = self._parameter("ctu_operand")
             self._model.graph.initializer.append(_scalar(name, value, dtype))
-        return self._slopes[value, dtype]
+        return self._operands[value, dtype]
 
 
 def _scalar(name, value, dtype):
@@ -464,7 +559,7 @@ def _pass_into_functions(model, parameters):
     arity = {key: len(function.input) for key, function in functions.items()}
     for node, key in list(callees(scopes(model))):
         if needs[key]:
-            _record_node(node)
+            _record(node, _copy_of(node, "metadata_props", "doc_string", "name", "output"))
             node.input.extend([""] * (arity[key] - len(node.input)))
             node.input.extend(name for name in parameters if name in needs[key])
     for key, function in functions.items():
@@ -475,16 +570,25 @@ def _pass_into_functions(model, parameters):
 
 def _inline(model):
     """Replace every CTU by the body of its function, leaving standard ops only."""
-    for node in model.functions[-1].node:
-        if node.op_type == "Relu":
-            node.metadata_props.add(key=LOWERED, value="inside")
-        if "Y" in node.output:
-            node.metadata_props.add(key=LOWERED, value="result")
+    ours = [function for function in model.functions if ctu.is_ctu(function)]
+    results = {}
+    for scope in scopes(model):
+        for node in scope.body.node:
+            if scope.function in ours:
+                if node.op_type in activations.STEERABLE:
+                    node.metadata_props.add(key=LOWERED, value="")
+            elif ctu.is_ctu(node):
+                results[scope.path, node.output[0]] = _original_op(node)
     try:
-        inlined = inliner.inline_selected_functions(model, [(ctu.DOMAIN, ctu.OP_TYPE)])
+        inlined = inliner.inline_selected_functions(model, [(f.domain, f.name) for f in ours])
     except RuntimeError as error:
         raise ModelError(f"cannot be lowered to primitives: {error}") from None
     model.CopyFrom(inlined)
+    for scope in scopes(model):
+        for node in scope.body.node:
+            op_type = results.get((scope.path, node.output[0] if node.output else ""))
+            if op_type is not None:
+                node.metadata_props.add(key=LOWERED, value=op_type)
     for owner in (model, *model.functions):
         _keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
 
@@ -502,12 +606,13 @@ def _record(proto, before):
     proto.metadata_props.add(key=ORIGINAL, value=value)
 
 
-def _record_node(node):
-    before = NodeProto()
-    before.CopyFrom(node)
-    for untouched in "name", "output", "doc_string", "metadata_props":
-        before.ClearField(untouched)
-    _record(node, before)
+def _copy_of(node, *without):
+    """A copy of a NodeProto less some of its fields."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    for name in without:
+        copy.ClearField(name)
+    return copy
 
 
 def _decode(kind, text):
@@ -524,6 +629,8 @@ def _restore(node):
     before = _decode(NodeProto, text)
     for changed in "op_type", "domain", "input", "attribute":
         node.ClearField(changed)
+    if before.output:
+        node.ClearField("output")
     node.MergeFrom(before)
     _keep(node.metadata_props, lambda entry: entry.key != ORIGINAL)
 

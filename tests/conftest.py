@@ -63,7 +63,7 @@ def without_steering(model):
     rest = ModelProto()
     rest.CopyFrom(model)
     held = {tensor.name for tensor in rest.graph.initializer}
-    ours = {"beta", "coeff", *(name for name in held if name.startswith("slope"))}
+    ours = {"beta", "coeff", *(name for name in held if name.startswith("ctu_operand"))}
 
     def drop(repeated, unwanted):
         kept = [element for element in repeated if not unwanted(element)]
@@ -72,7 +72,7 @@ def without_steering(model):
 
     for scope in scopes(rest):
         for node in scope.body.node:
-            if node.op_type in ("Relu", "LeakyRelu", "PRelu", "CTU"):
+            if node.op_type in ("Relu", "LeakyRelu", "PRelu", "Clip") or ctu.is_ctu(node):
                 for part in ("op_type", "domain", "attribute"):
                     node.ClearField(part)
                 del node.input[1:]
