@@ -32,7 +32,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 
 @cli.command()
 @_model
-@click.option("--beta", type=float, required=True, help="Curvature in [0, 1]; 1 is the original.")
+@click.option("--beta", type=float, help="Curvature in [0, 1]; 1 is the original.")
 @click.option(
     "--coeff", type=float, default=0.5, show_default=True, help="The paper's c, in [0, 1]."
 )
@@ -57,6 +57,13 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--include", metavar="REGEX", help="Steer only nodes whose name matches.")
 @click.option("--exclude", metavar="REGEX", help="Leave out nodes whose name matches.")
 @click.option(
+    "--params",
+    "params_file",
+    metavar="FILE",
+    type=_path,
+    help="Beta and coeff of single nodes, per channel where wanted: .json or .npz.",
+)
+@click.option(
     "--check",
     is_flag=True,
     help="Before writing, compare with the original at beta 1, and kernel with fallback.",
@@ -64,16 +71,20 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @_force
 @_json
-def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **choices):
+def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, as_json, **choices):
     """Steer MODEL.
 
     Writes X.ct.onnx beside X.onnx, or OUTPUT.
     """
-    from . import api, files, rewrite, runtime, validate
+    from . import api, files, params, rewrite, runtime, validate
+
+    if beta is None and params_file is None:
+        raise click.UsageError("Missing option '--beta', or '--params'")
+    given = None if params_file is None else params.load(params_file)
 
     def steer(proto):
         names = None if ops is None else [name.strip() for name in ops.split(",")]
-        return rewrite.steer(proto, beta, coeff, ops=names, **choices)
+        return rewrite.steer(proto, beta, coeff, params=given, ops=names, **choices)
 
     def verify(report, path):
         checks.update(validate.check_steered(model, path, report, beta, choices["lowering"]))
@@ -111,7 +122,8 @@ def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **cho
         worst = max(c.max_rel for c in comparisons)
         _say(f"check passed: {name}, largest relative difference {worst:.1e}")
     count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
-    click.echo(f"{'would write' if dry_run else 'wrote'} {output}: {count} at beta {beta:.12g}")
+    at = "per activation" if beta is None else f"{beta:.12g}"
+    click.echo(f"{'would write' if dry_run else 'wrote'} {output}: {count} at beta {at}")
 
 
 @cli.command()
@@ -138,8 +150,10 @@ def _detail(activation):
     if activation.status == "skipped":
         return f"  ({activation.reason})"
     if activation.status == "steered":
-        held = "not a constant" if activation.beta is None else f"{activation.beta:.12g}"
-        return f"  (beta {held})"
+        beta = activation.beta
+        if isinstance(beta, list):
+            return "  (beta per channel)"
+        return f"  (beta {'fed' if beta is None else format(beta, '.12g')})"
     return ""
 
 

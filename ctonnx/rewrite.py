@@ -11,9 +11,10 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
 
-from . import activations, ctu
+from . import activations, ctu, params
 from .errors import ModelError, NothingToDo, UsageError
 from .graph import Scope, functions_of, key_of, names, node_label, scopes, typed_scopes, unique_name
 
@@ -32,7 +33,8 @@ class Activation:
     """One activation of a model, as `inspect` and `patch` report it.
 
     `status` is "steerable", "steered" or "skipped", the last with a `reason`. `beta` and `coeff`
-    are those of a steered one; None where they are fed at run time or differ per channel.
+    are those of a steered one: a number, nested lists where they differ per channel, and None where
+    they are fed at run time.
     """
 
     name: str
@@ -40,21 +42,23 @@ class Activation:
     scope: str
     status: str
     reason: str | None = None
-    beta: float | None = None
-    coeff: float | None = None
+    beta: float | list | None = None
+    coeff: float | list | None = None
 
 
 @dataclass
 class Report:
     """What `steer` did: the Activations it replaced and skipped, and what else it had to change.
 
-    `beta_name` is the name of the initializer or input that holds beta.
+    `beta_name` is the name of the initializer or input that holds the common beta, `beta_names` are
+    those of all.
     """
 
     replaced: list[Activation] = field(default_factory=list)
     skipped: list[Activation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     beta_name: str = "beta"
+    beta_names: set[str] = field(default_factory=set)
 
     def skip(self, activation, reason):
         self.skipped.append(replace(activation, status="skipped", reason=reason))
@@ -62,15 +66,16 @@ class Report:
 
 def find(model):
     """The Activations of a ModelProto, in order of scope and node."""
-    values = _scalar_initializers(model)
+    values = _parameter_values(model)
     return [site.activation for site in _survey(model, values)]
 
 
 def steer(
     model,
-    beta,
+    beta=None,
     coeff=0.5,
     *,
+    params=None,
     beta_as="initializer",
     lowering="portable",
     ops=None,
@@ -81,6 +86,8 @@ def steer(
 
     Args:
         beta, coeff: the CTU's parameters, in [0, 1].
+        params: parameters of single activations, as params.resolve takes them. Without `beta` only
+            those are steered.
         beta_as: "initializer" bakes beta in; "input" makes it an optional graph input with the
             value as default; "required-input" makes it a graph input that must be fed.
         lowering: "portable" writes the node and a function of standard ops as its fallback; "op"
@@ -96,7 +103,11 @@ def steer(
         NothingToDo: no activation is left to steer. The model is unchanged.
         ModelError: the opset is older than the function's arithmetic.
     """
-    beta, coeff = ctu.check_unit_interval("beta", beta), ctu.check_unit_interval("coeff", coeff)
+    if beta is not None or params is None:
+        beta = ctu.check_unit_interval("beta", beta)
+    elif beta_as != "initializer":
+        raise UsageError("beta can only be an input together with a value for beta")
+    coeff = ctu.check_unit_interval("coeff", coeff)
     _check_choice("lowering", lowering, LOWERINGS)
     _check_choice("beta_as", beta_as, BETA_AS)
     selected = _selector(ops, include, exclude)
@@ -133,27 +144,29 @@ def steer(
     if opset < 15:
         candidates = [replace(site, dtypes=site.dtypes or {usual}) for site in candidates]
     sites = _of_fitting_types(candidates, opset, with_function, report)
+    sites, given = _with_parameters(sites, params, beta, coeff, report)
     if not sites:
         raise NothingToDo(_nothing_matched(report.skipped))
 
     # Functions came with IR 8; before IR 4 every initializer had to be listed as an input as well.
     _raise_ir(model, 8 if with_function and lowering != "primitives" else 4, report)
     parameters = _Parameters(model)
-    report.beta_name = parameters.add("beta", beta, as_input=beta_as)
+    if beta is not None:
+        report.beta_name = parameters.add("beta", beta, as_input=beta_as)
     if beta_as != "initializer":
         report.notes.append(f"beta is the graph's input {report.beta_name!r}")
-    coeff_name = parameters.add("coeff", coeff)
     sloped = with_function and any(site.steering.sloped for site in sites)
-    for site in sites:
+    for site, values in zip(sites, given, strict=True):
         operands = list(site.steering.operands)
         if sloped and site.steering.op_type == ctu.OP_TYPE and not operands:
             # A function has one signature: next to a LeakyRelu a Relu passes its slope too.
             operands = [0.0]
         dtype = next(iter(site.dtypes), usual)
         operands = [o if isinstance(o, str) else parameters.add_operand(o, dtype) for o in operands]
-        _steer_node(site, [report.beta_name, coeff_name, *operands], parameters)
-        held = None if beta_as == "required-input" else beta
-        report.replaced.append(replace(site.activation, status="steered", beta=held, coeff=coeff))
+        held = [parameters.add(name, values[name]) for name in ("beta", "coeff")]
+        report.beta_names.add(held[0])
+        _steer_node(site, [*held, *operands], parameters)
+        report.replaced.append(replace(site.activation, status="steered"))
     _insert_activations(model, sites)
     quantized = {
         name
@@ -183,13 +196,16 @@ def steer(
         _inline(model)
     from . import __version__
 
-    for key, value in ("version", __version__), ("beta", repr(beta)), ("coeff", repr(coeff)):
+    beta = "per activation" if beta is None else repr(beta)
+    for key, value in ("version", __version__), ("beta", beta), ("coeff", repr(coeff)):
         model.metadata_props.add(key=f"ctonnx.{key}", value=value)
     return report
 
 
 def set_beta(model, beta):
-    """Change the beta of a steered ModelProto in place; optional inputs get it as their default.
+    """Change the beta of a steered ModelProto in place, of all its activations.
+
+    An optional input gets it as its default.
 
     Raises:
         UsageError: beta is not in [0, 1], or is a required input, which has no value to set.
@@ -199,16 +215,19 @@ def set_beta(model, beta):
     held = {
         node.input[1] for scope in _steered(model) for node in scope.body.node if ctu.is_ctu(node)
     }
-    changed = False
-    for tensor in model.graph.initializer:
-        if tensor.name in held:
-            tensor.CopyFrom(_scalar(tensor.name, beta, TensorProto.FLOAT))
-            changed = True
-    if not changed:
+    if not fill_beta(model, held, beta):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
     for entry in model.metadata_props:
         if entry.key == "ctonnx.beta":
             entry.value = repr(beta)
+
+
+def fill_beta(model, names, beta):
+    """Give the initializers `names` of a ModelProto the value beta; whether there was any."""
+    found = [tensor for tensor in model.graph.initializer if tensor.name in names]
+    for tensor in found:
+        tensor.CopyFrom(_scalar(tensor.name, beta, TensorProto.FLOAT))
+    return bool(found)
 
 
 def make_beta_an_input(model, name):
@@ -374,6 +393,21 @@ def _of_fitting_types(candidates, opset, with_function, report):
     return sites
 
 
+def _with_parameters(sites, given, beta, coeff, report):
+    """The sites that have a beta, and the arrays of each; those without are skipped."""
+    resolved = params.resolve(given, beta, coeff, [site.activation for site in sites])
+    kept = []
+    for site, values in zip(sites, resolved, strict=True):
+        if values["beta"] is None:
+            report.skip(site.activation, "no beta is given for it")
+            continue
+        shape = site.scope.shapes.get((site.inner or site.node).output[0])
+        name = site.activation.name
+        values = {n: params.per_channel(v, shape, name) for n, v in values.items()}
+        kept.append((site, values))
+    return [site for site, _ in kept], [values for _, values in kept]
+
+
 def _nothing_matched(skipped):
     if not skipped:
         return "no activation to steer: the model holds none"
@@ -494,7 +528,7 @@ class _Parameters:
     def __init__(self, model):
         self._model = model
         self._taken = names(model)
-        self._operands = {}
+        self._held = {}
         self.names = []
 
     def free_name(self, base):
@@ -509,19 +543,24 @@ class _Parameters:
         return name
 
     def add(self, base, value, as_input="initializer"):
-        name = self._parameter(base)
-        if as_input != "initializer":
-            make_beta_an_input(self._model, name)
-        if as_input != "required-input":
-            self._model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
-        return name
+        """The name of an initializer or input `value`, float32, one for all that are equal."""
+        value = np.asarray(value, np.float32)
+        key = base, value.shape, value.tobytes()
+        if key not in self._held:
+            name = self._held[key] = self._parameter(base)
+            if as_input != "initializer":
+                make_beta_an_input(self._model, name)
+            if as_input != "required-input":
+                tensor = helper.make_tensor(name, TensorProto.FLOAT, value.shape, value.ravel())
+                self._model.graph.initializer.append(tensor)
+        return self._held[key]
 
     def add_operand(self, value, dtype):
         """The name of an initializer of the number `value`, one for all that need it."""
-        if (value, dtype) not in self._operands:
-            name = self._operands[value, dtype] = self._parameter("ctu_operand")
+        if (value, dtype) not in self._held:
+            name = self._held[value, dtype] = self._parameter("ctu_operand")
             self._model.graph.initializer.append(_scalar(name, value, dtype))
-        return self._operands[value, dtype]
+        return self._held[value, dtype]
 
 
 def _scalar(name, value, dtype):
@@ -640,15 +679,22 @@ def _original_op(node):
     return _decode(NodeProto, text).op_type if text is not None else node.op_type
 
 
-def _scalar_initializers(model):
-    """name -> value of the graph's scalar float32 initializers, in the fewest digits."""
-    return {
-        tensor.name: float(str(numpy_helper.to_array(tensor)))
-        for tensor in model.graph.initializer
-        if tensor.data_type == TensorProto.FLOAT
-        and not tensor.dims
-        and tensor.data_location != TensorProto.EXTERNAL
+def _parameter_values(model):
+    """name -> value of the initializers that hold a beta or coeff, as Activation has them."""
+    used = {
+        name
+        for scope in scopes(model)
+        for node in scope.body.node
+        if ctu.is_ctu(node)
+        for name in node.input[1:3]
     }
+    return {t.name: _decimal(t) for t in model.graph.initializer if t.name in used}
+
+
+def _decimal(tensor):
+    """Numbers with the fewest digits that tell two float32 apart, not those of the next double."""
+    array = numpy_helper.to_array(tensor)
+    return np.reshape([float(str(value)) for value in array.ravel()], array.shape).tolist()
 
 
 def _keep(repeated, wanted):
