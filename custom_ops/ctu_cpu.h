@@ -35,7 +35,7 @@ struct Units {
   const A* data;
   size_t stride;
 };
-constexpr size_t kUnitFields = 6;
+constexpr size_t kUnitFields = 7;
 
 // A vector of units may be loaded that starts at the last one: leave so many behind it.
 constexpr size_t kUnitPadding = 15;

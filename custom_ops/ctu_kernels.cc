@@ -145,10 +145,13 @@ void for_each_vector(const T* x, T* y, size_t n, Body body) {
 // v = 256 on the correction is below 1e-14 for every beta >= kTableFromBeta, and taken as 0.
 
 #if defined(__AVX512F__)
-// Few segments of high degree: the coefficients of each power fill two registers, and a permutation
-// of those looks them up.
+// Few segments of high degree: the coefficients of each power fill two registers, or one of AVX2's,
+// and a permutation of those looks them up.
 constexpr int kSplitBits = 2;  // 4 segments to an octave
 constexpr int kDegree = 5;
+#elif defined(__AVX2__)
+constexpr int kSplitBits = 0;
+constexpr int kDegree = 10;
 #else
 // Many segments of low degree: the coefficients of a segment are a row in memory.
 constexpr int kSplitBits = 5;
@@ -201,18 +204,22 @@ struct Nodes {
   }
 };
 
-// Where a table keeps the coefficient of `power` on `segment`.
+#if defined(__AVX2__)
+constexpr size_t kTableFloats = kSegments * kPowers;
+
+// Where a table keeps the coefficient of `power` on `segment`. The permutation takes the low bits of
+// exponent and leading mantissa, in which the exponent's bias of 127 still is.
 size_t table_index(int segment, int power) {
-#if defined(__AVX512F__)
-  // The permutation takes the five low bits of exponent and leading mantissa, with the exponent's
-  // bias of 127 still in them.
-  return static_cast<size_t>(power * kSegments + ((segment + (127 << kSplitBits)) % kSegments));
-#else
-  return static_cast<size_t>(segment * kPowers + power);
-#endif
+  return static_cast<size_t>(power * kSegments + (segment + (127 << kSplitBits)) % kSegments);
 }
+#else
 // The row behind the last segment's is 0, for what lies beyond the grid.
 constexpr size_t kTableFloats = (kSegments + 1) * kPowers;
+
+size_t table_index(int segment, int power) {
+  return static_cast<size_t>(segment * kPowers + power);
+}
+#endif
 
 void make_table(const Parameters& parameters, float* table) {
   static const Nodes nodes;
@@ -220,13 +227,14 @@ void make_table(const Parameters& parameters, float* table) {
   const double sign = slope < 1 ? 1 : slope > 1 ? -1 : 0;
   const double s = sign * (1.0 - beta + 1e-6);
   const double log_scale = (1 - coeff) * s, gate_scale = coeff * s;
+  std::memset(table, 0, kTableFloats * sizeof(float));
   constexpr int step = kLanes<Doubles>;
   for (int segment = 0; segment < kSegments; segment += step) {
     Doubles values[kPowers];
     for (int node = 0; node < kPowers; ++node) {
       const Doubles u = load(&nodes.u[node][segment]);
-      const Doubles g = exp_neg(u * beta, Doubles{});
-      values[node] = load(&nodes.log_term[node][segment]) * log_scale - u * gate_scale * (g / (1 + g));
+      const Doubles e = exponential(u * beta, Doubles{});
+      values[node] = load(&nodes.log_term[node][segment]) * log_scale - u * gate_scale / (1 + e);
     }
     for (int power = 0; power < kPowers; ++power) {
       Doubles sum = {};
@@ -238,18 +246,18 @@ void make_table(const Parameters& parameters, float* table) {
       }
     }
   }
-  for (size_t i = kSegments * kPowers; i < kTableFloats; ++i) table[i] = 0;
 }
 
 // A table ready for use: at(v) is the correction for v = 1 + u, v >= 1 or NaN.
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
 class Table {
  public:
   explicit Table(const float* table) {
     for (int power = 0; power < kPowers; ++power) {
-      low_[power] = load(table + power * kSegments);
-      high_[power] = load(table + power * kSegments + kSegments / 2);
+      for (int part = 0; part < kParts; ++part) {
+        powers_[power][part] = load(table + power * kSegments + part * kSegments / kParts);
+      }
     }
   }
 
@@ -257,27 +265,31 @@ class Table {
     const Ints bits = bits_as<Ints>(v);
     const Ints segment = bits >> kFractionBits;
     const Floats t = bits_as<Floats>((bits & ((1 << kFractionBits) - 1)) | 0x3f800000) - kMiddle;
-    Floats p = coefficient(kDegree, segment);
-    for (int power = kDegree; power-- > 0;) p = p * t + coefficient(power, segment);
+    Floats p = look_up(powers_[kDegree], segment);
+    for (int power = kDegree; power-- > 0;) p = p * t + look_up(powers_[power], segment);
     return v < kLimit ? p : Floats{};
   }
 
  private:
-  Floats coefficient(int power, Ints segment) const {
-    return (Floats)_mm512_permutex2var_ps((__m512)low_[power], (__m512i)segment,
-                                          (__m512)high_[power]);
-  }
+  static constexpr int kParts = kSegments * sizeof(float) / kVectorBytes;
 
-  Floats low_[kPowers], high_[kPowers];
+#if defined(__AVX512F__)
+  static Floats look_up(const Floats (&parts)[2], Ints segment) {
+    return (Floats)_mm512_permutex2var_ps((__m512)parts[0], (__m512i)segment, (__m512)parts[1]);
+  }
+#else
+  static Floats look_up(const Floats (&parts)[1], Ints segment) {
+    return (Floats)_mm256_permutevar8x32_ps((__m256)parts[0], (__m256i)segment);
+  }
+#endif
+
+  Floats powers_[kPowers][kParts];
 };
 
 #else
 
-// (a0, b0, a1, b1) and (a2, b2, a3, b3), in each 128 bits.
-#if defined(__AVX2__)
-Floats zip_low(Floats a, Floats b) { return (Floats)_mm256_unpacklo_ps((__m256)a, (__m256)b); }
-Floats zip_high(Floats a, Floats b) { return (Floats)_mm256_unpackhi_ps((__m256)a, (__m256)b); }
-#elif defined(__clang__)
+// (a0, b0, a1, b1) and (a2, b2, a3, b3).
+#if defined(__clang__)
 Floats zip_low(Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
 Floats zip_high(Floats a, Floats b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 #else
@@ -296,8 +308,8 @@ class Table {
     const Ints segment = (bits >> kFractionBits) - (127 << kSplitBits);
     const Floats t = bits_as<Floats>((bits & ((1 << kFractionBits) - 1)) | 0x3f800000) - kMiddle;
     // Four rows of four coefficients are a 4 x 4 matrix: transposed, each power is a vector.
-    const Floats row0 = rows(segment, 0), row1 = rows(segment, 1);
-    const Floats row2 = rows(segment, 2), row3 = rows(segment, 3);
+    const Floats row0 = row(segment[0]), row1 = row(segment[1]);
+    const Floats row2 = row(segment[2]), row3 = row(segment[3]);
     const Floats even_low = zip_low(row0, row2), even_high = zip_high(row0, row2);
     const Floats odd_low = zip_low(row1, row3), odd_high = zip_high(row1, row3);
     const Floats c0 = zip_low(even_low, odd_low), c1 = zip_high(even_low, odd_low);
@@ -306,16 +318,7 @@ class Table {
   }
 
  private:
-  // The row of segment[lane] and, in 256 bits, that of segment[lane + 4].
-  Floats rows(Ints segment, int lane) const {
-#if defined(__AVX2__)
-    return (Floats)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row(segment[lane]))),
-                                        _mm_loadu_ps(row(segment[lane + 4])), 1);
-#else
-    return load(row(segment[lane]));
-#endif
-  }
-  const float* row(int segment) const { return rows_ + segment * kPowers; }
+  Floats row(int segment) const { return load(rows_ + segment * kPowers); }
 
   const float* rows_;
 };
@@ -334,7 +337,8 @@ Unit<P> read_unit(Read read) {
   unit.k_hi = read(2);
   unit.k_lo = read(3);
   unit.log_scale = read(4);
-  unit.gate_scale = read(5);
+  unit.gate_hi = read(5);
+  unit.gate_lo = read(6);
   return unit;
 }
 
@@ -348,7 +352,9 @@ template <bool kSloped, class T>
 void run_table(const T* x, T* y, size_t n, const Unit<float>& unit, const float* coefficients) {
   const Table table(coefficients);
   for_each_vector(x, y, n, [&](Floats v, size_t) {
-    return original<kSloped>(v, unit.slope) + table.at(absolute(v) * unit.inv_s + 1);
+    Floats small = table.at(absolute(v) * unit.inv_s + 1);
+    if (kSloped) small += below_zero(v, unit.slope);
+    return above_zero(v) + small;
   });
 }
 
@@ -385,7 +391,7 @@ extern const Level level;
 const Level level = {
     CTONNX_TEXT(CTONNX_LEVEL),
     kTableFloats,
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     32,
 #else
     512,

@@ -93,16 +93,16 @@ struct Elementary<float> {
   static constexpr int32_t kShort = static_cast<int32_t>(0xfffff000);  // drops half the mantissa
   static constexpr float kMax = FLT_MAX;
   static constexpr float kMagic = 12582912.f;  // 1.5 * 2^23
-  static constexpr float kExpLimit = 87.f;     // exp(-87) is the last normal power in e
+  static constexpr float kExpLimit = 87.f;     // beyond, exp(-v) is denormal
   static constexpr float kLog2e = 1.44269504f;
   static constexpr float kLn2High = 0.693359375f;  // short: its product with an exponent is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
 
-  // 1.2e-7 relative.
+  // 1.2e-7 relative, by rounding; the polynomial itself, 1 + t + t^2 * R(t), is good to 1e-8.
   template <class F>
   CTONNX_HOST_DEVICE static F exp_reduced(F t) {
-    return horner(t, 1.383684613e-3f, 8.374815798e-3f, 4.166822557e-2f, 1.666642017e-1f,
-                  4.999999208e-1f, 1.000000036f, 1.000000001f);
+    return horner(t, 1.392617612e-3f, 8.363173075e-3f, 4.166655466e-2f, 1.666657703e-1f, 0.5f, 1.f,
+                  1.f);
   }
 
   // 5e-9 absolute.
@@ -147,19 +147,17 @@ struct Elementary<double> {
   }
 };
 
-// exp(-(v + low)) for v >= 0 and |low| << 1; 0 where v is NaN or so large that exp underflows.
+// exp(v + low) for |v| <= kExpLimit and |low| << 1.
 template <class F>
-CTONNX_HOST_DEVICE inline F exp_neg(F v, F low) {
+CTONNX_HOST_DEVICE inline F exponential(F v, F low) {
   using E = Elementary<LaneOf<F>>;
   using I = IntegerOf<F>;
-  const F limit = F{} + E::kExpLimit;
-  const F clamped = v < limit ? v : limit;
   const F magic = F{} + E::kMagic;  // adding it rounds to an integer, in the low bits of the sum
-  const F shifted = clamped * -E::kLog2e + magic;
+  const F shifted = v * E::kLog2e + magic;
   const F n = shifted - magic;
-  const F t = ((-clamped - n * E::kLn2High) - n * E::kLn2Low) - low;
+  const F t = (v - n * E::kLn2High) + (low - n * E::kLn2Low);
   const I power = (bits_as<I>(shifted) << E::kMantissaBits) + E::kOne;
-  return v < limit ? E::exp_reduced(t) * bits_as<F>(power) : F{};
+  return E::exp_reduced(t) * bits_as<F>(power);
 }
 
 // log1p(z) for z in [0, 1].
@@ -187,8 +185,9 @@ CTONNX_HOST_DEVICE inline F leading_half(F x) {
 template <class P>
 struct Unit {
   P slope;
-  P inv_s, k_hi, k_lo;      // |1 - a| / s, and |1 - a| * beta / s in two parts
-  P log_scale, gate_scale;  // sgn(1 - a) times (1 - c) * s and c * |1 - a|
+  P inv_s, k_hi, k_lo;  // |1 - a| / s, and |1 - a| * beta / s in two parts
+  P log_scale;          // sgn(1 - a) * (1 - c) * s
+  P gate_hi, gate_lo;   // sgn(1 - a) * c * |1 - a| in two parts
 
   Unit() = default;
 
@@ -200,39 +199,60 @@ struct Unit {
     const double k = gap * beta / s;
     slope = static_cast<P>(a);
     inv_s = static_cast<P>(gap / s);
-    k_hi = leading_half(static_cast<P>(k));
-    k_lo = static_cast<P>(k - k_hi);
+    split(k, &k_hi, &k_lo);
     log_scale = static_cast<P>(sign * (1 - static_cast<double>(coeff)) * s);
-    gate_scale = static_cast<P>(sign * coeff * gap);
+    split(sign * coeff * gap, &gate_hi, &gate_lo);
   }
 
-  // sgn(1 - a) * s * r(|1 - a| * |x| / s)
+  // sgn(1 - a) * s * (1 - c) * log1p(exp(-u)) with u = |1 - a| * ax / s, for ax = |x|. NaN gives 0,
+  // as in the gate's term below: the original carries it.
   template <class F>
-  CTONNX_HOST_DEVICE F correction(F x) const {
-    const F ax = absolute(x);
-    const F log_term = log1p_unit(exp_neg(ax * inv_s, F{}));
-    // exp(-k * |x|) amplifies an error of its argument by the argument, hence the two parts.
-    const F high = leading_half(ax);
-    const F g = exp_neg(high * k_hi, (ax - high) * k_hi + ax * k_lo);
-    // The limit is 0 at infinity, where inf * 0 would give NaN.
-    const F finite = ax <= Elementary<LaneOf<F>>::kMax ? ax : F{};
-    return log_scale * log_term - (gate_scale * finite) * (g / (1 + g));
+  CTONNX_HOST_DEVICE F log_term(F ax) const {
+    const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
+    const F u = ax * inv_s;
+    const F z = exponential(-(u < limit ? u : limit), F{});
+    return u < limit ? log_scale * log1p_unit(z) : F{};
+  }
+
+  // sgn(1 - a) * c * |1 - a| * ax / (1 + exp(k * ax)). Both factors of ax are in two parts: exp
+  // amplifies an error of its argument by the argument, and the numerator would round twice.
+  template <class F>
+  CTONNX_HOST_DEVICE F gate_term(F ax) const {
+    const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
+    const F high = leading_half(ax), low = ax - high;
+    const F v = high * k_hi;
+    const F e = exponential(v < limit ? v : limit, low * k_hi + ax * k_lo);
+    const F numerator = high * gate_hi + (low * gate_hi + ax * gate_lo);
+    return v < limit ? numerator / (1 + e) : F{};
+  }
+
+ private:
+  CTONNX_HOST_DEVICE static void split(double value, P* high, P* low) {
+    *high = leading_half(static_cast<P>(value));
+    *low = static_cast<P>(value - *high);
   }
 };
 
-// The piecewise-linear original. kSloped = false is for slopes that are all 0. NaN < 0 is false, so
-// NaN passes through.
-template <bool kSloped, class F, class P>
-CTONNX_HOST_DEVICE inline F original(F x, P slope) {
-  // Not x * slope for slope 0: 0 * -inf would give NaN where the original gives 0.
-  const F negative = kSloped ? (slope == P{} ? F{} : x * slope) : F{};
-  return x < F{} ? negative : x;
+// The two halves of the piecewise-linear original. NaN < 0 is false, so NaN passes through.
+template <class F>
+CTONNX_HOST_DEVICE inline F above_zero(F x) {
+  return x < F{} ? F{} : x;
 }
 
-// The CT unit.
+template <class F, class P>
+CTONNX_HOST_DEVICE inline F below_zero(F x, P slope) {
+  // Not x * slope for slope 0: 0 * -inf would give NaN where the original gives 0.
+  return x < F{} ? (slope == P{} ? F{} : x * slope) : F{};
+}
+
+// The CT unit. kSloped = false is for slopes that are all 0.
 template <bool kSloped, class F, class P>
 CTONNX_HOST_DEVICE inline F ctu(F x, const Unit<P>& unit) {
-  return original<kSloped>(x, unit.slope) + unit.correction(x);
+  const F ax = absolute(x);
+  // x itself comes last: rounded least when it is the largest, and 0 where the gate's term is.
+  F small = unit.log_term(ax);
+  if (kSloped) small += below_zero(x, unit.slope);
+  return above_zero(x) + (small - unit.gate_term(ax));
 }
 
 }  // namespace CTONNX_LEVEL
