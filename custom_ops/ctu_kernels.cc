@@ -125,10 +125,21 @@ template <class T, class Body>
 void for_each_vector(const T* x, T* y, size_t n, Body body) {
   constexpr size_t step = kLanes<typename VectorFor<T>::type>;
   if (n >= step) {
-    // The last vector may overlap the one before it, so it is read before anything is written.
-    const auto last = load(x + n - step);
-    for (size_t i = 0; i + step < n; i += step) store(y + i, body(load(x + i), i));
-    store(y + n - step, body(last, n - step));
+    // The first and the last vector may overlap their neighbours, so that the stores between are
+    // aligned and no element is left over. Each is read before the one before it is written, which
+    // is soon enough where no three overlap.
+    const size_t aligned = step - reinterpret_cast<uintptr_t>(y) / sizeof(T) % step;
+    size_t i = 0, next = n < 2 * step ? n - step : aligned;
+    auto v = load(x);
+    while (i < n - step) {
+      next = next < n - step ? next : n - step;
+      const auto following = load(x + next);
+      store(y + i, body(v, i));
+      v = following;
+      i = next;
+      next += step;
+    }
+    store(y + i, body(v, i));
   } else if (n > 0) {
     T padded[step] = {};
     std::memcpy(padded, x, n * sizeof(T));
@@ -394,7 +405,7 @@ const Level level = {
 #if defined(__AVX2__)
     32,
 #else
-    512,
+    128,
 #endif
     make_table,
     {run<float, float>, run_each<float, float>},

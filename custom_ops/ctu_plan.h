@@ -70,7 +70,8 @@ class Plan {
     period_ = spelled == 0 ? points : (kSpelled + spelled - 1) / spelled * spelled;
     stride_ = period_ + kUnitPadding;
     units_.resize(kUnitFields * stride_);
-    tables_.resize(form_.tables ? points : 0);
+    tables_.resize(form_.tables ? points * lines() : 0);
+    table_of_.resize(points);
     std::vector<size_t> place(grid_.dims.size());
     for (size_t point = 0; point < points; ++point) {
       add(point, grid_.at(place));
@@ -103,8 +104,7 @@ class Plan {
       } else {
         const size_t unit = i / inner % period_;
         next = std::min(end, (i / inner + 1) * inner);
-        const float* table = form_.tables ? tables_[unit].get() : nullptr;
-        kernels.run(x + i, y + i, next - i, units, unit, table);
+        kernels.run(x + i, y + i, next - i, units, unit, table_of_[unit]);
       }
     }
   }
@@ -114,6 +114,12 @@ class Plan {
 
   static constexpr size_t kShort = 32;     // points so small would leave vectors half empty
   static constexpr size_t kSpelled = 256;  // see the constructor
+
+  // Tables begin at cache lines, and follow each other in the order they are read in.
+  struct alignas(64) Line {
+    float floats[16];
+  };
+  size_t lines() const { return (level_.table_floats + 15) / 16; }
 
   // How the units are kept, which depends on how many elements they are for.
   struct Form {
@@ -144,8 +150,9 @@ class Plan {
                   fields[field]);
     }
     if (form_.tables && parameters.beta >= kTableFromBeta) {
-      tables_[point].reset(new float[level_.table_floats]);
-      level_.make_table(parameters, tables_[point].get());
+      float* const table = tables_[point * lines()].floats;
+      level_.make_table(parameters, table);
+      table_of_[point] = table;
     }
   }
 
@@ -162,7 +169,8 @@ class Plan {
   const Form form_;
   size_t period_ = 0, stride_ = 0;  // units, and their number with padding
   std::vector<A> units_;            // see Units
-  std::vector<std::unique_ptr<float[]>> tables_;
+  std::vector<Line> tables_;
+  std::vector<const float*> table_of_;  // a point's, or null
 };
 
 // The last plan made. Runs of one session may come from several threads with different parameters:
