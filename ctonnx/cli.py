@@ -208,6 +208,7 @@ def doctor(as_json):
             click.echo(f"{name:20} {version or 'not installed'}")
         click.echo(f"{'providers':20} {', '.join(report['providers']) or 'none'}")
         click.echo(f"{'op library':20} {report['library'] or 'not installed'}")
+        click.echo(f"{'CPU kernels':20} {report['cpu_level'] or 'none'}")
         for problem in report["problems"]:
             _say(f"problem: {problem}")
         click.echo("works" if report["ok"] else "the op library does not work, see above")
