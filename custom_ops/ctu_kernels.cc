@@ -27,7 +27,7 @@ typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 using Ints = IntegerOf<Floats>;
 
-// How many units of their type a vector computes with.
+// Numbers in a vector.
 template <class V>
 constexpr size_t kLanes = sizeof(V) / sizeof(LaneOf<V>);
 
@@ -405,7 +405,7 @@ const Level level = {
 #if defined(__AVX2__)
     32,
 #else
-    128,
+    256,  // a table is 4 kB, which a thousand channels would rather not have
 #endif
     make_table,
     {run<float, float>, run_each<float, float>},

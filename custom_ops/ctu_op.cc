@@ -137,7 +137,9 @@ void set_dims(const std::vector<int64_t>& x_dims, Grid<T>* grid) {
   }
   begin = std::min(begin, end);
   for (std::vector<size_t>* steps : all_steps) {
-    if (!steps->empty()) *steps = std::vector<size_t>(&(*steps)[begin], &(*steps)[begin] + (end - begin));
+    if (steps->empty()) continue;
+    steps->resize(end);
+    steps->erase(steps->begin(), steps->begin() + static_cast<ptrdiff_t>(begin));
   }
   grid->dims.assign(x_dims.begin() + static_cast<ptrdiff_t>(begin),
                     x_dims.begin() + static_cast<ptrdiff_t>(end));

@@ -193,7 +193,9 @@ template <class T>
 void test_lengths() {
   constexpr size_t longest = 67;
   const std::vector<T> x = samples<T>(longest, 1);
-  auto same = [](const T* a, const T* b, size_t n) { return n == 0 || !std::memcmp(a, b, n * sizeof *a); };
+  auto same = [](const T* a, const T* b, size_t n) {
+    return n == 0 || std::memcmp(a, b, n * sizeof *a) == 0;
+  };
   for (float beta : {0.1f, 0.85f}) {
     for (size_t inner : {size_t{1}, size_t{100000}}) {
       const One<T> one({beta, 0.5f, 0.25}, inner);
