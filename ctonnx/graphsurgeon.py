@@ -15,6 +15,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.util.misc import is_dynamic_dimension
 
 from . import ctu as op
+from .activations import DEFAULT_DOMAINS
 from .errors import ModelError, UsageError
 from .graph import unique_name
 
@@ -24,9 +25,11 @@ def ctu(self, x, beta, coeff=0.5, slope=None, output=None, name=None):
     """Append a CT unit to this Graph: main graph, body of a node, or Function.
 
     The model-local function that computes it where the op library is missing joins
-    `graph.functions`. As after every node that graphsurgeon appends, sort the graph
-    (`graph.toposort()`) before it is exported; that also lifts the function out of bodies that were
-    put into the graph later. The exporter imports the op's domain.
+    `graph.functions`; a body built by hand has functions of its own, which graphsurgeon exports
+    only where they are among those of the main graph too. The exporter imports the op's domain. As
+    after every node that is appended, sort the graph before it is exported: `graph.toposort()`, and
+    `graph.toposort(mode="nodes")` where it holds bodies, as the full sort of functions and bodies
+    together recurses without end.
 
     Args:
         x: gs.Tensor, the pre-activation: float32, float16, bfloat16 or double, of any shape. Where
@@ -156,7 +159,8 @@ def _fit_function(graph, dtype, sloped):
     any_type = TensorProto.UNDEFINED in types and dtype != TensorProto.DOUBLE
     if old and (dtype in types or any_type) and had_slope >= sloped:
         return had_slope
-    imports = [entry.version for entry in graph.import_domains or () if not entry.domain]
+    # Of an imported graph the exporter writes the imports, whatever its `opset` has become.
+    imports = [e.version for e in graph.import_domains or () if e.domain in DEFAULT_DOMAINS]
     opset = (imports or [graph.opset])[0]
     if opset < op.MIN_OPSET:
         raise ModelError(f"the graph's opset is {opset}, the CTU needs {op.MIN_OPSET} or newer")
