@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
-from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
+from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter, get_numpy_type
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.util.misc import is_dynamic_dimension
 
@@ -42,7 +42,7 @@ def ctu(self, x, beta, coeff=0.5, slope=None, output=None, name=None):
         name: the node's name; a free one made from that of `x` where None.
 
     Returns:
-        gs.Variable of the type and shape of `x`.
+        gs.Variable of the type and shape of `x`, the output.
 
     Raises:
         UsageError: a value outside [0, 1], a parameter of another type or a shape that does not
@@ -67,8 +67,10 @@ def ctu(self, x, beta, coeff=0.5, slope=None, output=None, name=None):
     if output is None:
         output = gs.Variable(unique_name(label, taken))
     output.inputs.clear()
-    output.dtype = x.dtype if output.dtype is None else output.dtype
-    output.shape = x.shape if output.shape is None else output.shape
+    if output.dtype is None:
+        output.dtype = x.dtype or get_numpy_type(dtype) or dtype
+    if output.shape is None:
+        output.shape = x.shape
     return self.layer(
         op=op.OP_TYPE,
         domain=op.DOMAIN,
