@@ -68,7 +68,9 @@ def ctu(self, x, beta, coeff=0.5, slope=None, output=None, name=None):
         output = gs.Variable(unique_name(label, taken))
     output.inputs.clear()
     if output.dtype is None:
-        output.dtype = x.dtype or get_numpy_type(dtype) or dtype
+        # NumPy lacks bfloat16, which graphsurgeon has as the number of the element type.
+        known = get_numpy_type(dtype)
+        output.dtype = dtype if known is None else known
     if output.shape is None:
         output.shape = x.shape
     return self.layer(
