@@ -46,8 +46,8 @@ def ctu(self, x, beta, coeff=0.5, slope=None, output=None, name=None):
 
     Raises:
         UsageError: a value outside [0, 1], a parameter of another type or a shape that does not
-            broadcast to `x`, an `x` that is not floating-point, or a second element type in a
-            graph older than opset 15.
+            broadcast to `x`, an `x` that is not floating-point, a second element type in a graph
+            older than opset 15, or the first slope of a patched graph in a body or Function.
         ModelError: the graph is older than opset 7.
     """
     if not isinstance(x, gs.Tensor):
@@ -168,6 +168,12 @@ def _fit_function(graph, dtype, sloped):
     opset = (imports or [graph.opset])[0]
     if opset < op.MIN_OPSET:
         raise ModelError(f"the graph's opset is {opset}, the CTU needs {op.MIN_OPSET} or newer")
+    # Imported main graphs, which patched ones are, have an IR version; bodies and functions do not.
+    if old and sloped and not had_slope and graph.ir_version is None:
+        raise UsageError(
+            "the CTUs around this body pass no slope, and are out of its sight: call ctu with a "
+            "slope on the main graph first"
+        )
     types.add(dtype)
     if len(types) > 1 and opset < 15:
         raise UsageError("CTUs of several element types in one graph need opset 15")

@@ -219,6 +219,16 @@ def test_undeclared_types_are_found(dtype):
         np.testing.assert_allclose(got, ctu(np.zeros((2, 3, 4)), BETA, 0.5, 0.25), atol=1e-3)
 
 
+def test_an_undeclared_type_follows_the_nearest_cast():
+    graph, x = one_input()
+    narrow = graph.layer(op="Cast", inputs=[x], outputs=["n"], attrs={"to": np.float16})[0]
+    graph.outputs = [graph.ctu(narrow, BETA, slope=0.25)]
+    assert graph.outputs[0].dtype == np.float16
+    graph.outputs[0].shape = x.shape
+    for (got,) in runs(graph, {"x": values()}):
+        np.testing.assert_allclose(got, ctu(values(), BETA, 0.5, 0.25), atol=1e-2)
+
+
 def test_what_is_wrong_is_refused():
     graph, x = one_input()
     ids = gs.Variable("ids", np.int64, [3])
@@ -294,6 +304,21 @@ NESTED = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
                     else_branch = e () => (float[2,3,4] v) { v = LeakyRelu(h) }>
     }
     <domain: "my", opset_import: ["" : 17]> block (p) => (q) { r = Neg(p) q = Relu(r) }"""
+
+
+def test_the_first_slope_of_a_patched_graph_comes_from_its_main_graph():
+    graph = ctonnx.patch(gs.import_onnx(parsed(NESTED)), 0.5, ops=["relu"])
+    body = graph.nodes[1].attrs["else_branch"]
+    leaky = body.nodes[0]
+    with pytest.raises(ctonnx.UsageError, match="on the main graph first"):
+        body.ctu(leaky.inputs[0], BETA, slope=0.25, output=leaky.outputs[0])
+    graph.ctu(graph.inputs[0], BETA, slope=0.25)
+    body.ctu(leaky.inputs[0], BETA, slope=0.25, output=leaky.outputs[0])
+    x = values()
+    h = ctu(x, 0.5)
+    for taken, expected in ((True, ctu(-h, 0.5)), (False, ctu(h, BETA, 0.5, 0.25))):
+        for (got,) in runs(graph, {"x": x, "c": np.array(taken)}):
+            np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_patch_changes_only_what_it_says():
