@@ -1,8 +1,10 @@
 """The command line: parse, call, print. Only this file knows click."""
 
 import json
+import os
 import signal
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -135,26 +137,43 @@ def inspect(model, as_json):
 
     activations = api.inspect(model)
     if as_json:
-        fields = ("status", "reason", "beta", "coeff")
+        fields = ("status", "reason", "beta", "coeff", "shape", "module")
         _print_json(activations=[_as_json(a, *fields) for a in activations])
         return
-    width = max((len(a.op) for a in activations), default=0)
-    counts = {"steered": 0, "steerable": 0, "skipped": 0}
+    counts = Counter(a.status for a in activations)
+    for line in _table(activations):
+        click.echo(line)
+    states = ("steered", "steerable", "skipped")
+    click.echo(", ".join(f"{counts[state]} {state}" for state in states))
+
+
+_COLORS = {"steered": "green", "steerable": "cyan", "skipped": "yellow"}
+
+
+def _table(activations):
+    """The lines of a table with a row for each activation; columns that stay empty are left out."""
+    rows = [("STATE", "OP", "SHAPE", "NAME", "MODULE", "SCOPE", "")] if activations else []
     for a in activations:
-        counts[a.status] += 1
-        click.echo(f"{a.status:9}  {a.op:{width}}  {_where(a)}{_detail(a)}")
-    click.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
+        shape = "" if a.shape is None else ",".join("?" if d is None else str(d) for d in a.shape)
+        rows.append((a.status, a.op, shape, a.name, a.module or "", a.scope, _detail(a)))
+    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    plain = "NO_COLOR" in os.environ
+    for row in zip(*kept, strict=True):
+        first, *rest = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        color = None if plain else _COLORS.get(row[0])
+        yield "  ".join([click.style(first, fg=color) if color else first, *rest]).rstrip()
 
 
 def _detail(activation):
     if activation.status == "skipped":
-        return f"  ({activation.reason})"
-    if activation.status == "steered":
-        beta = activation.beta
-        if isinstance(beta, list):
-            return "  (beta per channel)"
-        return f"  (beta {'fed' if beta is None else format(beta, '.12g')})"
-    return ""
+        return activation.reason
+    if activation.status == "steerable":
+        return ""
+    beta = activation.beta
+    if isinstance(beta, list):
+        return "beta per channel"
+    return f"beta {'fed' if beta is None else format(beta, '.12g')}"
 
 
 @cli.command("set")

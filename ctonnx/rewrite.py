@@ -6,6 +6,7 @@ proto under the metadata key `ctonnx.original` of the node (and of the model, fo
 and inputs), which is what `unpatch` reads.
 """
 
+import ast
 import base64
 import re
 from collections import Counter
@@ -32,9 +33,11 @@ BETA_AS = ("initializer", "input", "required-input")
 class Activation:
     """One activation of a model, as `inspect` and `patch` report it.
 
-    `status` is "steerable", "steered" or "skipped", the last with a `reason`. `beta` and `coeff`
-    are those of a steered one: a number, nested lists where they differ per channel, and None where
-    they are fed at run time.
+    `scope` is the body or function that it stands in, "" for the graph. `status` is "steerable",
+    "steered" or "skipped", the last with a `reason`. `beta` and `coeff` are those of a steered one:
+    a number, nested lists where they differ per channel, and None where they are fed at run time.
+    `shape` is that of its tensor as far as inference knows it, and `module` the path of the PyTorch
+    module that it comes from, where the exporter wrote that down.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Activation:
     reason: str | None = None
     beta: float | list | None = None
     coeff: float | list | None = None
+    shape: list[int | str | None] | None = None
+    module: str | None = None
 
 
 @dataclass
@@ -301,30 +306,46 @@ def _survey(model, values):
         if scope.function is not None and ctu.is_ctu(scope.function):
             continue
         for node in scope.body.node:
-            name = node_label(node)
-            lowered = _metadata(node, LOWERED)
-            if ctu.is_ctu(node):
-                beta, coeff = (values.get(n) for n in node.input[1:3])
-                activation = Activation(
-                    name, _original_op(node), scope.path, "steered", None, beta, coeff
-                )
-                yield _Site(activation, node, scope, set())
-            elif lowered:
-                activation = Activation(name, lowered, scope.path, "steered")
-                yield _Site(activation, node, scope, set())
-            elif lowered is None:
-                inner = activations.unfused(node)
-                known = scope.types.get((*node.input, *node.output, "")[0], set())
-                judged = activations.judge(inner or node, known, scope.constant)
-                if judged is None:
-                    continue
-                op_type = (inner or node).op_type
-                if isinstance(judged, str):
-                    activation = Activation(name, op_type, scope.path, "skipped", judged)
-                    yield _Site(activation, node, scope, known)
-                else:
-                    activation = Activation(name, op_type, scope.path, "steerable")
-                    yield _Site(activation, node, scope, known, judged, inner)
+            inner = activations.unfused(node)
+            known = scope.types.get((*node.input, *node.output, "")[0], set())
+            found = _judge(node, inner, known, scope, values)
+            if found is None:
+                continue
+            details, steering = found
+            activation = Activation(
+                name=node_label(node),
+                scope=scope.path,
+                shape=scope.shapes.get((*node.output, "")[0]),
+                module=_module(node),
+                **details,
+            )
+            yield _Site(activation, node, scope, known, steering, inner)
+
+
+def _judge(node, inner, known, scope, values):
+    """What an Activation says of a node, and its Steering; None where it is no activation."""
+    if ctu.is_ctu(node):
+        beta, coeff = (values.get(name) for name in node.input[1:3])
+        return {"op": _original_op(node), "status": "steered", "beta": beta, "coeff": coeff}, None
+    lowered = _metadata(node, LOWERED)
+    if lowered is not None:
+        return ({"op": lowered, "status": "steered"}, None) if lowered else None
+    judged = activations.judge(inner or node, known, scope.constant)
+    if judged is None:
+        return None
+    op_type = (inner or node).op_type
+    if isinstance(judged, str):
+        return {"op": op_type, "status": "skipped", "reason": judged}, None
+    return {"op": op_type, "status": "steerable"}, judged
+
+
+def _module(node):
+    """The PyTorch module that a node comes from: its exporter keeps the scopes around it."""
+    text = _metadata(node, "pkg.torch.onnx.name_scopes")
+    try:
+        return next((s for s in reversed(ast.literal_eval(text)[:-1]) if s), None)
+    except (SyntaxError, TypeError, ValueError):
+        return None  # There is none, or another exporter's.
 
 
 def _selector(ops, include, exclude):

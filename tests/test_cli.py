@@ -13,7 +13,7 @@ import onnx
 import pytest
 from conftest import DIGITS, parsed
 
-from ctonnx import cli, ctu
+from ctonnx import cli, ctu, rewrite
 
 NO_ACTIVATION = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[4] x) => (float[4] y) { y = Neg(x) }"""
@@ -103,18 +103,29 @@ def test_dry_run_writes_nothing(run):
 def test_inspect_set_unpatch(run):
     assert run("patch", "digits.onnx", "--beta", "0.85")[0] == 0
     _, out, _ = run("inspect", "digits.ct.onnx")
-    assert out.splitlines()[0] == "steered    Relu  node_relu  (beta 0.85)"
+    header, first, *_ = out.splitlines()
+    assert header.split() == ["STATE", "OP", "SHAPE", "NAME", "MODULE"]
+    assert first.split() == [
+        "steered",
+        "Relu",
+        "batchx16x8x8",
+        "node_relu",
+        "stem.1",
+        "beta",
+        "0.85",
+    ]
     assert out.splitlines()[-1] == "7 steered, 0 steerable, 0 skipped"
     (first, *_) = json.loads(run("inspect", "digits.ct.onnx", "--json")[1])["activations"]
     assert first == {
         **{"name": "node_relu", "op": "Relu", "scope": "", "status": "steered"},
         **{"reason": None, "beta": 0.85, "coeff": 0.5},
+        **{"shape": ["batch", 16, 8, 8], "module": "stem.1"},
     }
     assert run("set", "digits.ct.onnx", "--beta", "0.9")[:2] == (
         0,
         "wrote digits.ct.onnx: beta 0.9\n",
     )
-    assert "(beta 0.9)" in run("inspect", "digits.ct.onnx")[1]
+    assert "beta 0.9\n" in run("inspect", "digits.ct.onnx")[1]
     document = json.loads(run("set", "digits.ct.onnx", "--beta", "1", "-o", "b.onnx", "--json")[1])
     assert document == {"schema_version": 1, "output": "b.onnx", "beta": 1.0}
     code, out, _ = run("unpatch", "digits.ct.onnx", "-o", "back.onnx")
@@ -123,6 +134,29 @@ def test_inspect_set_unpatch(run):
     code, out, _ = run("unpatch", "digits.ct.onnx", "--force", "--json")
     assert json.loads(out)["output"] == "digits.onnx"
     assert files()["digits.onnx"] == files()["back.onnx"]
+
+
+def test_inspect_says_where_and_why(run):
+    """Columns without content are left out; colors are for terminals."""
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, ?] x, bool b) => (float[] y) {
+          s = Sigmoid(x)  y = If (b) <
+            then_branch = t () => (float[N, ?] a) { a = Relu(s) },
+            else_branch = e () => (float[N, ?] c) { c = Neg(s) }> }"""
+    )
+    Path("m.onnx").write_bytes(model.SerializeToString())
+    lines = run("inspect", "m.onnx")[1].splitlines()
+    assert [line.split()[:4] for line in lines[:3]] == [
+        ["STATE", "OP", "SHAPE", "NAME"],
+        ["skipped", "Sigmoid", "N,?", "s"],
+        ["steerable", "Relu", "N,?", "a"],
+    ]
+    assert "not piecewise affine" in lines[1]
+    assert "y.then_branch" in lines[2]
+    assert lines[3] == "0 steered, 1 steerable, 1 skipped"
+    assert "\x1b" not in "".join(lines)
+    assert any("\x1b" in line for line in cli._table(rewrite.find(model)))
 
 
 def test_doctor(run):
@@ -227,7 +261,7 @@ def test_links_are_followed_and_modes_kept(run):
     os.symlink("digits.ct.onnx", "link.onnx")
     assert run("set", "link.onnx", "--beta", "0.9")[0] == 0
     assert os.path.islink("link.onnx")
-    assert "(beta 0.9)" in run("inspect", "digits.ct.onnx")[1]
+    assert "beta 0.9\n" in run("inspect", "digits.ct.onnx")[1]
     assert oct(os.stat("digits.ct.onnx").st_mode & 0o777) == "0o640"
 
 
