@@ -108,7 +108,7 @@ def test_inspect_set_unpatch(run):
     assert first.split() == [
         "steered",
         "Relu",
-        "batchx16x8x8",
+        "batch,16,8,8",
         "node_relu",
         "stem.1",
         "beta",
@@ -140,7 +140,7 @@ def test_inspect_says_where_and_why(run):
     """Columns without content are left out; colors are for terminals."""
     model = parsed(
         """<ir_version: 8, opset_import: ["" : 17]>
-        g (float[N, ?] x, bool b) => (float[] y) {
+        g (float[N, ?] x, bool b) => (float[N, ?] y) {
           s = Sigmoid(x)  y = If (b) <
             then_branch = t () => (float[N, ?] a) { a = Relu(s) },
             else_branch = e () => (float[N, ?] c) { c = Neg(s) }> }"""
