@@ -219,11 +219,15 @@ def _inferred(model):
             if kind.elem_type:
                 scope.types[value.name] = {kind.elem_type}
             if kind.HasField("shape"):
-                scope.shapes[value.name] = [
-                    getattr(dim, dim.WhichOneof("value")) if dim.WhichOneof("value") else None
-                    for dim in kind.shape.dim
-                ]
+                scope.shapes[value.name] = [_dimension(dim) for dim in kind.shape.dim]
     return result
+
+
+def _dimension(dim):
+    # Inference invents symbols for dimensions that have none.
+    if dim.HasField("dim_param") and not dim.dim_param.startswith("unk__"):
+        return dim.dim_param
+    return dim.dim_value if dim.HasField("dim_value") else None
 
 
 def _without_weights(model):
