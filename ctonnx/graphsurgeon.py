@@ -19,6 +19,9 @@ from .activations import DEFAULT_DOMAINS
 from .errors import ModelError, UsageError
 from .graph import unique_name
 
+# Before it, parameters per channel would not broadcast.
+_MIN_OPSET = 7
+
 
 @gs.Graph.register()
 def ctu(self, x, beta, coeff=0.5, slope=None, output=None, name=None):
@@ -166,8 +169,8 @@ def _fit_function(graph, dtype, sloped):
     # Of an imported graph the exporter writes the imports, whatever its `opset` has become.
     imports = [e.version for e in graph.import_domains or () if e.domain in DEFAULT_DOMAINS]
     opset = (imports or [graph.opset])[0]
-    if opset < op.MIN_OPSET:
-        raise ModelError(f"the graph's opset is {opset}, the CTU needs {op.MIN_OPSET} or newer")
+    if opset < _MIN_OPSET:
+        raise ModelError(f"the graph's opset is {opset}, the CTU needs {_MIN_OPSET} or newer")
     # Imported main graphs, which patched ones are, have an IR version; bodies and functions do not.
     if old and sloped and not had_slope and graph.ir_version is None:
         raise UsageError(

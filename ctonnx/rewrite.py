@@ -106,7 +106,8 @@ def steer(
     Raises:
         UsageError: a wrong argument, or the model is steered already.
         NothingToDo: no activation is left to steer. The model is unchanged.
-        ModelError: the opset is older than the function's arithmetic.
+        ModelError: the model has no opset, cannot be lowered to primitives, or already has ops in
+            our domain that are not ours.
     """
     if beta is not None or params is None:
         beta = ctu.check_unit_interval("beta", beta)
@@ -129,8 +130,8 @@ def steer(
     with_function = lowering != "op"
     for site in _survey(model, {}):
         reason = site.activation.reason or selected(site.activation)
-        if not reason and opset < 8 and site.steering.op_type != ctu.OP_TYPE:
-            reason = "its function needs opset 8"
+        if not reason:
+            reason = _too_old(site, opset)
         if reason:
             report.skip(site.activation, reason)
             continue
@@ -150,6 +151,8 @@ def steer(
         candidates = [replace(site, dtypes=site.dtypes or {usual}) for site in candidates]
     sites = _of_fitting_types(candidates, opset, with_function, report)
     sites, given = _with_parameters(sites, params, beta, coeff, report)
+    if opset < 7 and any(value.ndim for values in given for value in values.values()):
+        raise UsageError("params: one value per channel needs opset 7")
     if not sites:
         raise NothingToDo(_nothing_matched(report.skipped))
 
@@ -384,6 +387,15 @@ def _pattern(option, text):
         raise UsageError(f"{option}: {text!r} is not a regular expression: {error}") from None
 
 
+def _too_old(site, opset):
+    """Why the standard ops of `opset` cannot make up the fallback of a _Site, or None."""
+    if opset < 8 and site.steering.op_type != ctu.OP_TYPE:
+        return "its function needs opset 8"
+    if opset < 7 and site.activation.op == "PRelu":
+        return "its slope broadcasts otherwise before opset 7"
+    return None
+
+
 def _usual_type(model, candidates):
     """The commonest known type of the candidates, else of the floating-point initializers."""
     counts = Counter(dtype for site in candidates for dtype in site.dtypes) or Counter(
@@ -449,11 +461,8 @@ def _opset(model):
 
     # A graph of function calls alone need not import the default domain.
     opset = version(model) or max(map(version, model.functions), default=0)
-    if opset < ctu.MIN_OPSET:
-        raise ModelError(
-            f"the model's opset is {opset}, steering needs {ctu.MIN_OPSET} or newer: "
-            "convert it with onnx.version_converter"
-        )
+    if not opset:
+        raise ModelError("the model imports no opset of the default domain: there is no activation")
     return opset
 
 

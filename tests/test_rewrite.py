@@ -573,10 +573,39 @@ def test_refusals():
     assert model == before
 
 
-def test_old_opsets_are_refused():
-    text = RELU.replace('"" : 17', '"" : 6')
-    with pytest.raises(ModelError, match="opset is 6"):
-        rewrite.steer(parsed(text), 0.5)
+@pytest.mark.parametrize("opset", range(1, 7))
+def test_the_oldest_opsets(opset):
+    """ONNX Runtime has no arithmetic for them: the kernel runs, and what cannot is refused."""
+    text = f"""<ir_version: 3, opset_import: ["" : {opset}]>
+    g (float[N, 4] x, float[4] a) => (float[N, 4] y, float[N, 4] z, float[N, 4] v, float[N, 4] w)
+    <float[4] a = {{0.1, 0.2, 0.3, 0.4}}>
+    {{ y = LeakyRelu <alpha: float = 0.2> (x)  z = Relu(x)  v = PRelu(x, a)
+      w = Clip <min: float = 0.0, max: float = 6.0> (x) }}"""
+    model = parsed(text)
+    for lowering in rewrite.LOWERINGS:
+        changed, report = steered(model, 0.5, lowering=lowering)
+        onnx.checker.check_model(changed, full_check=lowering != "op")
+        assert [a.op for a in report.replaced] == ["LeakyRelu", "Relu"]
+        assert ["opset" in a.reason for a in report.skipped] == [True, True]
+        if lowering != "primitives":
+            rewrite.unsteer(changed)
+            assert changed == model
+    if opset == 6:
+        alone = parsed(
+            text.split("v = PRelu")[0].replace(", float[N, 4] v, float[N, 4] w", "") + "}"
+        )
+        changed, _ = steered(alone, 0.5)
+        x = np.float32([[-2, -0.1, 0.3, 4]])
+        result = outputs(changed, {"x": x}, library=True)
+        np.testing.assert_allclose(result["z"], ctu.ctu(x, 0.5), atol=1e-6)
+        np.testing.assert_allclose(result["y"], ctu.ctu(x, 0.5, slope=np.float32(0.2)), atol=1e-6)
+
+
+def test_a_model_without_an_opset_is_refused():
+    text = """<ir_version: 8, opset_import: ["other" : 1]>
+    g (float[4] x) => (float[4] y) { y = other.Op(x) }"""
+    with pytest.raises(ModelError, match="no opset"):
+        rewrite.steer(onnx.parser.parse_model(text), 0.5)
 
 
 def test_a_damaged_record_is_an_error():
