@@ -185,6 +185,16 @@ def unfused(node):
     return helper.make_node(op_type, [node.output[0]], [node.output[0]], **parameters)
 
 
+def take_out(node, output):
+    """Remove the activation that is fused into a node, which then computes `output`."""
+    node.output[0] = output
+    kept = [held for held in node.attribute if not held.name.startswith("activation")]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if node.op_type == "FusedGemm":
+        node.op_type, node.domain = "Gemm", ""
+
+
 def function(op_type, opset, sloped):
     """One of our ops other than CTU as a model-local function (X, beta, coeff, operands) -> Y.
 

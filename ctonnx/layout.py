@@ -30,7 +30,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from . import ctu, files, runtime, validate
+from . import activations, ctu, files, runtime, validate
 from .errors import CtonnxError
 from .graph import names, node_label, scopes, unique_name
 
@@ -39,7 +39,6 @@ from .graph import names, node_label, scopes, unique_name
 _STAND_INS = ("Tanh", "Sigmoid", "Relu")
 
 _BLOCKED = "com.microsoft.nchwc"
-_FUSED = {(_BLOCKED, "Conv"), ("com.microsoft", "FusedConv"), ("com.microsoft", "FusedGemm")}
 
 # The Azure provider, which CPU wheels list as available, takes only nodes of its own domain.
 _CPU = {"AzureExecutionProvider", "CPUExecutionProvider"}
@@ -234,15 +233,10 @@ def bake(optimised, model, parameters):
             if op not in parameters:
                 continue
             count[op] += 1
-            if (node.domain, node.op_type) in _FUSED:
+            if (node.domain, node.op_type) in activations.FUSED:
                 node, fused = NodeProto(output=node.output), node
-                fused.output[0] = new_name(f"{node.output[0]}_before_ctu")
+                activations.take_out(fused, new_name(f"{node.output[0]}_before_ctu"))
                 node.input.append(fused.output[0])
-                plain = [a for a in fused.attribute if not a.name.startswith("activation")]
-                del fused.attribute[:]
-                fused.attribute.extend(plain)
-                if fused.op_type == "FusedGemm":
-                    fused.op_type, fused.domain = "Gemm", ""
                 nodes.append(node)
             node.op_type, node.domain = ctu.OP_TYPE, ctu.DOMAIN
             node.input.extend(scalar[name] for name in parameters[op])
@@ -253,9 +247,9 @@ def bake(optimised, model, parameters):
 
 def _activation(node):
     """The standard op that a node is, or that is fused into it as its activation."""
-    if (node.domain, node.op_type) in _FUSED:
-        return next((a.s.decode() for a in node.attribute if a.name == "activation"), None)
-    return node.op_type if node.domain in ("", "ai.onnx") else None
+    if (node.domain, node.op_type) in activations.FUSED:
+        return activations.attribute(node, "activation", None)
+    return node.op_type if node.domain in activations.DEFAULT_DOMAINS else None
 
 
 def _verify(plain, session, parameters):

@@ -516,10 +516,7 @@ def _steer_node(site, inputs, parameters):
         _record(node, _copy_of(node, "metadata_props", "doc_string", "name"))
         before = parameters.free_name(f"{node.output[0]}_before_activation")
         site.inner.name = node.name and f"{node.name}_activation"
-        node.output[0] = before
-        _keep(node.attribute, lambda a: not a.name.startswith("activation"))
-        if node.op_type == "FusedGemm":
-            node.op_type, node.domain = "Gemm", ""
+        activations.take_out(node, before)
         node = site.inner
         _record(node, NodeProto(op_type=node.op_type))
         x = before
