@@ -1,6 +1,6 @@
 """Walking a model, and the element types of the tensors in it."""
 
-from collections import defaultdict, deque
+from collections import ChainMap, defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -25,14 +25,18 @@ class Scope:
     "domain::name" for a function. `function` is the function that encloses the body, if any, and
     `parent` the scope whose names the body sees.
     `types` maps a tensor's name to the set of its TensorProto element types; a function called
-    with several types has several, and an unknown one is missing.
+    with several types has several, and an unknown one is missing. Names of `parent` are found
+    through it, for copies of them would take quadratic time.
     """
 
     path: str
     body: GraphProto | FunctionProto
     function: FunctionProto | None = None
     parent: "Scope | None" = None
-    types: dict = field(default_factory=dict)
+    types: ChainMap = field(init=False)
+
+    def __post_init__(self):
+        self.types = self.parent.types.new_child() if self.parent else ChainMap()
 
 
 def node_label(node):
@@ -116,8 +120,8 @@ def typed_scopes(model):
     def collect(targets, inferred):
         """Merge the types of an inferred graph into the scopes that mirror its structure."""
         for target, mirror in zip(targets, inferred, strict=True):
-            for name, types in mirror.types.items():
-                target.types.setdefault(name, set()).update(types)
+            for name, types in mirror.types.maps[0].items():
+                target.types.maps[0].setdefault(name, set()).update(types)
             for node in mirror.body.node:
                 key = key_of(node)
                 if key in functions:
@@ -144,11 +148,23 @@ def typed_scopes(model):
                     ir_version=model.ir_version,
                     opset_import=function.opset_import,
                     graph=graph,
-                    functions=model.functions,
+                    functions=_called(function, functions),
                 )
             ),
         )
     return found
+
+
+def _called(function, functions):
+    """The FunctionProtos that `function` calls, directly or not."""
+    found, pending = {}, [function]
+    while pending:
+        for scope in _scopes(Scope("", pending.pop())):
+            for key in map(key_of, scope.body.node):
+                if key in functions and key not in found:
+                    found[key] = functions[key]
+                    pending.append(functions[key])
+    return found.values()
 
 
 def _inferred(model):
@@ -159,7 +175,6 @@ def _inferred(model):
     result = list(_scopes(Scope("", model.graph)))
     for scope in result:
         graph = scope.body
-        scope.types = dict(scope.parent.types) if scope.parent else {}
         for tensor in graph.initializer:
             scope.types[tensor.name] = {tensor.data_type}
         for value in (*graph.input, *graph.output, *graph.value_info):
