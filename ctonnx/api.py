@@ -105,13 +105,17 @@ def unpatch(model, output=None, *, force=False):
 
 
 def steered_path(model):
-    """The default output of `patch`: `x.ct.onnx` beside `x.onnx`."""
+    """The default output of `patch`: `x.ct.onnx` beside `x.onnx`, and `-` for `-`."""
+    if model == files.STDIO:
+        return model
     model = Path(model)
     return model.with_name(f"{model.stem if model.suffix == '.onnx' else model.name}.ct.onnx")
 
 
 def original_path(model):
-    """The default output of `unpatch`: `x.onnx` beside `x.ct.onnx`."""
+    """The default output of `unpatch`: `x.onnx` beside `x.ct.onnx`, and `-` for `-`."""
+    if model == files.STDIO:
+        return model
     model = Path(model)
     if not model.name.endswith(".ct.onnx"):
         raise UsageError(f"{model}: does not end in .ct.onnx: name the output with -o")

@@ -6,7 +6,6 @@ import signal
 import sys
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -24,10 +23,10 @@ def cli(context):
         click.echo(context.get_help())
 
 
-# Whether a path can be read is for the code that reads it to say.
-_path = click.Path(path_type=Path, readable=False)
-_model = click.argument("model", type=_path)
-_output = click.option("-o", "--output", type=_path, help="Where to write.")
+# As typed, for a Path would drop the slash that ends a folder's name, and take `./-` for `-`.
+# Whether it can be read is for the code that reads it to say.
+_model = click.argument("model")
+_output = click.option("-o", "--output", help="Where to write; - for standard output.")
 _force = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -62,7 +61,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "--params",
     "params_file",
     metavar="FILE",
-    type=_path,
+    type=str,
     help="Beta and coeff of single nodes, per channel where wanted: .json or .npz.",
 )
 @click.option(
@@ -74,9 +73,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @_force
 @_json
 def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, as_json, **choices):
-    """Steer MODEL.
+    """Steer MODEL, a file or - for standard input.
 
-    Writes X.ct.onnx beside X.onnx, or OUTPUT.
+    Writes X.ct.onnx beside X.onnx, - for -, or OUTPUT.
     """
     from . import api, files, params, rewrite, runtime, validate
 
@@ -92,21 +91,24 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
         checks.update(validate.check_steered(model, path, report, beta, choices["lowering"]))
 
     checks = {}
-    output = output or api.steered_path
     if dry_run and check:
         raise click.UsageError("--check runs what is written: it does not go with --dry-run")
-    if dry_run:
-        report = steer(files.load(model))
-        output = files.check_output(output(model) if callable(output) else output, force)
-    else:
-        report, output = files.edit(model, steer, output, force, verify if check else None)
+    report, output = files.edit(
+        model,
+        steer,
+        api.steered_path if output is None else output,
+        force,
+        verify if check else None,
+        _progress(),
+        write=not dry_run,
+    )
     if choices["lowering"] == "portable" and not runtime.has_library():
         report.notes.append("the op library is not installed: here the model runs as its fallback")
     for note in report.notes:
         _say(note)
     if as_json:
         _print_json(
-            output=str(output),
+            output,
             written=not dry_run,
             replaced=[_as_json(a) for a in report.replaced],
             skipped=[_as_json(a, "reason") for a in report.skipped],
@@ -125,14 +127,15 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
         _say(f"check passed: {name}, largest relative difference {worst:.1e}")
     count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
     at = "per activation" if beta is None else f"{beta:.12g}"
-    click.echo(f"{'would write' if dry_run else 'wrote'} {output}: {count} at beta {at}")
+    done = "would write" if dry_run else "wrote"
+    _echo(output, f"{done} {output}: {count} at beta {at}")
 
 
 @cli.command()
 @_model
 @_json
 def inspect(model, as_json):
-    """List the activations of MODEL and their state."""
+    """List the activations of MODEL, a file or - for standard input, and their state."""
     from . import api
 
     activations = api.inspect(model)
@@ -183,15 +186,20 @@ def _detail(activation):
 @_force
 @_json
 def set_(model, beta, output, force, as_json):
-    """Change the beta of a steered MODEL, in place or into OUTPUT."""
+    """Change the beta of a steered MODEL, in place or into OUTPUT; - is standard input."""
     from . import files, rewrite
 
-    target = output or model
-    files.edit(model, lambda proto: rewrite.set_beta(proto, beta), target, force or output is None)
+    _, written = files.edit(
+        model,
+        lambda proto: rewrite.set_beta(proto, beta),
+        model if output is None else output,
+        force or output is None,
+        progress=_progress(),
+    )
     if as_json:
-        _print_json(output=str(target), beta=beta)
+        _print_json(written, beta=beta)
     else:
-        click.echo(f"wrote {target}: beta {beta:.12g}")
+        _echo(written, f"wrote {written}: beta {beta:.12g}")
 
 
 @cli.command()
@@ -200,17 +208,23 @@ def set_(model, beta, output, force, as_json):
 @_force
 @_json
 def unpatch(model, output, force, as_json):
-    """Give back the original of a steered MODEL.
+    """Give back the original of a steered MODEL, a file or - for standard input.
 
-    Writes X.onnx for X.ct.onnx, or OUTPUT.
+    Writes X.onnx for X.ct.onnx, - for -, or OUTPUT.
     """
-    from . import api
+    from . import api, files, rewrite
 
-    written = api.unpatch(model, output, force=force)
+    _, written = files.edit(
+        model,
+        rewrite.unsteer,
+        api.original_path if output is None else output,
+        force,
+        progress=_progress(),
+    )
     if as_json:
-        _print_json(output=str(written))
+        _print_json(written)
     else:
-        click.echo(f"wrote {written}: the original")
+        _echo(written, f"wrote {written}: the original")
 
 
 @cli.command()
@@ -243,8 +257,23 @@ def _as_json(activation, *more):
     return {field: getattr(activation, field) for field in ("name", "op", "scope", *more)}
 
 
-def _print_json(**document):
-    click.echo(json.dumps({"schema_version": 1, **document}, indent=2))
+def _print_json(output=None, **document):
+    """Print a document, with `output` in it where there is one."""
+    if output is not None:
+        document = {"output": str(output), **document}
+    _echo(output, json.dumps({"schema_version": 1, **document}, indent=2))
+
+
+def _echo(output, text):
+    """Print a result; to stderr where stdout holds the model."""
+    click.echo(text, err=output == "-")
+
+
+def _progress():
+    """What draws a bar on stderr while data are copied; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda total: click.progressbar(length=total, label="copying data", file=sys.stderr)
 
 
 def _say(message):

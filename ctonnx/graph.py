@@ -1,6 +1,6 @@
 """Walking a model, and the element types of the tensors in it."""
 
-from collections import defaultdict, deque
+from collections import ChainMap, defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,17 +35,22 @@ class Scope:
     `path` is "" for the graph, "node.attribute" chained with "/" for a body inside it, and
     "domain::name" for a function. `function` is the function that encloses the body, if any, and
     `parent` the scope whose names the body sees.
-    `types` maps a tensor's name to the set of its TensorProto element types; a function called with
-    several types has several, and an unknown one is missing. `shapes` maps it to its dimensions, a
-    number, a symbol or None each; None where calls differ.
+    `types` maps a tensor's name to the set of its TensorProto element types; a function called
+    with several types has several, and an unknown one is missing. `shapes` maps it to its
+    dimensions, a number, a symbol or None each; None where calls differ. Names of `parent` are
+    found through it, for copies of them would take quadratic time.
     """
 
     path: str
     body: GraphProto | FunctionProto
     function: FunctionProto | None = None
     parent: "Scope | None" = None
-    types: dict = field(default_factory=dict)
-    shapes: dict = field(default_factory=dict)
+    types: ChainMap = field(init=False)
+    shapes: ChainMap = field(init=False)
+
+    def __post_init__(self):
+        self.types = self.parent.types.new_child() if self.parent else ChainMap()
+        self.shapes = self.parent.shapes.new_child() if self.parent else ChainMap()
 
     def constant(self, name):
         """The number that the body sees under `name`, where that is a scalar constant, or None."""
@@ -163,11 +168,12 @@ def typed_scopes(model):
     def collect(targets, inferred):
         """Merge the types of an inferred graph into the scopes that mirror its structure."""
         for target, mirror in zip(targets, inferred, strict=True):
-            for name, types in mirror.types.items():
-                target.types.setdefault(name, set()).update(types)
-            for name, shape in mirror.shapes.items():
+            for name, types in mirror.types.maps[0].items():
+                target.types.maps[0].setdefault(name, set()).update(types)
+            held = target.shapes.maps[0]
+            for name, shape in mirror.shapes.maps[0].items():
                 # Calls of one function may differ: then nothing is known of it.
-                target.shapes[name] = shape if target.shapes.get(name, shape) == shape else None
+                held[name] = shape if held.get(name, shape) == shape else None
             for node in mirror.body.node:
                 key = key_of(node)
                 if key in functions:
@@ -194,11 +200,23 @@ def typed_scopes(model):
                     ir_version=model.ir_version,
                     opset_import=function.opset_import,
                     graph=graph,
-                    functions=model.functions,
+                    functions=_called(function, functions),
                 )
             ),
         )
     return found
+
+
+def _called(function, functions):
+    """The FunctionProtos that `function` calls, directly or not."""
+    found, pending = {}, [function]
+    while pending:
+        for scope in _scopes(Scope("", pending.pop())):
+            for key in map(key_of, scope.body.node):
+                if key in functions and key not in found:
+                    found[key] = functions[key]
+                    pending.append(functions[key])
+    return found.values()
 
 
 def _inferred(model):
@@ -209,8 +227,6 @@ def _inferred(model):
     result = list(_scopes(Scope("", model.graph)))
     for scope in result:
         graph = scope.body
-        if scope.parent:
-            scope.types, scope.shapes = dict(scope.parent.types), dict(scope.parent.shapes)
         for tensor in graph.initializer:
             scope.types[tensor.name] = {tensor.data_type}
             scope.shapes[tensor.name] = list(tensor.dims)
