@@ -227,7 +227,7 @@ def test_an_unreadable_file_is_an_error(tmp_path):
 
 
 def limited(program, *arguments):
-    """Run Python code that defines `work` from `sys.argv`; the seconds of CPU time and the MiB that it took."""
+    """The CPU seconds and MiB of running `work`, which the code `program` makes of `sys.argv`."""
     code = (
         "import resource, sys, time\nfrom ctonnx import api, files\n"
         f"{program}\nstart = time.process_time()\nwork()\n"
