@@ -147,11 +147,21 @@ def names(model):
 
 
 def unique_name(base, taken):
-    """`base`, or `base` with the first number that makes it differ from all of `taken`."""
-    name, number = base, 1
-    while name in taken:
-        name, number = f"{base}_{number}", number + 1
-    return name
+    """`base`, or `base` with a number that makes it differ from all of `taken`: the first such
+    number where those before it are taken in order."""
+    if base not in taken:
+        return base
+    # Doubling, then halving: one by one, thousands of names would take quadratic time.
+    used, free = 0, 1
+    while f"{base}_{free}" in taken:
+        used, free = free, 2 * free
+    while free - used > 1:
+        middle = (used + free) // 2
+        if f"{base}_{middle}" in taken:
+            used = middle
+        else:
+            free = middle
+    return f"{base}_{free}"
 
 
 def typed_scopes(model):
