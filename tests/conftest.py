@@ -98,7 +98,8 @@ def without_steering(model):
 
 
 def vary_weights(model):
-    """Make the convolution weights of a light model, constants of one value, random numbers of He's variance."""
+    """Give the convolutions of a light model, whose weights are all alike, random ones of He's
+    variance."""
     shapes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     used = {name for node in model.graph.node if node.op_type == "Conv" for name in node.input[1:2]}
     rng = np.random.default_rng(0)
