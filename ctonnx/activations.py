@@ -75,8 +75,13 @@ def refusal(node, dtypes):
         return "its slope is an attribute of the function around it"
     wrong = set(dtypes) - set(FLOATING)
     if wrong:
-        return f"its tensor is {TensorProto.DataType.Name(wrong.pop()).lower()}, not floating-point"
+        return f"its tensor is {_type_name(wrong.pop())}, not floating-point"
     return ""
+
+
+def _type_name(dtype):
+    known = dtype in TensorProto.DataType.values()
+    return TensorProto.DataType.Name(dtype).lower() if known else f"of the unknown type {dtype}"
 
 
 def _attribute(node: NodeProto, name, default):

@@ -162,7 +162,7 @@ def check_external_data(model, folder):
             location = entry.get("location", "")
             try:
                 files[location] = _checked(folder, location, entry, _byte_size(tensor))
-            except (KeyError, OSError, RuntimeError, ValueError) as error:
+            except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
                 # A name that is no name, a link to itself, a number that is none.
                 raise ModelError(f"external data of {tensor.name!r}: {error}") from None
     return files

@@ -9,9 +9,19 @@ and inputs), which is what `unpatch` reads.
 import base64
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
+from onnx import (
+    FunctionProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    checker,
+    helper,
+    inliner,
+    numpy_helper,
+)
 
 from . import activations, ctu
 from .errors import ModelError, NothingToDo, UsageError
@@ -103,7 +113,8 @@ def steer(
         raise UsageError(
             "the model is already steered: change its beta with `ctonnx set`, or steer its original"
         )
-    if any(entry.domain == ctu.DOMAIN for entry in model.opset_import):
+    imports = [e for owner in (model, *model.functions) for e in owner.opset_import]
+    if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions)):
         raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
     opset = _opset(model)
 
@@ -180,7 +191,11 @@ def set_beta(model, beta):
     """
     beta = ctu.check_unit_interval("beta", beta)
     held = {
-        node.input[1] for scope in _steered(model) for node in scope.body.node if ctu.is_ctu(node)
+        name
+        for scope in _steered(model)
+        for node in scope.body.node
+        if ctu.is_ctu(node)
+        for name in node.input[1:2]
     }
     changed = False
     for tensor in model.graph.initializer:
@@ -249,7 +264,8 @@ def _survey(model, values):
         for node in scope.body.node:
             name = node_label(node)
             if ctu.is_ctu(node):
-                beta, coeff = (values.get(n) for n in node.input[1:3])
+                # Somebody else's may lack them.
+                beta, coeff = (*(values.get(n) for n in node.input[1:3]), None, None)[:2]
                 activation = Activation(
                     name, _original_op(node), scope.path, "steered", None, beta, coeff
                 )
@@ -362,10 +378,14 @@ def _opset(model):
 
 
 def _is_steered(model):
-    # Other tools drop metadata; lowering to primitives leaves no node.
-    return _metadata(model, "ctonnx.version") is not None or any(
-        ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node
+    # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
+    return _has_record(model) or any(
+        ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
     )
+
+
+def _has_record(proto):
+    return any(entry.key.startswith("ctonnx.") for entry in proto.metadata_props)
 
 
 def _steered(model):
@@ -482,7 +502,7 @@ def _inline(model):
             node.metadata_props.add(key=LOWERED, value="result")
     try:
         inlined = inliner.inline_selected_functions(model, [(ctu.DOMAIN, ctu.OP_TYPE)])
-    except RuntimeError as error:
+    except (RuntimeError, checker.ValidationError) as error:
         raise ModelError(f"cannot be lowered to primitives: {error}") from None
     model.CopyFrom(inlined)
     for owner in (model, *model.functions):
@@ -535,13 +555,14 @@ def _original_op(node):
 
 def _scalar_initializers(model):
     """name -> value of the graph's scalar float32 initializers, in the fewest digits."""
-    return {
-        tensor.name: float(str(numpy_helper.to_array(tensor)))
-        for tensor in model.graph.initializer
-        if tensor.data_type == TensorProto.FLOAT
-        and not tensor.dims
-        and tensor.data_location != TensorProto.EXTERNAL
-    }
+    found = {}
+    for tensor in model.graph.initializer:
+        scalar = tensor.data_type == TensorProto.FLOAT and not tensor.dims
+        if scalar and tensor.data_location != TensorProto.EXTERNAL:
+            # One that holds more than a scalar, or nothing, has no value to tell.
+            with suppress(ValueError):
+                found[tensor.name] = float(str(numpy_helper.to_array(tensor)))
+    return found
 
 
 def _keep(repeated, wanted):
