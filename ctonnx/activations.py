@@ -167,9 +167,15 @@ def judge(node, dtypes, constant):
     wrong = set(dtypes) - set(ctu.FLOATING)
     if wrong:
         # Max and Min of integers, and Clip, are arithmetic on sizes and indices.
-        name = TensorProto.DataType.Name(wrong.pop()).lower()
-        return f"its tensor is {name}, not floating-point" if "Relu" in node.op_type else None
+        if "Relu" not in node.op_type:
+            return None
+        return f"its tensor is {_type_name(wrong.pop())}, not floating-point"
     return steering
+
+
+def _type_name(dtype):
+    known = dtype in TensorProto.DataType.values()
+    return TensorProto.DataType.Name(dtype).lower() if known else f"of the unknown type {dtype}"
 
 
 def unfused(node):

@@ -314,7 +314,7 @@ def check_external_data(model, folder):
                 raise ModelError(
                     f"external data file {location!r} is too short, or the entry is damaged"
                 )
-        except (KeyError, OSError, RuntimeError, ValueError) as error:
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             # A name that is no name, a link to itself, a number that is none.
             raise ModelError(f"external data of {tensor.name!r}: {error}") from None
     # `a` and `./a` are one file.

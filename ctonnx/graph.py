@@ -94,13 +94,44 @@ def node_label(node):
 
 def scopes(model):
     """Every Scope of a ModelProto, parents before children: the one loop over graph, subgraphs and
-    functions. Types are not filled in; see `typed_scopes`."""
+    functions. Types are not filled in; see `typed_scopes`.
+
+    Raises:
+        ModelError: a name in the model is not UTF-8.
+    """
+    for proto in (*model.opset_import, *model.functions):
+        _check_text(proto.domain)
+    for entry in model.metadata_props:
+        _check_text(entry.key, entry.value)
     yield from _scopes(Scope("", model.graph))
     for function in model.functions:
+        _check_text(function.name, function.overload, *function.attribute)
         yield from _scopes(Scope(f"{function.domain}::{function.name}", function, function))
 
 
+def _check_text(*texts):
+    # What is not UTF-8 comes as bytes, which are no key or name to work with.
+    if any(isinstance(text, bytes) for text in texts):
+        raise ModelError("a name in the model is not UTF-8")
+
+
+def _check_names(body):
+    """Raise ModelError where a name in `body` is not UTF-8."""
+    if isinstance(body, FunctionProto):
+        _check_text(*body.input, *body.output, *(entry.domain for entry in body.opset_import))
+    else:
+        for values in (body.input, body.output, body.value_info, body.initializer):
+            _check_text(*(value.name for value in values))
+        _check_text(*(tensor.values.name for tensor in body.sparse_initializer))
+    for node in body.node:
+        _check_text(node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
+        _check_text(*(attribute.name for attribute in node.attribute))
+        for entry in node.metadata_props:
+            _check_text(entry.key, entry.value)
+
+
 def _scopes(scope):
+    _check_names(scope.body)
     yield scope
     for node in scope.body.node:
         for attribute in node.attribute:

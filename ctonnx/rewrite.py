@@ -13,7 +13,16 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
+from onnx import (
+    FunctionProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    checker,
+    helper,
+    inliner,
+    numpy_helper,
+)
 
 from . import activations, ctu, params
 from .errors import ModelError, NothingToDo, UsageError
@@ -121,7 +130,8 @@ def steer(
         raise UsageError(
             "the model is already steered: change its beta with `ctonnx set`, or steer its original"
         )
-    if any(entry.domain == ctu.DOMAIN for entry in model.opset_import):
+    imports = [e for owner in (model, *model.functions) for e in owner.opset_import]
+    if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions)):
         raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
     opset = _opset(model)
 
@@ -221,7 +231,11 @@ def set_beta(model, beta):
     """
     beta = ctu.check_unit_interval("beta", beta)
     held = {
-        node.input[1] for scope in _steered(model) for node in scope.body.node if ctu.is_ctu(node)
+        name
+        for scope in _steered(model)
+        for node in scope.body.node
+        if ctu.is_ctu(node)
+        for name in node.input[1:2]
     }
     if not fill_beta(model, held, beta):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
@@ -328,7 +342,8 @@ def _survey(model, values):
 def _judge(node, inner, known, scope, values):
     """What an Activation says of a node, and its Steering; None where it is no activation."""
     if ctu.is_ctu(node):
-        beta, coeff = (values.get(name) for name in node.input[1:3])
+        # Somebody else's may lack them.
+        beta, coeff = (*(values.get(name) for name in node.input[1:3]), None, None)[:2]
         return {"op": _original_op(node), "status": "steered", "beta": beta, "coeff": coeff}, None
     lowered = _metadata(node, LOWERED)
     if lowered is not None:
@@ -467,10 +482,14 @@ def _opset(model):
 
 
 def _is_steered(model):
-    # Other tools drop metadata; lowering to primitives leaves no node.
-    return _metadata(model, "ctonnx.version") is not None or any(
-        ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node
+    # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
+    return _has_record(model) or any(
+        ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
     )
+
+
+def _has_record(proto):
+    return any(entry.key.startswith("ctonnx.") for entry in proto.metadata_props)
 
 
 def _steered(model):
@@ -640,14 +659,14 @@ def _inline(model):
     results = {}
     for scope in scopes(model):
         for node in scope.body.node:
-            if scope.function in ours:
+            if scope.function is not None and ctu.is_ctu(scope.function):
                 if node.op_type in activations.STEERABLE:
                     node.metadata_props.add(key=LOWERED, value="")
             elif ctu.is_ctu(node):
                 results[scope.path, node.output[0]] = _original_op(node)
     try:
         inlined = inliner.inline_selected_functions(model, [(f.domain, f.name) for f in ours])
-    except RuntimeError as error:
+    except (RuntimeError, checker.ValidationError) as error:
         raise ModelError(f"cannot be lowered to primitives: {error}") from None
     model.CopyFrom(inlined)
     for scope in scopes(model):
@@ -719,8 +738,16 @@ def _parameter_values(model):
 
 
 def _decimal(tensor):
-    """Numbers with the fewest digits that tell two float32 apart, not those of the next double."""
-    array = numpy_helper.to_array(tensor)
+    """Numbers with the fewest digits that tell two float32 apart, not those of the next double.
+
+    None where the tensor is none of ours: of another type, elsewhere, or damaged.
+    """
+    if tensor.data_type != TensorProto.FLOAT or tensor.data_location == TensorProto.EXTERNAL:
+        return None
+    try:
+        array = numpy_helper.to_array(tensor)
+    except ValueError:
+        return None
     return np.reshape([float(str(value)) for value in array.ravel()], array.shape).tolist()
 
 

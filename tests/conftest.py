@@ -5,16 +5,25 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ctonnx import ctu, rewrite
 from ctonnx.graph import scopes
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "samples" / "digits"
+
+# The models that come with onnx.
+BACKEND_DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
+LIGHT = BACKEND_DATA / "light"
+LIGHT_MODELS = [
+    *("bvlc_alexnet", "densenet121", "inception_v1", "inception_v2", "resnet50"),
+    *("shufflenet", "squeezenet", "vgg19", "zfnet512"),
+]
 
 
 def parsed(text):
@@ -86,6 +95,24 @@ def without_steering(model):
     drop(rest.opset_import, lambda entry: entry.domain == ctu.DOMAIN)
     drop(rest.functions, ctu.is_ctu)
     return rest
+
+
+def vary_weights(model):
+    """Give the convolutions of a light model, whose weights are all alike, random ones of He's
+    variance."""
+    shapes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    used = {name for node in model.graph.node if node.op_type == "Conv" for name in node.input[1:2]}
+    rng = np.random.default_rng(0)
+    for node in list(model.graph.node):
+        if node.op_type == "ConstantOfShape" and node.output[0] in used:
+            shape = shapes[node.input[0]].tolist()
+            weight = rng.normal(scale=np.sqrt(2 / np.prod(shape[1:])), size=shape)
+            tensor = numpy_helper.from_array(weight.astype(np.float32), node.output[0])
+            model.graph.initializer.append(tensor)
+            model.graph.input.append(
+                helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, shape)
+            )
+            model.graph.node.remove(node)
 
 
 @pytest.fixture(scope="session")

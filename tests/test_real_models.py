@@ -1,23 +1,16 @@
 """Real networks: open-nsfw, silero-vad and the light models that come with onnx."""
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import without_steering
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from conftest import LIGHT, LIGHT_MODELS, vary_weights, without_steering
+from onnx import ModelProto, TensorProto, helper
 
 import ctonnx
 from ctonnx import ctu, layout, rewrite, validate
 from ctonnx.graph import node_label, scopes
 
-LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
-LIGHT_MODELS = [
-    *("bvlc_alexnet", "densenet121", "inception_v1", "inception_v2", "resnet50"),
-    *("shufflenet", "squeezenet", "vgg19", "zfnet512"),
-]
 SILERO_MODELS = [
     *("silero_vad", "silero_vad_16k_op15", "silero_vad_16k_sequence", "silero_vad_half"),
     *("silero_vad_op18_ifless", "silero_vad_openvino_16k"),
@@ -124,23 +117,6 @@ def test_light(tmp_path, name):
     varied = tmp_path / "varied.onnx"
     varied.write_bytes(model.SerializeToString())
     assert assert_steers(varied, tmp_path) > ENOUGH
-
-
-def vary_weights(model):
-    """Make the convolution weights, constants of one value, random numbers of He's variance."""
-    shapes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    used = {name for node in model.graph.node if node.op_type == "Conv" for name in node.input[1:2]}
-    rng = np.random.default_rng(0)
-    for node in list(model.graph.node):
-        if node.op_type == "ConstantOfShape" and node.output[0] in used:
-            shape = shapes[node.input[0]].tolist()
-            weight = rng.normal(scale=np.sqrt(2 / np.prod(shape[1:])), size=shape)
-            tensor = numpy_helper.from_array(weight.astype(np.float32), node.output[0])
-            model.graph.initializer.append(tensor)
-            model.graph.input.append(
-                helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, shape)
-            )
-            model.graph.node.remove(node)
 
 
 def test_session_creation_is_not_slowed_by_many_sites(tmp_path):

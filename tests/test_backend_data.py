@@ -1,0 +1,377 @@
+"""onnx's own backend test data: every model with a supported activation, against a float64 oracle.
+
+The oracle does not go through the rewrite. It is the original graph, run by onnx's
+ReferenceEvaluator in float64, its activations computed by the formula: see `oracle`. The wheel
+lacks the folder of the kind "node", whose cases are made by onnx.backend.test.case.
+"""
+
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+from conftest import BACKEND_DATA, LIGHT, LIGHT_MODELS, parsed, vary_weights
+from onnx import ModelProto, TensorProto, helper, inliner, numpy_helper
+from onnx.backend.test.loader import load_model_tests
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+import ctonnx
+from ctonnx import ctu, rewrite
+from ctonnx.errors import ModelError
+from ctonnx.graph import node_label, scopes
+from ctonnx.validate import Model, compare, random_inputs
+
+BETA = np.float32(0.85)
+# Not one half, which is blind to c and 1 - c swapped.
+COEFF = np.float32(0.3)
+
+# In how many of a kind the outputs hide beta.
+BLIND = {}
+
+# Whether the op library is registered, by lowering.
+LIBRARY = {"portable": (False, True), "op": (True,), "primitives": (False,)}
+
+# How many models of each kind are steered, at least.
+KINDS = {"node": 10, "simple": 1, "pytorch-converted": 9, "pytorch-operator": 0}
+
+
+def unit(x, slope=0.0):
+    return ctu.ctu(x, BETA, COEFF, slope)
+
+
+def kink(distance):
+    """What smoothing adds on either side of a kink, at a distance from it."""
+    return unit(-np.abs(distance))
+
+
+def clip(x, low=None, high=None, min=None, max=None):
+    """Bounds are inputs, and attributes before opset 11."""
+    low, high = low if min is None else min, high if max is None else max
+    y = x
+    if low is not None:
+        y = np.maximum(y, low) + kink(x - low)
+    if high is not None:
+        y = np.minimum(y, high) - kink(x - high)
+    return y
+
+
+def old_prelu(x, slope):
+    """Before opset 7 a slope is per channel, and broadcasts no other way."""
+    return unit(x, slope.reshape(-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else slope)
+
+
+# The smooth version of each op that ctonnx may steer, as a function of its inputs and attributes.
+FORMULAS = {
+    "Relu": unit,
+    "LeakyRelu": lambda x, alpha=0.01: unit(x, alpha),
+    "PRelu": unit,
+    "Clip": clip,
+    "HardSigmoid": lambda x, alpha=0.2, beta=0.5: clip(alpha * x + beta, 0.0, 1.0),
+    "Max": lambda x, y: np.maximum(x, y) + kink(x - y),
+    "Min": lambda x, y: np.minimum(x, y) - kink(x - y),
+}
+
+
+def op_class(op_type, formula):
+    def run(self, *inputs, **attributes):
+        return (np.asarray(formula(*inputs, **attributes)).astype(inputs[0].dtype),)
+
+    return type(op_type, (OpRun,), {"op_domain": "oracle", "_run": run})
+
+
+# Bodies for the ops at which the ReferenceEvaluator takes minutes on the light models (Conv,
+# MaxPool), or computes something else than the standard says at their opset 9 (the others).
+
+
+class Conv(OpRun):
+    def _run(self, x, w, b=None, auto_pad=None, group=1, pads=None, strides=None, **rest):
+        from torch.nn.functional import conv2d
+
+        assert auto_pad in (None, "NOTSET", "VALID")
+        assert set(rest.get("dilations") or [1]) == {1}
+        x, w, b = padded(x, pads, 0.0), tensor_of(w), tensor_of(b)
+        return (conv2d(x, w, b, strides or 1, groups=group).numpy(),)
+
+
+class MaxPool(OpRun):
+    def _run(self, x, kernel_shape, auto_pad=None, ceil_mode=0, pads=None, strides=None, **rest):
+        from torch.nn.functional import max_pool2d
+
+        assert auto_pad in (None, "NOTSET", "VALID")
+        x = padded(x, pads, -np.inf)
+        return (max_pool2d(x, kernel_shape, strides, ceil_mode=bool(ceil_mode)).numpy(),)
+
+
+class LRN(OpRun):
+    def _run(self, x, alpha=1e-4, beta=0.75, bias=1.0, size=None):
+        from torch.nn.functional import local_response_norm
+
+        return (local_response_norm(tensor_of(x), size, alpha, beta, bias).numpy(),)
+
+
+class BatchNormalization(OpRun):
+    def _run(self, x, scale, b, mean, variance, epsilon=1e-5, **rest):
+        scale, b, mean, variance = (v.reshape(-1, 1, 1) for v in (scale, b, mean, variance))
+        return ((x - mean) / np.sqrt(variance + epsilon) * scale + b,)
+
+
+class Softmax(OpRun):
+    def _run(self, x, axis=None):
+        # Over all but the batch, the default before opset 13; `axis` is that of the newest opset.
+        rows = x.reshape(x.shape[0], -1)
+        y = np.exp(rows - rows.max(axis=1, keepdims=True))
+        return ((y / y.sum(axis=1, keepdims=True)).reshape(x.shape),)
+
+
+LIGHT_OPS = [Conv, MaxPool, LRN, BatchNormalization, Softmax]
+
+
+def tensor_of(array):
+    from torch import from_numpy
+
+    # Copied, for torch warns of what cannot be written to.
+    return None if array is None else from_numpy(array.copy())
+
+
+def padded(x, pads, value):
+    from torch.nn.functional import pad
+
+    top, left, bottom, right = pads or [0] * 4
+    return pad(tensor_of(x), (left, right, top, bottom), value=value)
+
+
+def oracle(model, inputs, new_ops=()):
+    """What the steered model has to give: dict from output name to float64 array.
+
+    The activations that `inspect` calls steerable move to the domain "oracle", whose ops are the
+    formula; nothing else changes but that floating-point becomes float64.
+    """
+    steerable = {(a.scope, a.name) for a in ctonnx.inspect(model) if a.status == "steerable"}
+    model = in_float64(model)
+    for scope in scopes(model):
+        for node in scope.body.node:
+            if (scope.path, node_label(node)) in steerable and node.op_type in FORMULAS:
+                steerable.remove((scope.path, node_label(node)))
+                node.domain = "oracle"
+    assert not steerable, f"no formula for {steerable}"
+    for owner in (model, *model.functions):
+        owner.opset_import.append(helper.make_opsetid("oracle", 1))
+    # The ReferenceEvaluator forgets new_ops in functions.
+    model = inliner.inline_local_functions(model)
+    old = any(e.domain == "" and e.version < 7 for e in model.opset_import)
+    formulas = FORMULAS | ({"PRelu": old_prelu} if old else {})
+    classes = [op_class(*item) for item in formulas.items()]
+    return reference(model, {k: widened(v) for k, v in inputs.items()}, [*classes, *new_ops])
+
+
+def reference(model, inputs, new_ops=()):
+    evaluator = ReferenceEvaluator(model, new_ops=list(new_ops))
+    with np.errstate(all="ignore"):
+        return dict(zip(evaluator.output_names, evaluator.run(None, inputs), strict=True))
+
+
+def is_floating(array):
+    return np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"
+
+
+def widened(array):
+    return array.astype(np.float64) if is_floating(array) else array
+
+
+def in_float64(model):
+    """A copy of a ModelProto whose tensors and casts are float64 where they were floating-point."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+
+    def widen(tensor):
+        if tensor.data_type in ctu.FLOATING:
+            array = numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+    for scope in scopes(copy):
+        for tensor in getattr(scope.body, "initializer", ()):
+            widen(tensor)
+        for node in scope.body.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    widen(attribute.t)
+                if attribute.name in ("to", "dtype") and attribute.i in ctu.FLOATING:
+                    attribute.i = TensorProto.DOUBLE
+    return copy
+
+
+def steered(model, beta, lowering):
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy, rewrite.steer(copy, float(beta), float(COEFF), lowering=lowering)
+
+
+class CTU(OpRun):
+    """The op library's part where the ReferenceEvaluator stands in for ONNX Runtime."""
+
+    op_domain = ctu.DOMAIN
+
+    def _run(self, x, beta, coeff, slope=None):
+        y = ctu.ctu(x, beta, coeff, 0.0 if slope is None else slope)
+        return (np.asarray(y).astype(x.dtype),)
+
+
+def in_reference(model, inputs, library=False):
+    return reference(model, inputs, [CTU] if library else [])
+
+
+def in_onnxruntime(model, inputs, library=False):
+    return Model(model.SerializeToString(), library).run(inputs)
+
+
+def wrong(expected, actual):
+    """The outputs that differ, in words; `expected` is given the types of `actual`."""
+    expected = {k: np.asarray(v).astype(actual[k].dtype) for k, v in expected.items()}
+    return [f"{c.name}: {c.reason}" for c in compare(expected, actual) if not c.ok]
+
+
+def assert_follows_the_oracle(model, inputs, new_ops=()):
+    """At beta 1 the original, at 0.85 the oracle, in every lowering; gives whether these differ."""
+    try:
+        run, original = in_onnxruntime, in_onnxruntime(model, inputs)
+    except ModelError:  # It has no kernels for PRelu at opset 6, nor for the newest opset.
+        run, original = in_reference, in_reference(model, inputs)
+    expected = oracle(model, inputs, new_ops)
+    for lowering in rewrite.LOWERINGS:
+        for beta, wanted in (1.0, original), (BETA, expected):
+            changed, report = steered(model, beta, lowering)
+            assert report.replaced
+            onnx.checker.check_model(changed, full_check=lowering != "op")
+            for library in LIBRARY[lowering]:
+                difference = wrong(wanted, run(changed, inputs, library))
+                assert not difference, (lowering, beta, library, difference)
+    return bool(wrong(expected, original))
+
+
+def cases(kind):
+    """Yield (name, ModelProto, inputs) of the backend test data of a kind."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = load_model_tests(kind=kind)
+    for case in found:
+        if kind == "node":
+            model, data = case.model, case.data_sets[0][0]
+        else:
+            folder = BACKEND_DATA / kind / case.name
+            model = onnx.load(folder / "model.onnx")
+            files = sorted(folder.glob("test_data_set_0/input_*.pb"))
+            data = [TensorProto.FromString(file.read_bytes()) for file in files]
+        constants = {tensor.name for tensor in model.graph.initializer}
+        names = [value.name for value in model.graph.input if value.name not in constants]
+        arrays = [numpy_helper.to_array(v) if isinstance(v, TensorProto) else v for v in data]
+        yield case.name, model, dict(zip(names, arrays, strict=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_model_follows_the_oracle(kind, capsys):
+    passed, refused, told = [], [], []
+    for name, model, inputs in cases(kind):
+        if not any(a.status == "steerable" for a in ctonnx.inspect(model)):
+            continue
+        try:
+            told += [name] * assert_follows_the_oracle(model, inputs)
+            passed.append(name)
+        except ModelError as error:
+            if "steering needs" not in str(error):
+                raise
+            refused.append(name)
+        except Exception as error:
+            raise AssertionError(f"{name}: {error}") from error
+    with capsys.disabled():
+        print(
+            f"\n{kind}: {len(passed)} models steered, {len(refused)} of too old an opset; "
+            f"in {len(told)} beta 0.85 shows"
+        )
+    assert len(passed) + len(refused) >= KINDS[kind]
+    assert len(told) >= len(passed) - BLIND.get(kind, 0)
+
+
+@pytest.mark.parametrize("name", LIGHT_MODELS)
+def test_every_light_model_follows_the_oracle(name):
+    """Given weights that are not all alike, and with its last activation as an output: behind the
+    Softmax nothing shows."""
+    pytest.importorskip("torch")
+    model = onnx.load(LIGHT / f"light_{name}.onnx")
+    vary_weights(model)
+    last = [node for node in model.graph.node if node.op_type == "Relu"][-1].output[0]
+    model.graph.output.append(helper.make_tensor_value_info(last, TensorProto.FLOAT, None))
+    inputs = random_inputs(Model(model.SerializeToString()))
+    shape = in_onnxruntime(model, inputs)[last].shape
+    model.graph.output[-1].CopyFrom(helper.make_tensor_value_info(last, TensorProto.FLOAT, shape))
+    assert assert_follows_the_oracle(model, inputs, LIGHT_OPS)
+
+
+EVERY_PLACE = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+g (float[N, 4] x, bool b) => (float[N, 4] y) <float[4] a = {0.1, 0.2, -0.3, 1.5}>
+{
+  p = Relu(x)  q = LeakyRelu <alpha: float = 0.2> (x)  r = PRelu(x, a)  s = my.f(x)
+  t = If (b) <then_branch = then_graph () => (float[N, 4] c) { c = Relu(x) },
+    else_branch = else_graph () => (float[N, 4] d) { d = Neg(x) }>
+  y = Sum(p, q, r, s, t)
+}
+<domain: "my", opset_import: ["" : 17]> f (X) => (Z) { H = Neg(X)  Z = LeakyRelu(H) }"""
+
+SITES = ["p", "q", "r", "c", "Z"]
+
+
+def put_back(site):
+    """A mutation: one activation is not steered."""
+
+    def mutate(changed, model):
+        originals = {n.output[0]: n for scope in scopes(model) for n in scope.body.node}
+        for scope in scopes(changed):
+            for node in scope.body.node:
+                if site in node.output and node.output[0] in originals:
+                    node.CopyFrom(originals[site])
+
+    return mutate
+
+
+def replaced_scalar(name, value):
+    """A mutation: an initializer of the steering holds another value."""
+
+    def mutate(changed, model):
+        for tensor in changed.graph.initializer:
+            if tensor.name.startswith(name):
+                tensor.CopyFrom(helper.make_tensor(tensor.name, TensorProto.FLOAT, [], [value]))
+
+    return mutate
+
+
+MUTATIONS = {
+    **{f"{site} is not steered": put_back(site) for site in SITES},
+    "c and 1 - c swapped": replaced_scalar("coeff", float(1 - COEFF)),
+    "beta 0.86": replaced_scalar("beta", 0.86),
+    "no slopes": replaced_scalar("slope", 0.0),
+}
+
+
+@pytest.mark.parametrize("lowering", ["portable", "op"])
+@pytest.mark.parametrize("mutation", [None, *MUTATIONS])
+def test_a_wrong_rewrite_fails(mutation, lowering, monkeypatch):
+    model = parsed(EVERY_PLACE)
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    inputs = {"x": x, "b": np.array(True)}
+    if mutation is None:
+        assert assert_follows_the_oracle(model, inputs)
+        return
+    right = rewrite.steer
+
+    def steer(proto, *arguments, **options):
+        before = ModelProto()
+        before.CopyFrom(proto)
+        report = right(proto, *arguments, **options)
+        # At beta 1 all is well, as it would be with most mistakes.
+        if arguments[0] != 1.0 and options["lowering"] == lowering:
+            MUTATIONS[mutation](proto, before)
+        return report
+
+    monkeypatch.setattr(rewrite, "steer", steer)
+    with pytest.raises(AssertionError, match=rf"{lowering}.*y: differs"):
+        assert_follows_the_oracle(model, inputs)
