@@ -17,7 +17,8 @@ model-local function that calls `ctonnx::CTU`: `function` makes it.
 
 from dataclasses import dataclass
 
-from onnx import NodeProto, TensorProto, helper
+import numpy as np
+from onnx import AttributeProto, TensorProto, helper
 
 from . import ctu
 
@@ -52,8 +53,22 @@ def _relu(node, constant):
     return Steering(ctu.OP_TYPE, node.input[0])
 
 
+# The attributes of those that have any, in the order of `activation_params`, and their defaults,
+# which are float32.
+_ATTRIBUTES = {
+    "LeakyRelu": {"alpha": float(np.float32(0.01))},
+    "HardSigmoid": {"alpha": float(np.float32(0.2)), "beta": 0.5},
+    "Clip": {"min": None, "max": None},
+}
+
+
+def _attributes(node):
+    """The values of a node's attributes, in order."""
+    return [attribute(node, *item) for item in _ATTRIBUTES[node.op_type].items()]
+
+
 def _leaky_relu(node, constant):
-    return Steering(ctu.OP_TYPE, node.input[0], (attribute(node, "alpha", 0.01),))
+    return Steering(ctu.OP_TYPE, node.input[0], tuple(_attributes(node)))
 
 
 def _prelu(node, constant):
@@ -61,52 +76,46 @@ def _prelu(node, constant):
 
 
 def _clip(node, constant):
-    bounds = []
-    for index, name in (1, "min"), (2, "max"):
-        operand = value = attribute(node, name, None)
-        if len(node.input) > index and node.input[index]:
-            operand, value = node.input[index], constant(node.input[index])
-            if value is None:
+    bounds = _attributes(node)
+    for index, name in enumerate(node.input[1:3]):
+        if name:
+            bounds[index] = constant(name)
+            if bounds[index] is None:
                 return "its bounds are computed at run time: taken as arithmetic"
-        # Exporters write a bound that is not there as the largest number.
-        bounds.append(None if value is None or abs(value) > 3.4e38 else (value, operand))
-    return _between(node.input[0], *bounds)
-
-
-def _between(x, lo, hi):
-    """The Steering of Clip; a bound is None or a pair (value, operand)."""
+    # Exporters write a bound that is not there as the largest number.
+    lo, hi = (None if b is None or not abs(b) <= 3.4e38 else b for b in bounds)
+    x = node.input[0]
     if lo is None and hi is None:
         return "it has no bounds"
-    if lo and hi and not lo[0] < hi[0]:
+    if lo is not None and hi is not None and not lo < hi:
         return "its bounds leave no room between them"
-    if hi is None and 0 < lo[0] < 1e-3:
-        return f"it guards against numbers under {lo[0]:g}: taken as arithmetic"
+    if lo is not None and 0 < lo < 1e-3:
+        return f"it guards against numbers under {lo:g}: taken as arithmetic"
     if hi is None:
-        return Steering(ctu.OP_TYPE, x) if lo[0] == 0 else Steering("CTUMax", x, (lo[1],))
+        return Steering(ctu.OP_TYPE, x) if lo == 0 else Steering("CTUMax", x, (lo,))
     if lo is None:
-        return Steering("CTUMin", x, (hi[1],))
-    return Steering("CTUClip", x, (lo[1], hi[1]))
+        return Steering("CTUMin", x, (hi,))
+    return Steering("CTUClip", x, (lo, hi))
 
 
 def _max(node, constant):
-    return _with_zero(node, constant, lambda x, zero: Steering(ctu.OP_TYPE, x))
+    return _with_zero(node, constant, lambda x: Steering(ctu.OP_TYPE, x))
 
 
 def _min(node, constant):
-    return _with_zero(node, constant, lambda x, zero: Steering("CTUMin", x, (zero,)))
+    return _with_zero(node, constant, lambda x: Steering("CTUMin", x, (0.0,)))
 
 
 def _with_zero(node, constant, steering):
     """Only against 0 is Max or Min an activation; elsewhere it is arithmetic, and not reported."""
     for zero, x in (node.input, reversed(node.input)) if len(node.input) == 2 else ():
         if constant(zero) == 0:
-            return steering(x, zero)
+            return steering(x)
     return None
 
 
 def _hard_sigmoid(node, constant):
-    alpha, offset = attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)
-    return Steering("CTUHardSigmoid", node.input[0], (alpha, offset, 0.0, 1.0))
+    return Steering("CTUHardSigmoid", node.input[0], (*_attributes(node), 0.0, 1.0))
 
 
 # op type -> function of (node, constant) that gives its Steering, the reason why there is none, or
@@ -150,6 +159,8 @@ def judge(node, dtypes, constant):
         Steering, the reason why there is none, or None where the node is no activation.
     """
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
+    if not node.output:
+        return None
     if (domain, node.op_type) in LEFT_ALONE:
         return LEFT_ALONE[domain, node.op_type]
     if not domain and node.op_type in _RECURRENT:
@@ -180,15 +191,18 @@ def _type_name(dtype):
 
 def unfused(node):
     """The activation inside a fused node, as a NodeProto of its own without input; None if none."""
-    if (node.domain, node.op_type) not in FUSED:
+    if (node.domain, node.op_type) not in FUSED or not node.output:
         return None
-    op_type = attribute(node, "activation", "")
-    if op_type not in STEERABLE:
+    op_type = attribute(node, "activation", "", AttributeProto.STRING)
+    if not op_type:
         return None
-    names = {"LeakyRelu": ["alpha"], "Clip": ["min", "max"], "HardSigmoid": ["alpha", "beta"]}
-    values = attribute(node, "activation_params", [])
-    parameters = dict(zip(names.get(op_type, []), values, strict=False))
-    return helper.make_node(op_type, [node.output[0]], [node.output[0]], **parameters)
+    names = _ATTRIBUTES.get(op_type, {})
+    # FusedGemm has an attribute for each, the others one list.
+    values = attribute(node, "activation_params", [], AttributeProto.FLOATS)
+    held = dict(zip(names, values, strict=False))
+    held |= {name: attribute(node, f"activation_{name}", held.get(name)) for name in names}
+    held = {name: value for name, value in held.items() if value is not None}
+    return helper.make_node(op_type, [node.output[0]], [node.output[0]], **held)
 
 
 def take_out(node, output):
@@ -205,31 +219,42 @@ def function(op_type, opset, sloped):
     """One of our ops other than CTU as a model-local function (X, beta, coeff, operands) -> Y.
 
     Args:
-        opset: of the default domain, at least 8.
+        opset: of the default domain.
         sloped: whether the function of `ctonnx::CTU` in the same model takes a slope.
     """
     nodes = []
 
     def op(op_type, *inputs, output=None, domain=""):
         output = output or f"v{len(nodes)}"
-        nodes.append(helper.make_node(op_type, inputs, [output], domain=domain))
+        # Of the second input, which is the smaller throughout.
+        attributes = {"broadcast": 1} if opset < 7 and not domain and len(inputs) == 2 else {}
+        nodes.append(helper.make_node(op_type, inputs, [output], domain=domain, **attributes))
         return output
 
-    def kink(bound):
-        below = op("Neg", op("Abs", op("Sub", "X", bound)))
+    def kink(x, bound):
+        below = op("Neg", op("Abs", op("Sub", x, bound)))
         slope = [op("Sub", bound, bound)] if sloped else []  # 0, in X's element type
         return op(ctu.OP_TYPE, below, "beta", "coeff", *slope, domain=ctu.DOMAIN)
 
+    # Before opset 8 Max and Min did not broadcast.
+    def at_least(x, lo):
+        return op("Max", x, lo) if opset >= 8 else op("Add", op("Relu", op("Sub", x, lo)), lo)
+
+    def at_most(x, hi):
+        if opset >= 8:
+            return op("Min", x, hi)
+        return op("Add", op("Neg", op("Relu", op("Neg", op("Sub", x, hi)))), hi)
+
     if op_type == "CTUMax":
         operands = ["lo"]
-        op("Add", op("Max", "X", "lo"), kink("lo"), output="Y")
+        op("Add", at_least("X", "lo"), kink("X", "lo"), output="Y")
     elif op_type == "CTUMin":
         operands = ["hi"]
-        op("Sub", op("Min", "X", "hi"), kink("hi"), output="Y")
+        op("Sub", at_most("X", "hi"), kink("X", "hi"), output="Y")
     elif op_type == "CTUClip":
         operands = ["lo", "hi"]
-        clipped = op("Min", op("Max", "X", "lo"), "hi")
-        op("Sub", op("Add", clipped, kink("lo")), kink("hi"), output="Y")
+        clipped = at_most(at_least("X", "lo"), "hi")
+        op("Sub", op("Add", clipped, kink("X", "lo")), kink("X", "hi"), output="Y")
     else:
         operands = ["alpha", "offset", "lo", "hi"]
         line = op("Add", op("Mul", "X", "alpha"), "offset")
@@ -240,14 +265,17 @@ def function(op_type, opset, sloped):
     )
 
 
-def attribute(node: NodeProto, name, default):
-    """The value of a node's attribute; `default` where it has none, or refers to a function's."""
+def attribute(node, name, default, kind=AttributeProto.FLOAT):
+    """The value of a node's attribute; `default` where it has none of that AttributeProto type, or
+    one that refers to the function around it."""
     for held in node.attribute:
-        if held.name == name and not held.ref_attr_name:
+        if held.name == name and held.type == kind and not held.ref_attr_name:
             value = helper.get_attribute_value(held)
-            return value.decode() if isinstance(value, bytes) else value
+            if kind == AttributeProto.STRING:
+                return value.decode(errors="replace")
+            return value
     return default
 
 
 def _holds_relu(node, name):
-    return any(b"Relu" in value for value in attribute(node, name, []))
+    return any(b"Relu" in value for value in attribute(node, name, [], AttributeProto.STRINGS))

@@ -23,7 +23,7 @@ def patch(
     exclude=None,
     force=False,
 ):
-    """Replace the ReLU-family activations of a model by CT units.
+    """Replace the piecewise-affine activations of a model by CT units.
 
     Args:
         model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph. It is not changed.

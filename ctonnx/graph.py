@@ -4,7 +4,6 @@ from collections import ChainMap, defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 
 import onnx
 from onnx import (
@@ -34,7 +33,8 @@ class Scope:
 
     `path` is "" for the graph, "node.attribute" chained with "/" for a body inside it, and
     "domain::name" for a function. `function` is the function that encloses the body, if any, and
-    `parent` the scope whose names the body sees.
+    `parent` the scope whose names the body sees. `inputs_vary` is False where initializers of the
+    body's inputs' names are constants.
     `types` maps a tensor's name to the set of its TensorProto element types; a function called
     with several types has several, and an unknown one is missing. `shapes` maps it to its
     dimensions, a number, a symbol or None each; None where calls differ. Names of `parent` are
@@ -45,6 +45,7 @@ class Scope:
     body: GraphProto | FunctionProto
     function: FunctionProto | None = None
     parent: "Scope | None" = None
+    inputs_vary: bool = True
     types: ChainMap = field(init=False)
     shapes: ChainMap = field(init=False)
 
@@ -54,9 +55,15 @@ class Scope:
 
     def constant(self, name):
         """The number that the body sees under `name`, where that is a scalar constant, or None."""
+        if self.inputs_vary and name in self._inputs:
+            return None
         if name in self._constants:
             return self._constants[name]
         return self.parent.constant(name) if self.parent else None
+
+    @cached_property
+    def _inputs(self):
+        return {getattr(value, "name", value) for value in self.body.input}
 
     @cached_property
     def _constants(self):
@@ -64,25 +71,28 @@ class Scope:
         if isinstance(self.body, GraphProto):
             found.update((tensor.name, _number(tensor)) for tensor in self.body.initializer)
         for node in self.body.node:
-            if node.op_type == "Constant":
+            if node.op_type == "Constant" and node.output:
                 for attribute in node.attribute:
                     found[node.output[0]] = _number_of_attribute(attribute)
         return {name: number for name, number in found.items() if number is not None}
 
 
 def _number(tensor):
-    if prod(tensor.dims) != 1 or tensor.data_location == TensorProto.EXTERNAL:
+    # Of more dimensions, it could change the shape of what it is combined with.
+    if tensor.dims not in ([], [1]) or tensor.data_location == TensorProto.EXTERNAL:
         return None
     try:
         return float(numpy_helper.to_array(tensor).item())
-    except (TypeError, ValueError):
-        return None  # A string, or a tensor without its data.
+    except (KeyError, TypeError, ValueError):
+        return None  # A string, a type unknown, or a tensor without its data.
 
 
 def _number_of_attribute(attribute):
-    if attribute.name == "value":
+    if attribute.ref_attr_name:
+        return None
+    if attribute.type == AttributeProto.TENSOR:
         return _number(attribute.t)
-    if attribute.name in ("value_float", "value_int"):
+    if attribute.type in (AttributeProto.FLOAT, AttributeProto.INT):
         return float(helper.get_attribute_value(attribute))
     return None
 
@@ -94,18 +104,10 @@ def node_label(node):
 
 def scopes(model):
     """Every Scope of a ModelProto, parents before children: the one loop over graph, subgraphs and
-    functions. Types are not filled in; see `typed_scopes`.
-
-    Raises:
-        ModelError: a name in the model is not UTF-8.
-    """
-    for proto in (*model.opset_import, *model.functions):
-        _check_text(proto.domain)
-    for entry in model.metadata_props:
-        _check_text(entry.key, entry.value)
-    yield from _scopes(Scope("", model.graph))
+    functions. Types are not filled in; see `typed_scopes`."""
+    # Until IR 4 initializers were inputs too, and constant all the same.
+    yield from _scopes(Scope("", model.graph, inputs_vary=model.ir_version >= 4))
     for function in model.functions:
-        _check_text(function.name, function.overload, *function.attribute)
         yield from _scopes(Scope(f"{function.domain}::{function.name}", function, function))
 
 
@@ -115,8 +117,19 @@ def _check_text(*texts):
         raise ModelError("a name in the model is not UTF-8")
 
 
+def check_names(model):
+    """Raise ModelError where a name in the model is not UTF-8."""
+    for proto in (*model.opset_import, *model.functions):
+        _check_text(proto.domain)
+    for entry in model.metadata_props:
+        _check_text(entry.key, entry.value)
+    for function in model.functions:
+        _check_text(function.name, function.overload, *function.attribute)
+    for scope in scopes(model):
+        _check_names(scope.body)
+
+
 def _check_names(body):
-    """Raise ModelError where a name in `body` is not UTF-8."""
     if isinstance(body, FunctionProto):
         _check_text(*body.input, *body.output, *(entry.domain for entry in body.opset_import))
     else:
@@ -131,7 +144,6 @@ def _check_names(body):
 
 
 def _scopes(scope):
-    _check_names(scope.body)
     yield scope
     for node in scope.body.node:
         for attribute in node.attribute:
@@ -281,9 +293,10 @@ def _inferred(model):
 
 
 def _dimension(dim):
-    # Inference invents symbols for dimensions that have none.
-    if dim.HasField("dim_param") and not dim.dim_param.startswith("unk__"):
-        return dim.dim_param
+    # Inference invents symbols for dimensions that have none; one that is not UTF-8 comes as bytes.
+    symbol = dim.dim_param
+    if symbol and isinstance(symbol, str) and not symbol.startswith("unk__"):
+        return symbol
     return dim.dim_value if dim.HasField("dim_value") else None
 
 

@@ -15,6 +15,7 @@ It is refused, and the plain session serves, where
   the optimised model in a file;
 - the model holds no CTU or no convolution, or ONNX Runtime lays out nothing in blocks;
 - a parameter is not a scalar input or initializer of the graph, or no op is left to stand in;
+- a CTU is part of a Clip, a HardSigmoid or the like;
 - a CTU is inside a model-local function, which ONNX Runtime copies to where it is called;
 - the model computes in half precision, or is too large to be held several times;
 - ONNX Runtime changed the number of stand-ins, by folding, merging or decomposing;
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
 from . import activations, ctu, files, runtime, validate
 from .errors import CtonnxError
@@ -248,7 +249,7 @@ def bake(optimised, model, parameters):
 def _activation(node):
     """The standard op that a node is, or that is fused into it as its activation."""
     if (node.domain, node.op_type) in activations.FUSED:
-        return activations.attribute(node, "activation", None)
+        return activations.attribute(node, "activation", None, AttributeProto.STRING)
     return node.op_type if node.domain in activations.DEFAULT_DOMAINS else None
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ def load(path):
         if path.suffix == ".npz":
             return _from_arrays(path)
         document = json.loads(path.read_text())
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # Whatever the parsers raise for a damaged file.
         raise ModelError(f"{path}: cannot be read as parameters: {error}") from None
     if not isinstance(document, dict):
         raise ModelError(f"{path}: expected a JSON object from name to parameters")
@@ -59,12 +58,13 @@ def resolve(params, beta, coeff, activations):
         beta, coeff: for what `params` does not give; beta may be None.
 
     Returns:
-        list with a dict {"beta": float32 array or None, "coeff": float32 array} for each.
+        list with a dict for each: "beta", a float32 array or None, "coeff", a float32 array, and
+        "common", whether beta is the one of all.
 
     Raises:
         UsageError: a key matches nothing, or a value is not in [0, 1].
     """
-    resolved = [{"beta": beta, "coeff": coeff} for _ in activations]
+    resolved = [{"beta": beta, "coeff": coeff, "common": True} for _ in activations]
     for key, given in (params or {}).items():
         values = _values(key, given)
         matched = _matches(key, activations)
@@ -72,8 +72,10 @@ def resolve(params, beta, coeff, activations):
             raise UsageError(f"params: {key!r} matches no activation that is steered")
         for index in matched:
             resolved[index].update(values)
+            resolved[index]["common"] &= "beta" not in values
     for values in resolved:
-        for name, value in values.items():
+        for name in _NAMES:
+            value = values[name]
             values[name] = None if value is None else np.asarray(value, np.float32)
     return resolved
 
@@ -116,16 +118,24 @@ def per_channel(array, shape, name):
         name: of the activation, for messages.
 
     Raises:
-        UsageError: the number of values is not that of the channels, or of dimensions unknown.
+        UsageError: the values do not fit the tensor, or may fit in more than one way.
     """
-    if array.ndim != 1 or array.size == 1:
-        if shape is not None and array.ndim > len(shape):
-            raise UsageError(f"params: {name}: {list(array.shape)} does not broadcast to {shape}")
-        return array
-    if not shape:
-        raise UsageError(f"params: {name}: the tensor's shape is unknown, give [[[b]], ...]")
-    axis = 1 if len(shape) >= 4 else len(shape) - 1
-    channels = shape[axis]
-    if isinstance(channels, int) and channels != array.size:
-        raise UsageError(f"params: {name}: {array.size} values for {channels} channels")
-    return array.reshape(-1, *[1] * (len(shape) - axis - 1))
+    if array.ndim == 1 and array.size > 1:
+        if not shape:
+            raise UsageError(f"params: {name}: the tensor's shape is unknown, give [[[b]], ...]")
+        axis = 1 if len(shape) >= 4 else len(shape) - 1
+        if len(shape) == 3 and shape[1] == array.size:
+            # Sequences have their channels last, one-dimensional convolutions first.
+            if not isinstance(shape[2], int) or shape[2] == array.size:
+                raise UsageError(
+                    f"params: {name}: either of the last two dimensions may be the channels: "
+                    "give [[b], ...] or [[b, ...]]"
+                )
+        if isinstance(shape[axis], int) and shape[axis] != array.size:
+            raise UsageError(f"params: {name}: {array.size} values for {shape[axis]} channels")
+        return array.reshape(-1, *[1] * (len(shape) - axis - 1))
+    pairs = zip(reversed(array.shape), reversed(shape or []), strict=False)
+    fits = all(have in (1, want) or not isinstance(want, int) for have, want in pairs)
+    if shape is not None and ((array.ndim > len(shape) and array.size > 1) or not fits):
+        raise UsageError(f"params: {name}: {list(array.shape)} does not broadcast to {shape}")
+    return array

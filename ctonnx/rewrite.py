@@ -26,7 +26,17 @@ from onnx import (
 
 from . import activations, ctu, params
 from .errors import ModelError, NothingToDo, UsageError
-from .graph import Scope, functions_of, key_of, names, node_label, scopes, typed_scopes, unique_name
+from .graph import (
+    Scope,
+    check_names,
+    functions_of,
+    key_of,
+    names,
+    node_label,
+    scopes,
+    typed_scopes,
+    unique_name,
+)
 
 ORIGINAL = "ctonnx.original"
 
@@ -64,14 +74,14 @@ class Activation:
 class Report:
     """What `steer` did: the Activations it replaced and skipped, and what else it had to change.
 
-    `beta_name` is the name of the initializer or input that holds the common beta, `beta_names` are
-    those of all.
+    `beta_name` is the input that holds beta, if there is one, and `beta_names` are the initializers
+    and inputs that hold any.
     """
 
     replaced: list[Activation] = field(default_factory=list)
     skipped: list[Activation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    beta_name: str = "beta"
+    beta_name: str | None = None
     beta_names: set[str] = field(default_factory=set)
 
     def skip(self, activation, reason):
@@ -80,6 +90,7 @@ class Report:
 
 def find(model):
     """The Activations of a ModelProto, in order of scope and node."""
+    check_names(model)
     values = _parameter_values(model)
     return [site.activation for site in _survey(model, values)]
 
@@ -126,12 +137,15 @@ def steer(
     _check_choice("lowering", lowering, LOWERINGS)
     _check_choice("beta_as", beta_as, BETA_AS)
     selected = _selector(ops, include, exclude)
+    check_names(model)
     if _is_steered(model):
         raise UsageError(
             "the model is already steered: change its beta with `ctonnx set`, or steer its original"
         )
-    imports = [e for owner in (model, *model.functions) for e in owner.opset_import]
-    if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions)):
+    # Not the model's own imports: ONNX Runtime writes ours into what it saves, once it has seen it.
+    imports = [entry for function in model.functions for entry in function.opset_import]
+    nodes = [node for scope in scopes(model) for node in scope.body.node]
+    if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions, *nodes)):
         raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
     opset = _opset(model)
 
@@ -161,17 +175,18 @@ def steer(
         candidates = [replace(site, dtypes=site.dtypes or {usual}) for site in candidates]
     sites = _of_fitting_types(candidates, opset, with_function, report)
     sites, given = _with_parameters(sites, params, beta, coeff, report)
-    if opset < 7 and any(value.ndim for values in given for value in values.values()):
+    if opset < 7 and any(values[key].ndim for values in given for key in ("beta", "coeff")):
         raise UsageError("params: one value per channel needs opset 7")
     if not sites:
         raise NothingToDo(_nothing_matched(report.skipped))
 
     # Functions came with IR 8; before IR 4 every initializer had to be listed as an input as well.
-    _raise_ir(model, 8 if with_function and lowering != "primitives" else 4, report)
+    any_function = with_function or any(s.steering.op_type != ctu.OP_TYPE for s in sites)
+    before = ModelProto()
+    _raise_ir(model, 8 if any_function and lowering != "primitives" else 4, before, report)
     parameters = _Parameters(model)
-    if beta is not None:
-        report.beta_name = parameters.add("beta", beta, as_input=beta_as)
     if beta_as != "initializer":
+        report.beta_name = parameters.add_input("beta", beta, beta_as)
         report.notes.append(f"beta is the graph's input {report.beta_name!r}")
     sloped = with_function and any(site.steering.sloped for site in sites)
     for site, values in zip(sites, given, strict=True):
@@ -181,7 +196,11 @@ def steer(
             operands = [0.0]
         dtype = next(iter(site.dtypes), usual)
         operands = [o if isinstance(o, str) else parameters.add_operand(o, dtype) for o in operands]
-        held = [parameters.add(name, values[name]) for name in ("beta", "coeff")]
+        common = values["common"] and beta_as != "initializer"
+        held = [
+            report.beta_name if common else parameters.add("beta", values["beta"]),
+            parameters.add("coeff", values["coeff"]),
+        ]
         report.beta_names.add(held[0])
         _steer_node(site, [*held, *operands], parameters)
         report.replaced.append(replace(site.activation, status="steered"))
@@ -200,7 +219,9 @@ def steer(
         )
 
     _pass_into_functions(model, parameters.names)
-    model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
+    _import_domain(model, before)
+    if before.ByteSize():
+        _record(model, before)
     if with_function:
         unknown = {TensorProto.UNDEFINED}
         dtypes = set().union(*(site.dtypes or unknown for site in sites))
@@ -230,6 +251,7 @@ def set_beta(model, beta):
         NothingToDo: the model holds no CTU.
     """
     beta = ctu.check_unit_interval("beta", beta)
+    check_names(model)
     held = {
         name
         for scope in _steered(model)
@@ -237,25 +259,19 @@ def set_beta(model, beta):
         if ctu.is_ctu(node)
         for name in node.input[1:2]
     }
-    if not fill_beta(model, held, beta):
+    if not held.issubset(tensor.name for tensor in model.graph.initializer):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
+    fill_beta(model, held, beta)
     for entry in model.metadata_props:
         if entry.key == "ctonnx.beta":
             entry.value = repr(beta)
 
 
 def fill_beta(model, names, beta):
-    """Give the initializers `names` of a ModelProto the value beta; whether there was any."""
-    found = [tensor for tensor in model.graph.initializer if tensor.name in names]
-    for tensor in found:
-        tensor.CopyFrom(_scalar(tensor.name, beta, TensorProto.FLOAT))
-    return bool(found)
-
-
-def make_beta_an_input(model, name):
-    """Let the initializer `name` of a ModelProto be overridden: list it as a graph input too."""
-    if name not in {value.name for value in model.graph.input}:
-        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+    """Give the initializers `names` of a ModelProto the value beta."""
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            tensor.CopyFrom(_scalar(tensor.name, beta, TensorProto.FLOAT))
 
 
 def unsteer(model):
@@ -265,6 +281,7 @@ def unsteer(model):
         NothingToDo: the model holds no CTU, as after lowering to primitives.
         ModelError: a CTU node carries no record of what it replaced.
     """
+    check_names(model)
     parameters, inserted = set(), False
     for scope in _steered(model):
         for node in scope.body.node:
@@ -287,17 +304,19 @@ def unsteer(model):
     for i in reversed(range(len(model.functions))):
         if ctu.is_ctu(model.functions[i]):
             del model.functions[i]
-    for owner in (model, *model.functions):
-        _keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+    original = _metadata(model, ORIGINAL)
+    before = _decode(ModelProto, original) if original is not None else ModelProto()
+    if not before.opset_import:
+        _keep(model.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+    for function in model.functions:
+        _keep(function.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
     _keep(model.graph.initializer, lambda tensor: tensor.name not in parameters)
     _keep(model.graph.input, lambda value: value.name not in parameters)
-    original = _metadata(model, ORIGINAL)
-    if original is not None:
-        before = _decode(ModelProto, original)
+    if before.ir_version:
         model.ir_version = before.ir_version
-        if before.graph.input:
-            del model.graph.input[:]
-            model.graph.input.extend(before.graph.input)
+    if before.graph.input:
+        del model.graph.input[:]
+        model.graph.input.extend(before.graph.input)
     _keep(model.metadata_props, lambda entry: not entry.key.startswith("ctonnx."))
 
 
@@ -324,7 +343,9 @@ def _survey(model, values):
             continue
         for node in scope.body.node:
             inner = activations.unfused(node)
-            known = scope.types.get((*node.input, *node.output, "")[0], set())
+            # X, bounds, slope and Y are of one type: the first that is known.
+            types = (scope.types.get(name) for name in (*node.input, *node.output))
+            known = next(filter(None, types), set())
             found = _judge(node, inner, known, scope, values)
             if found is None:
                 continue
@@ -403,9 +424,7 @@ def _pattern(option, text):
 
 
 def _too_old(site, opset):
-    """Why the standard ops of `opset` cannot make up the fallback of a _Site, or None."""
-    if opset < 8 and site.steering.op_type != ctu.OP_TYPE:
-        return "its function needs opset 8"
+    """Why the ops of `opset` cannot make up the fallback of a _Site, or None."""
     if opset < 7 and site.activation.op == "PRelu":
         return "its slope broadcasts otherwise before opset 7"
     return None
@@ -449,9 +468,13 @@ def _with_parameters(sites, given, beta, coeff, report):
         if values["beta"] is None:
             report.skip(site.activation, "no beta is given for it")
             continue
-        shape = site.scope.shapes.get((site.inner or site.node).output[0])
-        name = site.activation.name
-        values = {n: params.per_channel(v, shape, name) for n, v in values.items()}
+        name, shape = site.activation.name, site.activation.shape
+        for key in "beta", "coeff":
+            values[key] = params.per_channel(values[key], shape, name)
+            if values[key].size > 1 and site.node.op_type in ("Conv", "NhwcFusedConv"):
+                raise UsageError(
+                    f"params: {name}: its channels are not dimension 1: give one value"
+                )
         kept.append((site, values))
     return [site for site, _ in kept], [values for _, values in kept]
 
@@ -510,10 +533,18 @@ def _steered(model):
 # --- editing
 
 
-def _raise_ir(model, minimum, report):
+def _import_domain(model, before):
+    held = [entry for entry in model.opset_import if entry.domain == ctu.DOMAIN]
+    before.opset_import.extend(held)
+    if not held:
+        model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
+
+
+def _raise_ir(model, minimum, before, report):
+    """Raise the IR version, and put into `before` what that changes."""
     if model.ir_version >= minimum:
         return
-    before = ModelProto(ir_version=model.ir_version)
+    before.ir_version = model.ir_version
     report.notes.append(f"raised the IR version from {model.ir_version} to {minimum}")
     if model.ir_version < 4:
         # From IR 4 on an initializer that is also an input can be overridden, which would stop ONNX
@@ -525,7 +556,6 @@ def _raise_ir(model, minimum, report):
             "initializers are no longer listed as inputs, as that IR version has it"
         )
     model.ir_version = minimum
-    _record(model, before)
 
 
 def _steer_node(site, inputs, parameters):
@@ -588,21 +618,27 @@ class _Parameters:
         self.names.append(name)
         return name
 
-    def add(self, base, value, as_input="initializer"):
-        """The name of an initializer or input `value`, float32, one for all that are equal."""
-        value = np.asarray(value, np.float32)
+    def add(self, base, value):
+        """The name of an initializer of a float32 array, one for all that are equal."""
         key = base, value.shape, value.tobytes()
         if key not in self._held:
             name = self._held[key] = self._parameter(base)
-            if as_input != "initializer":
-                make_beta_an_input(self._model, name)
-            if as_input != "required-input":
-                tensor = helper.make_tensor(name, TensorProto.FLOAT, value.shape, value.ravel())
-                self._model.graph.initializer.append(tensor)
+            tensor = helper.make_tensor(name, TensorProto.FLOAT, value.shape, value.ravel())
+            self._model.graph.initializer.append(tensor)
         return self._held[key]
+
+    def add_input(self, base, value, kind):
+        """The name of a scalar graph input, with `value` as its default where it is optional."""
+        name = self._parameter(base)
+        self._model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+        if kind == "input":
+            self._model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
+        return name
 
     def add_operand(self, value, dtype):
         """The name of an initializer of the number `value`, one for all that need it."""
+        if dtype == TensorProto.FLOAT16:  # A bound beyond its range is none.
+            value = float(np.clip(value, *(np.finfo(np.float16).min, np.finfo(np.float16).max)))
         if (value, dtype) not in self._held:
             name = self._held[value, dtype] = self._parameter("ctu_operand")
             self._model.graph.initializer.append(_scalar(name, value, dtype))

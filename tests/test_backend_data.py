@@ -48,11 +48,11 @@ def kink(distance):
 def clip(x, low=None, high=None, min=None, max=None):
     """Bounds are inputs, and attributes before opset 11."""
     low, high = low if min is None else min, high if max is None else max
-    y = x
+    y = np.clip(x, low, high)
     if low is not None:
-        y = np.maximum(y, low) + kink(x - low)
+        y = y + kink(x - low)
     if high is not None:
-        y = np.minimum(y, high) - kink(x - high)
+        y = y - kink(x - high)
     return y
 
 
