@@ -116,6 +116,9 @@ def steer(
     imports = [e for owner in (model, *model.functions) for e in owner.opset_import]
     if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions)):
         raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
+    if any(function.domain in activations.DEFAULT_DOMAINS for function in model.functions):
+        # Its Relu need not be a ReLU, and would end up inside the CTU's own function.
+        raise ModelError("the model defines functions in the domain of the standard ops")
     opset = _opset(model)
 
     report = Report()
@@ -379,9 +382,8 @@ def _opset(model):
 
 def _is_steered(model):
     # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
-    return _has_record(model) or any(
-        ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
-    )
+    nodes = (node for scope in scopes(model) for node in scope.body.node)
+    return any(ctu.is_ctu(node) or _has_record(node) for node in nodes) or _has_record(model)
 
 
 def _has_record(proto):
