@@ -73,6 +73,8 @@ def refusal(node, dtypes):
         return "it lacks an input"
     if any(attribute.ref_attr_name for attribute in node.attribute):
         return "its slope is an attribute of the function around it"
+    if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+        return "it holds a graph, which no activation does"
     wrong = set(dtypes) - set(FLOATING)
     if wrong:
         return f"its tensor is {_type_name(wrong.pop())}, not floating-point"

@@ -69,6 +69,7 @@ def _check_text(*texts):
 
 def _check_names(body):
     """Raise ModelError where a name in `body` is not UTF-8."""
+    _check_text(body.name)
     if isinstance(body, FunctionProto):
         _check_text(*body.input, *body.output, *(entry.domain for entry in body.opset_import))
     else:

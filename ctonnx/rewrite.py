@@ -525,10 +525,11 @@ def _record(proto, before):
 
 
 def _record_node(node):
-    before = NodeProto()
-    before.CopyFrom(node)
-    for untouched in "name", "output", "doc_string", "metadata_props":
-        before.ClearField(untouched)
+    # Nothing else: fields that this onnx does not know stay on the node, and would come twice.
+    before = NodeProto(input=node.input, attribute=node.attribute)
+    for name in "op_type", "domain":
+        if node.HasField(name):
+            setattr(before, name, getattr(node, name))
     _record(node, before)
 
 

@@ -24,10 +24,12 @@ def with_bytes(model, text):
     return ModelProto.FromString(data.replace(text, b"\xff" * len(text)))
 
 
-@pytest.mark.parametrize("text", [b"node", b"Relu", b"hh", b"meta", b"init", b"attr", b"my"])
+@pytest.mark.parametrize(
+    "text", [b"node", b"Relu", b"hh", b"meta", b"init", b"attr", b"my", b"graph"]
+)
 def test_a_name_that_is_not_utf8(text):
     model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
-    g (float[4] x) => (float[4] y) <float init = {1}> { hh = my.f <attr = 1> (x)  y = Relu(hh) }
+    graph (float[4] x) => (float[4] y) <float init = {1}> { hh = my.f <attr = 1> (x)  y = Relu(hh) }
     <domain: "my", opset_import: ["" : 17]> f <attr> (X) => (Y) { Y = Neg(X) }""")
     model.graph.node[0].name = "node"
     model.metadata_props.add(key="meta", value="?")
@@ -57,6 +59,29 @@ def test_records_where_nothing_is_steered(key, place):
     for lowering in rewrite.LOWERINGS:
         with pytest.raises(UsageError, match="already steered"):
             ctonnx.patch(model, 0.5, lowering=lowering)
+
+
+def test_an_activation_that_holds_a_graph():
+    """What is in there would be steered and then lost with it."""
+    model = relu()
+    model.graph.node.add().CopyFrom(model.graph.node[0])
+    attribute = model.graph.node[0].attribute.add(name="body", type=onnx.AttributeProto.GRAPH)
+    attribute.g.node.add(op_type="LeakyRelu", input=["x"], output=["z"])
+    assert [a.status for a in rewrite.find(model)] == ["skipped", "steerable", "steerable"]
+    changed = ctonnx.patch(model, 0.5)
+    rewrite.unsteer(changed)
+    assert changed == model
+
+
+def test_fields_of_the_future_are_kept_once():
+    unknown = b"\xa0\x06\x07"  # Field 100, the number 7.
+    model = relu()
+    data = model.graph.node[0].SerializeToString() + unknown
+    model.graph.node[0].CopyFrom(onnx.NodeProto.FromString(data))
+    changed = ctonnx.patch(model, 0.5)
+    assert changed.SerializeToString().count(unknown) == 1
+    rewrite.unsteer(changed)
+    assert changed == model
 
 
 def test_a_ctu_that_lacks_inputs():
