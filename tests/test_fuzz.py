@@ -40,7 +40,7 @@ from ctonnx import cli, rewrite
 from ctonnx.errors import CtonnxError, UsageError
 
 FACTOR = int(os.environ.get("CTONNX_FUZZ", "1"))
-MUTANTS, STRUCTURES = 17_500 * FACTOR, 2_500 * FACTOR
+MUTANTS, STRUCTURES = 18_500 * FACTOR, 1_500 * FACTOR
 SECONDS = 20
 MEMORY = 4 << 30
 
