@@ -172,6 +172,8 @@ def judge(node, dtypes, constant):
         return "it lacks an input"
     if any(a.ref_attr_name for a in node.attribute):
         return "it has an attribute of the function around it"
+    if any(a.HasField("g") or a.graphs for a in node.attribute):
+        return "it holds a graph, which no activation does"
     steering = STEERABLE[node.op_type](node, constant)
     if not isinstance(steering, Steering):
         return steering

@@ -1,9 +1,10 @@
 """Walking a model, and the element types of the tensors in it."""
 
-from collections import ChainMap, defaultdict, deque
+from collections import ChainMap, Counter, defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 
 import onnx
 from onnx import (
@@ -25,6 +26,10 @@ _INFERENCE_ERRORS = (
     RuntimeError,
     ValueError,
 )
+
+# How deep functions may call each other, which is onnx's own limit, and how often.
+_MAX_DEPTH = 100
+_MAX_CALLS = 1_000_000
 
 
 @dataclass
@@ -121,8 +126,7 @@ def check_names(model):
     """Raise ModelError where a name in the model is not UTF-8."""
     for proto in (*model.opset_import, *model.functions):
         _check_text(proto.domain)
-    for entry in model.metadata_props:
-        _check_text(entry.key, entry.value)
+    _check_text(*(entry.key for entry in model.metadata_props))
     for function in model.functions:
         _check_text(function.name, function.overload, *function.attribute)
     for scope in scopes(model):
@@ -130,6 +134,7 @@ def check_names(model):
 
 
 def _check_names(body):
+    _check_text(body.name)
     if isinstance(body, FunctionProto):
         _check_text(*body.input, *body.output, *(entry.domain for entry in body.opset_import))
     else:
@@ -139,8 +144,7 @@ def _check_names(body):
     for node in body.node:
         _check_text(node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
         _check_text(*(attribute.name for attribute in node.attribute))
-        for entry in node.metadata_props:
-            _check_text(entry.key, entry.value)
+        _check_text(*(entry.key for entry in node.metadata_props))
 
 
 def _scopes(scope):
@@ -207,8 +211,37 @@ def unique_name(base, taken):
     return f"{base}_{free}"
 
 
+def _check_calls(by_function):
+    """Raise ModelError where functions call themselves, or each other so often or so deep that a
+    small file keeps onnx's inference, which follows every call, busy for hours.
+
+    Args:
+        by_function: the Scopes of each function by `key_of`, and those of the graph by ().
+    """
+    calls = {
+        key: Counter(key_of(node) for scope in inside for node in scope.body.node)
+        for key, inside in by_function.items()
+    }
+    depth, total = {}, {}
+    try:
+        for key in TopologicalSorter(calls).static_order():
+            made = calls.get(key, {})
+            depth[key] = 1 + max((depth[callee] for callee in made), default=0)
+            # An op that is no function is not followed.
+            total[key] = sum(n * (1 + total[c]) for c, n in made.items() if c in by_function)
+    except CycleError as error:
+        name = "::".join(error.args[1][0][:2])
+        raise ModelError(f"the model's function {name} calls itself") from None
+    if max(depth.values(), default=0) > _MAX_DEPTH or max(total.values(), default=0) > _MAX_CALLS:
+        raise ModelError("the model's functions call each other too often, or too deep")
+
+
 def typed_scopes(model):
-    """The list of `scopes(model)` with `types` filled in as far as onnx's inference knows them."""
+    """The list of `scopes(model)` with `types` filled in as far as onnx's inference knows them.
+
+    Raises:
+        ModelError: two functions are of the same name, or they call each other beyond all bounds.
+    """
     found = list(scopes(model))
     functions = functions_of(model)
     by_function = defaultdict(list)
@@ -216,6 +249,8 @@ def typed_scopes(model):
         if scope.function is not None:
             by_function[key_of(scope.function)].append(scope)
 
+    graph_scopes = [s for s in found if s.function is None]
+    _check_calls({(): graph_scopes, **by_function})
     pending, seen = deque(), set()
 
     def collect(targets, inferred):
@@ -235,7 +270,6 @@ def typed_scopes(model):
                         seen.add((key, arguments))
                         pending.append((key, arguments))
 
-    graph_scopes = [s for s in found if s.function is None]
     collect(graph_scopes, _inferred(_without_weights(model)))
     while pending:
         key, arguments = pending.popleft()

@@ -147,6 +147,9 @@ def steer(
     nodes = [node for scope in scopes(model) for node in scope.body.node]
     if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions, *nodes)):
         raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
+    if any(function.domain in activations.DEFAULT_DOMAINS for function in model.functions):
+        # Its Relu need not be a ReLU, and would end up inside the CTU's own function.
+        raise ModelError("the model defines functions in the domain of the standard ops")
     opset = _opset(model)
 
     report = Report()
@@ -259,7 +262,7 @@ def set_beta(model, beta):
         if ctu.is_ctu(node)
         for name in node.input[1:2]
     }
-    if not held.issubset(tensor.name for tensor in model.graph.initializer):
+    if not held or not held.issubset(tensor.name for tensor in model.graph.initializer):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
     fill_beta(model, held, beta)
     for entry in model.metadata_props:
@@ -506,9 +509,8 @@ def _opset(model):
 
 def _is_steered(model):
     # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
-    return _has_record(model) or any(
-        ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
-    )
+    nodes = (node for scope in scopes(model) for node in scope.body.node)
+    return any(ctu.is_ctu(node) or _has_record(node) for node in nodes) or _has_record(model)
 
 
 def _has_record(proto):
@@ -562,7 +564,7 @@ def _steer_node(site, inputs, parameters):
     """Make the site's node, or the one fused into it, an op of ours with `inputs` behind X."""
     node = site.node
     if site.inner is not None:
-        _record(node, _copy_of(node, "metadata_props", "doc_string", "name"))
+        _record_node(node, output=True)
         before = parameters.free_name(f"{node.output[0]}_before_activation")
         site.inner.name = node.name and f"{node.name}_activation"
         activations.take_out(node, before)
@@ -570,7 +572,7 @@ def _steer_node(site, inputs, parameters):
         _record(node, NodeProto(op_type=node.op_type))
         x = before
     else:
-        _record(node, _copy_of(node, "metadata_props", "doc_string", "name", "output"))
+        _record_node(node)
         x = site.steering.x
     node.op_type, node.domain = site.steering.op_type, ctu.DOMAIN
     del node.attribute[:], node.input[:]
@@ -680,7 +682,7 @@ def _pass_into_functions(model, parameters):
     arity = {key: len(function.input) for key, function in functions.items()}
     for node, key in list(callees(scopes(model))):
         if needs[key]:
-            _record(node, _copy_of(node, "metadata_props", "doc_string", "name", "output"))
+            _record_node(node)
             node.input.extend([""] * (arity[key] - len(node.input)))
             node.input.extend(name for name in parameters if name in needs[key])
     for key, function in functions.items():
@@ -727,13 +729,16 @@ def _record(proto, before):
     proto.metadata_props.add(key=ORIGINAL, value=value)
 
 
-def _copy_of(node, *without):
-    """A copy of a NodeProto less some of its fields."""
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    for name in without:
-        copy.ClearField(name)
-    return copy
+def _record_node(node, output=False):
+    """Keep what steering changes of a node, and its outputs where it changes those."""
+    # Nothing else: fields that this onnx does not know stay on the node, and would come twice.
+    before = NodeProto(input=node.input, attribute=node.attribute)
+    for name in "op_type", "domain":
+        if node.HasField(name):
+            setattr(before, name, getattr(node, name))
+    if output:
+        before.output.extend(node.output)
+    _record(node, before)
 
 
 def _decode(kind, text):

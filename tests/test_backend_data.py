@@ -18,7 +18,7 @@ from onnx.reference.op_run import OpRun
 
 import ctonnx
 from ctonnx import ctu, rewrite
-from ctonnx.errors import ModelError
+from ctonnx.errors import ModelError, NothingToDo
 from ctonnx.graph import node_label, scopes
 from ctonnx.validate import Model, compare, random_inputs
 
@@ -218,6 +218,9 @@ class CTU(OpRun):
 
 
 def in_reference(model, inputs, library=False):
+    # The ReferenceEvaluator forgets new_ops in functions.
+    others = [(f.domain, f.name) for f in model.functions if f.name != ctu.OP_TYPE]
+    model = inliner.inline_selected_functions(model, others) if others else model
     return reference(model, inputs, [CTU] if library else [])
 
 
@@ -235,7 +238,8 @@ def assert_follows_the_oracle(model, inputs, new_ops=()):
     """At beta 1 the original, at 0.85 the oracle, in every lowering; gives whether these differ."""
     try:
         run, original = in_onnxruntime, in_onnxruntime(model, inputs)
-    except ModelError:  # It has no kernels for PRelu at opset 6, nor for the newest opset.
+        in_onnxruntime(steered(model, 1.0, "primitives")[0], inputs)
+    except ModelError:  # It has no arithmetic for opset 6, nor for the newest opset.
         run, original = in_reference, in_reference(model, inputs)
     expected = oracle(model, inputs, new_ops)
     for lowering in rewrite.LOWERINGS:
@@ -277,8 +281,8 @@ def test_every_model_follows_the_oracle(kind, capsys):
         try:
             told += [name] * assert_follows_the_oracle(model, inputs)
             passed.append(name)
-        except ModelError as error:
-            if "steering needs" not in str(error):
+        except NothingToDo as error:
+            if "before opset 7" not in str(error):
                 raise
             refused.append(name)
         except Exception as error:
@@ -348,7 +352,7 @@ MUTATIONS = {
     **{f"{site} is not steered": put_back(site) for site in SITES},
     "c and 1 - c swapped": replaced_scalar("coeff", float(1 - COEFF)),
     "beta 0.86": replaced_scalar("beta", 0.86),
-    "no slopes": replaced_scalar("slope", 0.0),
+    "no slopes": replaced_scalar("ctu_operand", 0.0),
 }
 
 

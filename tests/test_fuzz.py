@@ -13,7 +13,7 @@ import re
 import resource
 import sys
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from ctonnx import cli, rewrite
 from ctonnx.errors import CtonnxError, UsageError
 
 FACTOR = int(os.environ.get("CTONNX_FUZZ", "1"))
-MUTANTS, STRUCTURES = 17_500 * FACTOR, 2_500 * FACTOR
+MUTANTS, STRUCTURES = 18_500 * FACTOR, 1_500 * FACTOR
 SECONDS = 20
 MEMORY = 4 << 30
 
@@ -75,14 +75,15 @@ def digest(number, data, folder):
     except CtonnxError as error:
         assert_refused_by_the_command_line(number, path)
         return type(error).__name__
-    reached = {type(error).__name__ for error in edit_in_memory(number, data)}
+    edit_in_memory(number, data)
+    end = "steered"
     try:
         ctonnx.patch(path, 0.85, output=output, lowering=rewrite.LOWERINGS[number % 3])
         assert listed(folder) == ["model.onnx", "out.onnx", "weights"]
         ctonnx.inspect(output)
         output.unlink()
     except CtonnxError as error:
-        reached.add(type(error).__name__)
+        end = type(error).__name__
     assert listed(folder) == ["model.onnx", "weights"]
     assert path.read_bytes() == data
     if number % 50 == 0:
@@ -91,25 +92,22 @@ def digest(number, data, folder):
         command_line("set", path, "--beta", "0.5", "-o", output, "--force")
         command_line("inspect", path)
         output.unlink(missing_ok=True)
-    return min(reached, default="steered")
+    return end
 
 
 def edit_in_memory(number, data):
-    """Yield the errors of patching, setting, inspecting and unpatching, in every lowering."""
+    """Patch, set, inspect and unpatch, in every lowering."""
     model = ModelProto.FromString(data)
     for change in rewrite.unsteer, lambda copy: rewrite.set_beta(copy, 0.5):
         copy = ModelProto.FromString(data)
-        try:
+        with suppress(CtonnxError):
             change(copy)
             rewrite.find(copy)
-        except CtonnxError as error:
-            yield error
     beta_as = rewrite.BETA_AS[number // 3 % 3]
     for lowering in rewrite.LOWERINGS:
         try:
             changed = ctonnx.patch(model, 0.85, beta_as=beta_as, lowering=lowering)
-        except CtonnxError as error:
-            yield error
+        except CtonnxError:
             continue
         assert any(a.status == "steered" for a in rewrite.find(changed))
         if lowering == "primitives":
@@ -274,13 +272,13 @@ def test_changed_bytes(reader, capsys, tmp_path):
 # --- parts that do not fit
 
 NAMES = st.sampled_from(["x", "y", "z", "h", "", "beta", "coeff", "slope", "X", "Y", "é/\n", "f"])
-DOMAINS = st.sampled_from(["", "", "", "", "ai.onnx", "my", "my", "ctonnx", "com.microsoft", "?"])
+DOMAINS = st.sampled_from([*([""] * 20), *(["my"] * 8), "ai.onnx", "ctonnx", "com.microsoft", "?"])
 OPS = st.sampled_from(
     [
         *("Relu", "Relu", "Relu", "LeakyRelu", "PRelu", "Clip", "HardSigmoid", "Max", "Min"),
         *("ThresholdedRelu", "Sigmoid", "Neg", "Identity", "Constant", "Cast", "If", "Loop"),
         *("Scan", "RNN", "FusedConv", "FusedGemm", "Gelu", "QuantizeLinear", "DequantizeLinear"),
-        *("CTU", "f", "f", "g", "g", ""),
+        *("CTU", "f", "f", "g", "g", "h"),
     ]
 )
 ATTRIBUTES = st.sampled_from(
@@ -299,7 +297,7 @@ LOCATIONS = st.sampled_from(
     ["weights", "weights", "", "0", "16", "-1", "1e3", "999999", "../weights", "/etc/passwd", "\0"]
 )
 RECORDS = st.sampled_from(
-    ["ctonnx.original", "ctonnx.version", "ctonnx.lowered", "ctonnx.beta", "names"]
+    ["ctonnx.original", "ctonnx.version", "ctonnx.lowered", *(["names"] * 20)]
 )
 VALUES = st.sampled_from(["", "result", "inside", "AAAA", "CgF4IgRSZWx1", "!", "0.85"])
 
@@ -323,7 +321,7 @@ TENSORS = st.builds(
     data_type=TYPES,
     float_data=some(FLOATS),
     raw_data=maybe(BYTES),
-    data_location=st.sampled_from([None, None, 0, 1]),
+    data_location=st.sampled_from([None] * 9 + [0, 1]),
     external_data=entries(KEYS, LOCATIONS),
 )
 

@@ -1,0 +1,165 @@
+"""What the fuzzers found, and models made to keep the rewriter busy: refused, or steered as is."""
+
+import onnx.parser
+import pytest
+from conftest import parsed
+from onnx import ModelProto, TensorProto, helper
+
+import ctonnx
+from ctonnx import files, rewrite
+from ctonnx.errors import ModelError, NothingToDo, UsageError
+
+RELU = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[4] x) => (float[4] y) { y = Relu(x) }"""
+
+
+def relu():
+    return parsed(RELU)
+
+
+def with_bytes(model, text):
+    """The model with `text` changed to bytes that are no UTF-8."""
+    data = model.SerializeToString()
+    assert text in data
+    return ModelProto.FromString(data.replace(text, b"\xff" * len(text)))
+
+
+@pytest.mark.parametrize(
+    "text", [b"node", b"Relu", b"hh", b"meta", b"init", b"attr", b"my", b"graph"]
+)
+def test_a_name_that_is_not_utf8(text):
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+    graph (float[4] x) => (float[4] y) <float init = {1}> { hh = my.f <attr = 1> (x)  y = Relu(hh) }
+    <domain: "my", opset_import: ["" : 17]> f <attr> (X) => (Y) { Y = Neg(X) }""")
+    model.graph.node[0].name = "node"
+    model.metadata_props.add(key="meta", value="?")
+    for function in rewrite.find, rewrite.unsteer, lambda m: rewrite.steer(m, 0.5):
+        with pytest.raises(ModelError, match="not UTF-8"):
+            function(with_bytes(model, text))
+
+
+def test_an_external_data_location_that_is_not_utf8(tmp_path):
+    model = relu()
+    model.graph.initializer.add(name="w", data_type=TensorProto.FLOAT, dims=[1])
+    model.graph.initializer[0].data_location = TensorProto.EXTERNAL
+    model.graph.initializer[0].external_data.add(key="location", value="somewhere")
+    with pytest.raises(ModelError, match="external data of 'w'"):
+        files.check_external_data(with_bytes(model, b"somewhere"), tmp_path)
+
+
+@pytest.mark.parametrize("key", [rewrite.ORIGINAL, rewrite.LOWERED, "ctonnx.version"])
+@pytest.mark.parametrize("place", ["model", "activation", "another node"])
+def test_records_where_nothing_is_steered(key, place):
+    """They would be taken for ours when undoing: as with a model that is steered already."""
+    model = relu()
+    model.graph.node.add(op_type="Neg", input=["x"], output=["z"])
+    model.graph.node.add(op_type="Sigmoid", input=["x"], output=["s"])
+    places = {"model": model, "activation": model.graph.node[0]}
+    places.get(place, model.graph.node[1]).metadata_props.add(key=key, value="result")
+    for lowering in rewrite.LOWERINGS:
+        with pytest.raises(UsageError, match="already steered"):
+            ctonnx.patch(model, 0.5, lowering=lowering)
+
+
+def test_an_activation_that_holds_a_graph():
+    """What is in there would be steered and then lost with it."""
+    model = relu()
+    model.graph.node.add().CopyFrom(model.graph.node[0])
+    attribute = model.graph.node[0].attribute.add(name="body", type=onnx.AttributeProto.GRAPH)
+    attribute.g.node.add(op_type="LeakyRelu", input=["x"], output=["z"])
+    assert [a.status for a in rewrite.find(model)] == ["skipped", "steerable", "steerable"]
+    changed = ctonnx.patch(model, 0.5)
+    rewrite.unsteer(changed)
+    assert changed == model
+
+
+def test_fields_of_the_future_are_kept_once():
+    unknown = b"\xa0\x06\x07"  # Field 100, the number 7.
+    model = relu()
+    data = model.graph.node[0].SerializeToString() + unknown
+    model.graph.node[0].CopyFrom(onnx.NodeProto.FromString(data))
+    changed = ctonnx.patch(model, 0.5)
+    assert changed.SerializeToString().count(unknown) == 1
+    rewrite.unsteer(changed)
+    assert changed == model
+
+
+def test_a_ctu_that_lacks_inputs():
+    model = ctonnx.patch(relu(), 0.5)
+    del model.graph.node[0].input[1:]
+    assert [(a.status, a.beta, a.coeff) for a in rewrite.find(model)] == [("steered", None, None)]
+    with pytest.raises(UsageError, match="required input"):
+        rewrite.set_beta(model, 0.5)
+
+
+@pytest.mark.parametrize("values", [{}, {"float_data": [1, 2]}, {"raw_data": b"123"}])
+def test_a_scalar_that_does_not_hold_one_value(values):
+    model = relu()
+    model.graph.initializer.add(name="w", data_type=TensorProto.FLOAT, **values)
+    assert [a.status for a in rewrite.find(model)] == ["steerable"]
+
+
+def test_an_element_type_of_the_future():
+    model = relu()
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    with pytest.raises(NothingToDo, match="unknown type 99"):
+        rewrite.steer(model, 0.5)
+
+
+def test_the_domain_ctonnx_in_a_function():
+    """As a function of that domain, or one that imports it: unpatching would drop either."""
+    function = helper.make_function("ctonnx", "CTU", ["X"], ["Y"], [], [])
+    importing = helper.make_function("my", "f", [], [], [], [helper.make_opsetid("ctonnx", 1)])
+    for foreign in function, importing:
+        model = relu()
+        model.functions.append(foreign)
+        with pytest.raises(ModelError, match="something else"):
+            rewrite.steer(model, 0.5)
+
+
+def test_a_standard_op_that_the_model_redefines():
+    model = relu()
+    node = helper.make_node("Neg", ["X"], ["Y"])
+    function = helper.make_function("", "Relu", ["X"], ["Y"], [node], model.opset_import)
+    model.functions.append(function)
+    with pytest.raises(ModelError, match="the domain of the standard ops"):
+        rewrite.steer(model, 0.5)
+
+
+def test_functions_that_the_inliner_takes_for_one():
+    """Domain, name and overload differ, but not onnx's id, which joins the three."""
+    model = relu()
+    for domain, overload in ("my", "::o"), ("my::", "o"):
+        model.functions.add(domain=domain, name="", overload=overload)
+        model.functions[-1].opset_import.add(version=17)
+    ctonnx.patch(model, 0.5)
+    with pytest.raises(ModelError, match="cannot be lowered to primitives"):
+        ctonnx.patch(model, 0.5, lowering="primitives")
+
+
+def chain(bodies):
+    """A model that calls f0, whose body calls f1, and so on; the last holds a Relu."""
+    head = '<ir_version: 8, opset_import: ["" : 17, "my" : 1]>'
+    functions = [
+        f'<domain: "my", opset_import: ["" : 17, "my" : 1]> f{i} (X) => (Y) {{ {body} }}'
+        for i, body in enumerate([*bodies, "Y = Relu(X)"])
+    ]
+    text = f"{head} g (float[4] x) => (float[4] y) {{ y = my.f0(x) }} {' '.join(functions)}"
+    return onnx.parser.parse_model(text)
+
+
+def test_functions_that_call_themselves():
+    for bodies in (["Y = my.f0(X)"], ["Y = my.f1(X)", "Y = my.f0(X)"]):
+        with pytest.raises(ModelError, match=r"my::f. calls itself"):
+            rewrite.find(chain(bodies))
+
+
+def test_functions_that_call_each_other_beyond_bounds():
+    """3 kB that onnx's inference would take hours over."""
+    twice = [f"H = my.f{i + 1}(X)  Y = my.f{i + 1}(H)" for i in range(30)]
+    deep = [f"Y = my.f{i + 1}(X)" for i in range(200)]
+    for bodies in twice, deep:
+        with pytest.raises(ModelError, match="too often, or too deep"):
+            rewrite.find(chain(bodies))
+    assert len(rewrite.find(chain(twice[:5]))) == 1
+    assert len(rewrite.find(chain(deep[:50]))) == 1
