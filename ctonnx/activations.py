@@ -58,7 +58,10 @@ def refusal(node, dtypes):
     """
     if (node.domain, node.op_type) in _CONTRIB:
         return _CONTRIB[node.domain, node.op_type]
-    if node.domain == "com.microsoft" and "Relu" in str(_attribute(node, "activation", "")):
+    # Its blocked layout has a domain of its own, com.microsoft.nchwc.
+    if node.domain.startswith("com.microsoft") and "Relu" in str(
+        _attribute(node, "activation", "")
+    ):
         return f"fused into {node.op_type} by ONNX Runtime: patch the model from before that"
     if node.domain not in DEFAULT_DOMAINS:
         return None

@@ -32,6 +32,9 @@ ORIGINAL = "ctonnx.original"
 # On the standard ops of a CTU lowered to primitives: "inside" on its Relus, "result" on its last.
 LOWERED = "ctonnx.lowered"
 
+# On a model that imported the CTU's domain before.
+IMPORTED = "ctonnx.imported"
+
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
 
@@ -113,9 +116,12 @@ def steer(
         raise UsageError(
             "the model is already steered: change its beta with `ctonnx set`, or steer its original"
         )
-    imports = [e for owner in (model, *model.functions) for e in owner.opset_import]
-    if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions)):
+    imports = [e for function in model.functions for e in function.opset_import]
+    nodes = (node for scope in scopes(model) for node in scope.body.node)
+    if any(proto.domain == ctu.DOMAIN for proto in (*imports, *model.functions, *nodes)):
         raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
+    # Once the op library is registered, ONNX Runtime lists the domain in every model it saves.
+    imported = any(entry.domain == ctu.DOMAIN for entry in model.opset_import)
     if any(function.domain in activations.DEFAULT_DOMAINS for function in model.functions):
         # Its Relu need not be a ReLU, and would end up inside the CTU's own function.
         raise ModelError("the model defines functions in the domain of the standard ops")
@@ -171,7 +177,10 @@ def steer(
         report.replaced.append(replace(activation, status="steered", beta=held, coeff=coeff))
 
     _pass_into_functions(model, parameters.names)
-    model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
+    if imported:
+        model.metadata_props.add(key=IMPORTED, value="")
+    else:
+        model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
     if with_function:
         unknown = {TensorProto.UNDEFINED}
         dtypes = set().union(*(dtypes or unknown for _, _, dtypes in sites))
@@ -242,7 +251,8 @@ def unsteer(model):
     for i in reversed(range(len(model.functions))):
         if ctu.is_ctu(model.functions[i]):
             del model.functions[i]
-    for owner in (model, *model.functions):
+    imported = _metadata(model, IMPORTED) is not None
+    for owner in model.functions if imported else (model, *model.functions):
         _keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
     _keep(model.graph.initializer, lambda tensor: tensor.name not in parameters)
     _keep(model.graph.input, lambda value: value.name not in parameters)

