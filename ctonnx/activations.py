@@ -1,87 +1,189 @@
-"""Which ONNX nodes the CTU can steer, how, and why it leaves the others alone."""
+"""Which ONNX nodes the CTU can steer, how it expresses each, and why it leaves the others alone.
 
-from onnx import NodeProto, TensorProto, helper
+CTU0 below is the op `ctonnx::CTU` without a slope. A piecewise-affine activation is lines joined at
+kinks, and CTU0(-|d|) is what smoothing adds at a kink where two lines differ by d = X - bound:
 
-from .ctu import FLOATING
+    Relu                    CTU0(X)
+    LeakyRelu, PRelu        CTU(X) with their slope
+    Max(X, lo)              Max(X, lo) + CTU0(-|X - lo|)
+    Min(X, hi)              Min(X, hi) - CTU0(-|X - hi|)
+    Clip(X, lo, hi)         Clip(X, lo, hi) + CTU0(-|X - lo|) - CTU0(-|X - hi|)
+    HardSigmoid             the Clip of alpha * X + beta to [0, 1]
 
-# op type -> the slope of its negative side: a number, or the name of an input of the node.
-# X is input 0. The CTU of that slope is the op's smooth version, and the op itself at beta = 1.
-STEERABLE = {
-    "Relu": lambda node: 0.0,
-    "LeakyRelu": lambda node: _attribute(node, "alpha", 0.01),
-    "PRelu": lambda node: node.input[1],
-}
+The last four equal lo + CTU0(X - lo) - CTU0(X - hi) and the like, without its cancellation for a
+large X and without its NaN for an infinite one. They are ops of ours as well, each with a
+model-local function that calls `ctonnx::CTU`: `function` makes it.
+"""
 
-_SMOOTH = "it is not piecewise affine: there is no kink between two lines to bend"
-_LATER = "piecewise affine, but not supported yet"
+from dataclasses import dataclass
 
-LEFT_ALONE = {
-    **dict.fromkeys(
-        (
-            "Celu",
-            "Elu",
-            "Gelu",
-            "HardSwish",
-            "Mish",
-            "Selu",
-            "Sigmoid",
-            "Softplus",
-            "Softsign",
-            "Swish",
-            "Tanh",
-        ),
-        _SMOOTH,
-    ),
-    "Clip": _LATER,
-    "HardSigmoid": _LATER,
-    "ThresholdedRelu": "it jumps at its threshold: the CTU bends kinks, not jumps",
-}
+import numpy as np
+from onnx import AttributeProto, TensorProto, helper
 
-_CONTRIB = {("com.microsoft", op): _SMOOTH for op in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")}
-
-_RECURRENT = ("RNN", "GRU", "LSTM")
+from . import ctu
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
+# Ops that ONNX Runtime's optimiser writes with an activation in their attributes.
+FUSED = {
+    ("com.microsoft", "FusedConv"),
+    ("com.microsoft", "FusedGemm"),
+    ("com.microsoft", "NhwcFusedConv"),
+    ("com.microsoft.nchwc", "Conv"),
+}
 
-def slope_of(node):
-    """The slope of a steerable node: float, or the name of the input that holds it."""
-    return STEERABLE[node.op_type](node)
+
+@dataclass(frozen=True)
+class Steering:
+    """What a node becomes: an op of ours with inputs x, beta, coeff and `operands`.
+
+    Operands are names of tensors, or numbers that become initializers of X's element type.
+    """
+
+    op_type: str
+    x: str
+    operands: tuple[str | float, ...] = ()
+
+    @property
+    def sloped(self):
+        return self.op_type == ctu.OP_TYPE and bool(self.operands)
 
 
-def refusal(node, dtypes):
-    """Judge a NodeProto whose X has the element types `dtypes` (empty where unknown).
+def _relu(node, constant):
+    return Steering(ctu.OP_TYPE, node.input[0])
+
+
+# The attributes of those that have any, in the order of `activation_params`, and their defaults,
+# which are float32.
+_ATTRIBUTES = {
+    "LeakyRelu": {"alpha": float(np.float32(0.01))},
+    "HardSigmoid": {"alpha": float(np.float32(0.2)), "beta": 0.5},
+    "Clip": {"min": None, "max": None},
+}
+
+
+def _attributes(node):
+    """The values of a node's attributes, in order."""
+    return [attribute(node, *item) for item in _ATTRIBUTES[node.op_type].items()]
+
+
+def _leaky_relu(node, constant):
+    return Steering(ctu.OP_TYPE, node.input[0], tuple(_attributes(node)))
+
+
+def _prelu(node, constant):
+    return Steering(ctu.OP_TYPE, node.input[0], (node.input[1],))
+
+
+def _clip(node, constant):
+    bounds = _attributes(node)
+    for index, name in enumerate(node.input[1:3]):
+        if name:
+            bounds[index] = constant(name)
+            if bounds[index] is None:
+                return "its bounds are computed at run time: taken as arithmetic"
+    # Exporters write a bound that is not there as the largest number.
+    lo, hi = (None if b is None or not abs(b) <= 3.4e38 else b for b in bounds)
+    x = node.input[0]
+    if lo is None and hi is None:
+        return "it has no bounds"
+    if lo is not None and hi is not None and not lo < hi:
+        return "its bounds leave no room between them"
+    if lo is not None and 0 < lo < 1e-3:
+        return f"it guards against numbers under {lo:g}: taken as arithmetic"
+    if hi is None:
+        return Steering(ctu.OP_TYPE, x) if lo == 0 else Steering("CTUMax", x, (lo,))
+    if lo is None:
+        return Steering("CTUMin", x, (hi,))
+    return Steering("CTUClip", x, (lo, hi))
+
+
+def _max(node, constant):
+    return _with_zero(node, constant, lambda x: Steering(ctu.OP_TYPE, x))
+
+
+def _min(node, constant):
+    return _with_zero(node, constant, lambda x: Steering("CTUMin", x, (0.0,)))
+
+
+def _with_zero(node, constant, steering):
+    """Only against 0 is Max or Min an activation; elsewhere it is arithmetic, and not reported."""
+    for zero, x in (node.input, reversed(node.input)) if len(node.input) == 2 else ():
+        if constant(zero) == 0:
+            return steering(x)
+    return None
+
+
+def _hard_sigmoid(node, constant):
+    return Steering("CTUHardSigmoid", node.input[0], (*_attributes(node), 0.0, 1.0))
+
+
+# op type -> function of (node, constant) that gives its Steering, the reason why there is none, or
+# None where the node is no activation. `constant` gives the value of a scalar constant, or None.
+STEERABLE = {
+    "Relu": _relu,
+    "LeakyRelu": _leaky_relu,
+    "PRelu": _prelu,
+    "Clip": _clip,
+    "HardSigmoid": _hard_sigmoid,
+    "Max": _max,
+    "Min": _min,
+}
+
+_SMOOTH = "it is not piecewise affine: there is no kink between two lines to bend"
+_JUMPS = "it jumps: the CTU bends kinks, not jumps"
+_SMOOTH_OPS = "Celu Elu Gelu HardSwish Mish Selu Sigmoid Softplus Softsign Swish Tanh"
+_CONTRIB_SMOOTH_OPS = "BiasGelu FastGelu Gelu QuickGelu"
+_QUANTIZED_OPS = "QLinearLeakyRelu QLinearSigmoid"
+
+# (domain, op type) -> the reason.
+LEFT_ALONE = {
+    **{("", op): _SMOOTH for op in _SMOOTH_OPS.split()},
+    **{("com.microsoft", op): _SMOOTH for op in _CONTRIB_SMOOTH_OPS.split()},
+    **{("com.microsoft", op): "it computes on integers" for op in _QUANTIZED_OPS.split()},
+    ("", "ThresholdedRelu"): _JUMPS,
+    ("", "Shrink"): _JUMPS,
+}
+
+_RECURRENT = ("RNN", "GRU", "LSTM")
+
+
+def judge(node, dtypes, constant):
+    """Judge a NodeProto.
+
+    Args:
+        dtypes: the element types of its tensor, empty where they are not known.
+        constant: function from a tensor's name to its value where it is a scalar constant.
 
     Returns:
-        None where `node` is no activation at all, "" where it can be steered, and otherwise the
-        reason why it cannot.
+        Steering, the reason why there is none, or None where the node is no activation.
     """
-    if (node.domain, node.op_type) in _CONTRIB:
-        return _CONTRIB[node.domain, node.op_type]
-    # Its blocked layout has a domain of its own, com.microsoft.nchwc.
-    if node.domain.startswith("com.microsoft") and "Relu" in str(
-        _attribute(node, "activation", "")
-    ):
-        return f"fused into {node.op_type} by ONNX Runtime: patch the model from before that"
-    if node.domain not in DEFAULT_DOMAINS:
+    domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
+    if not node.output:
         return None
-    if node.op_type in _RECURRENT and "Relu" in str(_attribute(node, "activations", "")):
-        return f"it is part of {node.op_type}"
-    if node.op_type in LEFT_ALONE:
-        return LEFT_ALONE[node.op_type]
-    if node.op_type not in STEERABLE:
+    if (domain, node.op_type) in LEFT_ALONE:
+        return LEFT_ALONE[domain, node.op_type]
+    if not domain and node.op_type in _RECURRENT:
+        return f"it is part of {node.op_type}" if _holds_relu(node, "activations") else None
+    if domain or node.op_type not in STEERABLE:
         return None
     needed = 2 if node.op_type == "PRelu" else 1
     if len(node.input) < needed or not all(node.input[:needed]):
         return "it lacks an input"
-    if any(attribute.ref_attr_name for attribute in node.attribute):
-        return "its slope is an attribute of the function around it"
-    if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+    if any(a.ref_attr_name for a in node.attribute):
+        return "it has an attribute of the function around it"
+    if any(a.HasField("g") or a.graphs for a in node.attribute):
         return "it holds a graph, which no activation does"
-    wrong = set(dtypes) - set(FLOATING)
+    steering = STEERABLE[node.op_type](node, constant)
+    if not isinstance(steering, Steering):
+        return steering
+    wrong = set(dtypes) - set(ctu.FLOATING)
     if wrong:
+        # Max and Min of integers, and Clip, are arithmetic on sizes and indices.
+        if "Relu" not in node.op_type:
+            return None
         return f"its tensor is {_type_name(wrong.pop())}, not floating-point"
-    return ""
+    return steering
 
 
 def _type_name(dtype):
@@ -89,9 +191,93 @@ def _type_name(dtype):
     return TensorProto.DataType.Name(dtype).lower() if known else f"of the unknown type {dtype}"
 
 
-def _attribute(node: NodeProto, name, default):
-    for attribute in node.attribute:
-        if attribute.name == name and not attribute.ref_attr_name:
-            value = helper.get_attribute_value(attribute)
-            return value.decode() if isinstance(value, bytes) else value
+def unfused(node):
+    """The activation inside a fused node, as a NodeProto of its own without input; None if none."""
+    if (node.domain, node.op_type) not in FUSED or not node.output:
+        return None
+    op_type = attribute(node, "activation", "", AttributeProto.STRING)
+    if not op_type:
+        return None
+    names = _ATTRIBUTES.get(op_type, {})
+    # FusedGemm has an attribute for each, the others one list.
+    values = attribute(node, "activation_params", [], AttributeProto.FLOATS)
+    held = dict(zip(names, values, strict=False))
+    held |= {name: attribute(node, f"activation_{name}", held.get(name)) for name in names}
+    held = {name: value for name, value in held.items() if value is not None}
+    return helper.make_node(op_type, [node.output[0]], [node.output[0]], **held)
+
+
+def take_out(node, output):
+    """Remove the activation that is fused into a node, which then computes `output`."""
+    node.output[0] = output
+    kept = [held for held in node.attribute if not held.name.startswith("activation")]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if node.op_type == "FusedGemm":
+        node.op_type, node.domain = "Gemm", ""
+
+
+def function(op_type, opset, sloped):
+    """One of our ops other than CTU as a model-local function (X, beta, coeff, operands) -> Y.
+
+    Args:
+        opset: of the default domain.
+        sloped: whether the function of `ctonnx::CTU` in the same model takes a slope.
+    """
+    nodes = []
+
+    def op(op_type, *inputs, output=None, domain=""):
+        output = output or f"v{len(nodes)}"
+        # Of the second input, which is the smaller throughout.
+        attributes = {"broadcast": 1} if opset < 7 and not domain and len(inputs) == 2 else {}
+        nodes.append(helper.make_node(op_type, inputs, [output], domain=domain, **attributes))
+        return output
+
+    def kink(x, bound):
+        below = op("Neg", op("Abs", op("Sub", x, bound)))
+        slope = [op("Sub", bound, bound)] if sloped else []  # 0, in X's element type
+        return op(ctu.OP_TYPE, below, "beta", "coeff", *slope, domain=ctu.DOMAIN)
+
+    # Before opset 8 Max and Min did not broadcast.
+    def at_least(x, lo):
+        return op("Max", x, lo) if opset >= 8 else op("Add", op("Relu", op("Sub", x, lo)), lo)
+
+    def at_most(x, hi):
+        if opset >= 8:
+            return op("Min", x, hi)
+        return op("Add", op("Neg", op("Relu", op("Neg", op("Sub", x, hi)))), hi)
+
+    if op_type == "CTUMax":
+        operands = ["lo"]
+        op("Add", at_least("X", "lo"), kink("X", "lo"), output="Y")
+    elif op_type == "CTUMin":
+        operands = ["hi"]
+        op("Sub", at_most("X", "hi"), kink("X", "hi"), output="Y")
+    elif op_type == "CTUClip":
+        operands = ["lo", "hi"]
+        clipped = at_most(at_least("X", "lo"), "hi")
+        op("Sub", op("Add", clipped, kink("X", "lo")), kink("X", "hi"), output="Y")
+    else:
+        operands = ["alpha", "offset", "lo", "hi"]
+        line = op("Add", op("Mul", "X", "alpha"), "offset")
+        op("CTUClip", line, "beta", "coeff", "lo", "hi", output="Y", domain=ctu.DOMAIN)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(ctu.DOMAIN, ctu.VERSION)]
+    return helper.make_function(
+        ctu.DOMAIN, op_type, ["X", "beta", "coeff", *operands], ["Y"], nodes, imports
+    )
+
+
+def attribute(node, name, default, kind=AttributeProto.FLOAT):
+    """The value of a node's attribute; `default` where it has none of that AttributeProto type, or
+    one that refers to the function around it."""
+    for held in node.attribute:
+        if held.name == name and held.type == kind and not held.ref_attr_name:
+            value = helper.get_attribute_value(held)
+            if kind == AttributeProto.STRING:
+                return value.decode(errors="replace")
+            return value
     return default
+
+
+def _holds_relu(node, name):
+    return any(b"Relu" in value for value in attribute(node, name, [], AttributeProto.STRINGS))

@@ -6,13 +6,15 @@ from onnx import ModelProto
 
 from . import files, rewrite
 from .errors import UsageError
+from .params import load as load_params
 
 
 def patch(
     model,
-    beta,
+    beta=None,
     coeff=0.5,
     *,
+    params=None,
     output=None,
     beta_as="initializer",
     lowering="portable",
@@ -21,12 +23,15 @@ def patch(
     exclude=None,
     force=False,
 ):
-    """Replace the ReLU-family activations of a model by CT units.
+    """Replace the piecewise-affine activations of a model by CT units.
 
     Args:
         model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph. It is not changed.
         beta: the curvature, in [0, 1]; 1 is the original network, smaller is smoother.
         coeff: the paper's c, in [0, 1]: how the two smooth versions of ReLU are mixed.
+        params: (beta, c) of single activations: a path to a .json or .npz file, or a dict from an
+            activation's name, or a regular expression, to beta or {"beta": ..., "coeff": ...}; each
+            a number, or one per channel. Without `beta` only those activations are steered.
         output: for a path, where to write; `x.ct.onnx` beside `x.onnx` where None.
         beta_as: "initializer" bakes beta in; "input" makes it an optional graph input with that
             value as default; "required-input" a graph input that must be fed.
@@ -47,6 +52,7 @@ def patch(
         ModelError: the model cannot be read, or is unsafe to read.
     """
 
+    given = load_params(params) if isinstance(params, (str, Path)) else params
     if beta_as == "input" and _is_graph(model):
         raise UsageError("a graphsurgeon Graph has no optional inputs: use required-input")
 
@@ -55,6 +61,7 @@ def patch(
             proto,
             beta,
             coeff,
+            params=given,
             beta_as=beta_as,
             lowering=lowering,
             ops=ops,
@@ -98,13 +105,17 @@ def unpatch(model, output=None, *, force=False):
 
 
 def steered_path(model):
-    """The default output of `patch`: `x.ct.onnx` beside `x.onnx`."""
+    """The default output of `patch`: `x.ct.onnx` beside `x.onnx`, and `-` for `-`."""
+    if model == files.STDIO:
+        return model
     model = Path(model)
     return model.with_name(f"{model.stem if model.suffix == '.onnx' else model.name}.ct.onnx")
 
 
 def original_path(model):
-    """The default output of `unpatch`: `x.onnx` beside `x.ct.onnx`."""
+    """The default output of `unpatch`: `x.onnx` beside `x.ct.onnx`, and `-` for `-`."""
+    if model == files.STDIO:
+        return model
     model = Path(model)
     if not model.name.endswith(".ct.onnx"):
         raise UsageError(f"{model}: does not end in .ct.onnx: name the output with -o")

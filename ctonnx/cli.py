@@ -1,10 +1,11 @@
 """The command line: parse, call, print. Only this file knows click."""
 
 import json
+import os
 import signal
 import sys
+from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -22,17 +23,17 @@ def cli(context):
         click.echo(context.get_help())
 
 
-# Whether a path can be read is for the code that reads it to say.
-_path = click.Path(path_type=Path, readable=False)
-_model = click.argument("model", type=_path)
-_output = click.option("-o", "--output", type=_path, help="Where to write.")
+# As typed, for a Path would drop the slash that ends a folder's name, and take `./-` for `-`.
+# Whether it can be read is for the code that reads it to say.
+_model = click.argument("model")
+_output = click.option("-o", "--output", help="Where to write; - for standard output.")
 _force = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 @cli.command()
 @_model
-@click.option("--beta", type=float, required=True, help="Curvature in [0, 1]; 1 is the original.")
+@click.option("--beta", type=float, help="Curvature in [0, 1]; 1 is the original.")
 @click.option(
     "--coeff", type=float, default=0.5, show_default=True, help="The paper's c, in [0, 1]."
 )
@@ -52,10 +53,17 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     help="CTU nodes with a fallback function, CTU nodes alone, or standard ops alone.",
 )
 @click.option(
-    "--ops", metavar="LIST", help="Op types to steer: relu,leakyrelu,prelu. [default: all]"
+    "--ops", metavar="LIST", help="Op types to steer: relu,leakyrelu,prelu,clip,... [default: all]"
 )
 @click.option("--include", metavar="REGEX", help="Steer only nodes whose name matches.")
 @click.option("--exclude", metavar="REGEX", help="Leave out nodes whose name matches.")
+@click.option(
+    "--params",
+    "params_file",
+    metavar="FILE",
+    type=str,
+    help="Beta and coeff of single nodes, per channel where wanted: .json or .npz.",
+)
 @click.option(
     "--check",
     is_flag=True,
@@ -64,36 +72,43 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @_force
 @_json
-def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **choices):
-    """Steer MODEL.
+def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, as_json, **choices):
+    """Steer MODEL, a file or - for standard input.
 
-    Writes X.ct.onnx beside X.onnx, or OUTPUT.
+    Writes X.ct.onnx beside X.onnx, - for -, or OUTPUT.
     """
-    from . import api, files, rewrite, runtime, validate
+    from . import api, files, params, rewrite, runtime, validate
+
+    if beta is None and params_file is None:
+        raise click.UsageError("Missing option '--beta', or '--params'")
+    given = None if params_file is None else params.load(params_file)
 
     def steer(proto):
         names = None if ops is None else [name.strip() for name in ops.split(",")]
-        return rewrite.steer(proto, beta, coeff, ops=names, **choices)
+        return rewrite.steer(proto, beta, coeff, params=given, ops=names, **choices)
 
     def verify(report, path):
         checks.update(validate.check_steered(model, path, report, beta, choices["lowering"]))
 
     checks = {}
-    output = output or api.steered_path
     if dry_run and check:
         raise click.UsageError("--check runs what is written: it does not go with --dry-run")
-    if dry_run:
-        report = steer(files.load(model))
-        output = files.check_output(output(model) if callable(output) else output, force)
-    else:
-        report, output = files.edit(model, steer, output, force, verify if check else None)
+    report, output = files.edit(
+        model,
+        steer,
+        api.steered_path if output is None else output,
+        force,
+        verify if check else None,
+        _progress(),
+        write=not dry_run,
+    )
     if choices["lowering"] == "portable" and not runtime.has_library():
         report.notes.append("the op library is not installed: here the model runs as its fallback")
     for note in report.notes:
         _say(note)
     if as_json:
         _print_json(
-            output=str(output),
+            output,
             written=not dry_run,
             replaced=[_as_json(a) for a in report.replaced],
             skipped=[_as_json(a, "reason") for a in report.skipped],
@@ -111,36 +126,57 @@ def patch(model, beta, coeff, output, ops, check, dry_run, force, as_json, **cho
         worst = max(c.max_rel for c in comparisons)
         _say(f"check passed: {name}, largest relative difference {worst:.1e}")
     count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
-    click.echo(f"{'would write' if dry_run else 'wrote'} {output}: {count} at beta {beta:.12g}")
+    at = "per activation" if beta is None else f"{beta:.12g}"
+    done = "would write" if dry_run else "wrote"
+    _echo(output, f"{done} {output}: {count} at beta {at}")
 
 
 @cli.command()
 @_model
 @_json
 def inspect(model, as_json):
-    """List the activations of MODEL and their state."""
+    """List the activations of MODEL, a file or - for standard input, and their state."""
     from . import api
 
     activations = api.inspect(model)
     if as_json:
-        fields = ("status", "reason", "beta", "coeff")
+        fields = ("status", "reason", "beta", "coeff", "shape", "module")
         _print_json(activations=[_as_json(a, *fields) for a in activations])
         return
-    width = max((len(a.op) for a in activations), default=0)
-    counts = {"steered": 0, "steerable": 0, "skipped": 0}
+    counts = Counter(a.status for a in activations)
+    for line in _table(activations):
+        click.echo(line)
+    states = ("steered", "steerable", "skipped")
+    click.echo(", ".join(f"{counts[state]} {state}" for state in states))
+
+
+_COLORS = {"steered": "green", "steerable": "cyan", "skipped": "yellow"}
+
+
+def _table(activations):
+    """The lines of a table with a row for each activation; columns that stay empty are left out."""
+    rows = [("STATE", "OP", "SHAPE", "NAME", "MODULE", "SCOPE", "")] if activations else []
     for a in activations:
-        counts[a.status] += 1
-        click.echo(f"{a.status:9}  {a.op:{width}}  {_where(a)}{_detail(a)}")
-    click.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
+        shape = "" if a.shape is None else ",".join("?" if d is None else str(d) for d in a.shape)
+        rows.append((a.status, a.op, shape, a.name, a.module or "", a.scope, _detail(a)))
+    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    plain = "NO_COLOR" in os.environ
+    for row in zip(*kept, strict=True):
+        first, *rest = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        color = None if plain else _COLORS.get(row[0])
+        yield "  ".join([click.style(first, fg=color) if color else first, *rest]).rstrip()
 
 
 def _detail(activation):
     if activation.status == "skipped":
-        return f"  ({activation.reason})"
-    if activation.status == "steered":
-        held = "not a constant" if activation.beta is None else f"{activation.beta:.12g}"
-        return f"  (beta {held})"
-    return ""
+        return activation.reason
+    if activation.status == "steerable":
+        return ""
+    beta = activation.beta
+    if isinstance(beta, list):
+        return "beta per channel"
+    return f"beta {'fed' if beta is None else format(beta, '.12g')}"
 
 
 @cli.command("set")
@@ -150,15 +186,20 @@ def _detail(activation):
 @_force
 @_json
 def set_(model, beta, output, force, as_json):
-    """Change the beta of a steered MODEL, in place or into OUTPUT."""
+    """Change the beta of a steered MODEL, in place or into OUTPUT; - is standard input."""
     from . import files, rewrite
 
-    target = output or model
-    files.edit(model, lambda proto: rewrite.set_beta(proto, beta), target, force or output is None)
+    _, written = files.edit(
+        model,
+        lambda proto: rewrite.set_beta(proto, beta),
+        model if output is None else output,
+        force or output is None,
+        progress=_progress(),
+    )
     if as_json:
-        _print_json(output=str(target), beta=beta)
+        _print_json(written, beta=beta)
     else:
-        click.echo(f"wrote {target}: beta {beta:.12g}")
+        _echo(written, f"wrote {written}: beta {beta:.12g}")
 
 
 @cli.command()
@@ -167,17 +208,23 @@ def set_(model, beta, output, force, as_json):
 @_force
 @_json
 def unpatch(model, output, force, as_json):
-    """Give back the original of a steered MODEL.
+    """Give back the original of a steered MODEL, a file or - for standard input.
 
-    Writes X.onnx for X.ct.onnx, or OUTPUT.
+    Writes X.onnx for X.ct.onnx, - for -, or OUTPUT.
     """
-    from . import api
+    from . import api, files, rewrite
 
-    written = api.unpatch(model, output, force=force)
+    _, written = files.edit(
+        model,
+        rewrite.unsteer,
+        api.original_path if output is None else output,
+        force,
+        progress=_progress(),
+    )
     if as_json:
-        _print_json(output=str(written))
+        _print_json(written)
     else:
-        click.echo(f"wrote {written}: the original")
+        _echo(written, f"wrote {written}: the original")
 
 
 @cli.command()
@@ -194,6 +241,7 @@ def doctor(as_json):
             click.echo(f"{name:20} {version or 'not installed'}")
         click.echo(f"{'providers':20} {', '.join(report['providers']) or 'none'}")
         click.echo(f"{'op library':20} {report['library'] or 'not installed'}")
+        click.echo(f"{'CPU kernels':20} {report['cpu_level'] or 'none'}")
         for problem in report["problems"]:
             _say(f"problem: {problem}")
         click.echo("works" if report["ok"] else "the op library does not work, see above")
@@ -209,8 +257,23 @@ def _as_json(activation, *more):
     return {field: getattr(activation, field) for field in ("name", "op", "scope", *more)}
 
 
-def _print_json(**document):
-    click.echo(json.dumps({"schema_version": 1, **document}, indent=2))
+def _print_json(output=None, **document):
+    """Print a document, with `output` in it where there is one."""
+    if output is not None:
+        document = {"output": str(output), **document}
+    _echo(output, json.dumps({"schema_version": 1, **document}, indent=2))
+
+
+def _echo(output, text):
+    """Print a result; to stderr where stdout holds the model."""
+    click.echo(text, err=output == "-")
+
+
+def _progress():
+    """What draws a bar on stderr while data are copied; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda total: click.progressbar(length=total, label="copying data", file=sys.stderr)
 
 
 def _say(message):

@@ -12,10 +12,10 @@ from .errors import UsageError
 DOMAIN = "ctonnx"
 OP_TYPE = "CTU"
 VERSION = 1
-EPSILON = 1e-6
 
-# The oldest opset whose arithmetic broadcasts as the function needs it.
-MIN_OPSET = 7
+# The op, and those of `activations.function` that call it.
+OPS = (OP_TYPE, "CTUMax", "CTUMin", "CTUClip", "CTUHardSigmoid")
+EPSILON = 1e-6
 
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
@@ -67,7 +67,8 @@ def function(opset, dtypes, sloped):
     """The op as a model-local function of standard ops, for where no kernel is registered.
 
     Args:
-        opset: the model's own opset of the default domain, at least MIN_OPSET.
+        opset: the model's own opset of the default domain. Before 7 only scalar parameters
+            broadcast.
         dtypes: the TensorProto element types of the function's X over all call sites, UNDEFINED
             for one that is not known. float16 and bfloat16 are computed in float32; an unknown
             type, or more than one, needs opset 15 (CastLike).
@@ -83,6 +84,10 @@ def function(opset, dtypes, sloped):
 
     def op(op_type, *inputs, output=None, **attributes):
         output = output or f"v{len(nodes)}"
+        if opset < 7 and len(inputs) == 2:
+            attributes["broadcast"] = 1  # of the second input, which is the smaller throughout
+        if opset < 6 and op_type == "Cast":
+            attributes["to"] = TensorProto.DataType.Name(attributes["to"])
         nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
         return output
 
@@ -106,7 +111,7 @@ def function(opset, dtypes, sloped):
         # A gap of 0 becomes one too small to matter: 0 * inf would be NaN.
         distance = op("Mul", distance, op("Add", op("Abs", gap), constant(1e-30)))
         # Relu rather than PRelu, which runtimes have for fewer types.
-        negative = op("Mul", slope, op("Relu", op("Neg", x)))
+        negative = op("Mul", op("Relu", op("Neg", x)), slope)
         zero = constant(0.0)
         if opset >= 9:
             # Again, for slope 0 and X = -inf.
@@ -119,15 +124,15 @@ def function(opset, dtypes, sloped):
         finite = op("Where", beyond, constant(0.0), distance)
     else:
         finite = op("Clip", distance, max=largest)
-    decay = op("Exp", op("Neg", op("Mul", inverse, distance)))
-    log_term = op("Mul", op("Mul", op("Sub", one, coeff), s), op("Log", op("Add", one, decay)))
-    growth = op("Exp", op("Mul", op("Mul", beta, inverse), finite))
-    gate_term = op("Div", op("Mul", coeff, finite), op("Add", one, growth))
+    decay = op("Exp", op("Neg", op("Mul", distance, inverse)))
+    log_term = op("Mul", op("Log", op("Add", decay, one)), op("Mul", op("Sub", one, coeff), s))
+    growth = op("Exp", op("Mul", finite, op("Mul", beta, inverse)))
+    gate_term = op("Div", op("Mul", finite, coeff), op("Add", growth, one))
     correction = op("Sub", log_term, gate_term)
     if sloped:
         above, below = op("Greater", gap, zero), op("Less", gap, zero)
         sign = op("Sub", op("Cast", above, to=compute), op("Cast", below, to=compute))
-        correction = op("Mul", sign, correction)
+        correction = op("Mul", correction, sign)
     if dtypes == {compute}:
         op("Add", original, correction, output="Y")
     elif len(dtypes) == 1 and TensorProto.UNDEFINED not in dtypes:
@@ -145,7 +150,7 @@ def function(opset, dtypes, sloped):
     )
 
 
-def is_ctu(node):
-    """Whether a NodeProto or FunctionProto is the op (its function)."""
-    name = node.name if isinstance(node, FunctionProto) else node.op_type
-    return (node.domain, name) == (DOMAIN, OP_TYPE)
+def is_ctu(proto):
+    """Whether a NodeProto, or FunctionProto, is an op of ours: CTU or one that calls it."""
+    name = proto.name if isinstance(proto, FunctionProto) else proto.op_type
+    return proto.domain == DOMAIN and name in OPS

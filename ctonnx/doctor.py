@@ -1,5 +1,6 @@
 """What is installed around ctonnx, and whether the op library computes the right thing."""
 
+import ctypes
 from importlib import metadata
 
 import numpy as np
@@ -24,11 +25,12 @@ def examine():
 
     Returns:
         dict: `packages` (name -> version or None), `providers` (of ONNX Runtime), `library` (path
-            or None), `problems` (list of lines), `ok` (the op library runs and agrees with the
-            formula).
+            or None), `cpu_level` (the instruction set of its CPU kernels, or None), `problems`
+            (list of lines), `ok` (the op library runs and agrees with the formula).
     """
     packages = {name: _version(name) for name in _PACKAGES}
-    report = {"packages": packages, "providers": [], "library": None, "problems": [], "ok": False}
+    report = {"packages": packages, "providers": [], "library": None, "cpu_level": None}
+    report |= {"problems": [], "ok": False}
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
         report["problems"].append(
             "onnxruntime and onnxruntime-gpu share one module: uninstall both, then install one"
@@ -36,6 +38,7 @@ def examine():
     try:
         report["providers"] = runtime.import_onnxruntime().get_available_providers()
         report["library"] = runtime.get_library_path()
+        report["cpu_level"] = _cpu_level(report["library"])
         error = _largest_error()
     except EnvironmentLacks as problem:
         report["problems"].append(str(problem))
@@ -47,6 +50,14 @@ def examine():
     if not report["ok"]:
         report["problems"].append(f"the op library is wrong by {error:.1e}: reinstall ctonnx")
     return report
+
+
+def _cpu_level(library):
+    """avx512, avx2 or portable; None where the environment variable CTONNX_CPU is wrong."""
+    level = ctypes.CDLL(library).ctonnx_cpu_level
+    level.restype = ctypes.c_char_p
+    name = level()
+    return name and name.decode()
 
 
 def _version(package):

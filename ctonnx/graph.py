@@ -1,12 +1,22 @@
 """Walking a model, and the element types of the tensors in it."""
 
-from collections import Counter, defaultdict, deque
+from collections import ChainMap, Counter, defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 
 import onnx
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, helper, shape_inference
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+    shape_inference,
+)
 
 from .errors import ModelError
 
@@ -28,16 +38,68 @@ class Scope:
 
     `path` is "" for the graph, "node.attribute" chained with "/" for a body inside it, and
     "domain::name" for a function. `function` is the function that encloses the body, if any, and
-    `parent` the scope whose names the body sees.
+    `parent` the scope whose names the body sees. `inputs_vary` is False where initializers of the
+    body's inputs' names are constants.
     `types` maps a tensor's name to the set of its TensorProto element types; a function called
-    with several types has several, and an unknown one is missing.
+    with several types has several, and an unknown one is missing. `shapes` maps it to its
+    dimensions, a number, a symbol or None each; None where calls differ. Names of `parent` are
+    found through it, for copies of them would take quadratic time.
     """
 
     path: str
     body: GraphProto | FunctionProto
     function: FunctionProto | None = None
     parent: "Scope | None" = None
-    types: dict = field(default_factory=dict)
+    inputs_vary: bool = True
+    types: ChainMap = field(init=False)
+    shapes: ChainMap = field(init=False)
+
+    def __post_init__(self):
+        self.types = self.parent.types.new_child() if self.parent else ChainMap()
+        self.shapes = self.parent.shapes.new_child() if self.parent else ChainMap()
+
+    def constant(self, name):
+        """The number that the body sees under `name`, where that is a scalar constant, or None."""
+        if self.inputs_vary and name in self._inputs:
+            return None
+        if name in self._constants:
+            return self._constants[name]
+        return self.parent.constant(name) if self.parent else None
+
+    @cached_property
+    def _inputs(self):
+        return {getattr(value, "name", value) for value in self.body.input}
+
+    @cached_property
+    def _constants(self):
+        found = {}
+        if isinstance(self.body, GraphProto):
+            found.update((tensor.name, _number(tensor)) for tensor in self.body.initializer)
+        for node in self.body.node:
+            if node.op_type == "Constant" and node.output:
+                for attribute in node.attribute:
+                    found[node.output[0]] = _number_of_attribute(attribute)
+        return {name: number for name, number in found.items() if number is not None}
+
+
+def _number(tensor):
+    # Of more dimensions, it could change the shape of what it is combined with.
+    if tensor.dims not in ([], [1]) or tensor.data_location == TensorProto.EXTERNAL:
+        return None
+    try:
+        return float(numpy_helper.to_array(tensor).item())
+    except (KeyError, TypeError, ValueError):
+        return None  # A string, a type unknown, or a tensor without its data.
+
+
+def _number_of_attribute(attribute):
+    if attribute.ref_attr_name:
+        return None
+    if attribute.type == AttributeProto.TENSOR:
+        return _number(attribute.t)
+    if attribute.type in (AttributeProto.FLOAT, AttributeProto.INT):
+        return float(helper.get_attribute_value(attribute))
+    return None
 
 
 def node_label(node):
@@ -47,17 +109,10 @@ def node_label(node):
 
 def scopes(model):
     """Every Scope of a ModelProto, parents before children: the one loop over graph, subgraphs and
-    functions. Types are not filled in; see `typed_scopes`.
-
-    Raises:
-        ModelError: a name in the model is not UTF-8.
-    """
-    for proto in (*model.opset_import, *model.functions):
-        _check_text(proto.domain)
-    _check_text(*(entry.key for entry in model.metadata_props))
-    yield from _scopes(Scope("", model.graph))
+    functions. Types are not filled in; see `typed_scopes`."""
+    # Until IR 4 initializers were inputs too, and constant all the same.
+    yield from _scopes(Scope("", model.graph, inputs_vary=model.ir_version >= 4))
     for function in model.functions:
-        _check_text(function.name, function.overload, *function.attribute)
         yield from _scopes(Scope(f"{function.domain}::{function.name}", function, function))
 
 
@@ -67,8 +122,18 @@ def _check_text(*texts):
         raise ModelError("a name in the model is not UTF-8")
 
 
+def check_names(model):
+    """Raise ModelError where a name in the model is not UTF-8."""
+    for proto in (*model.opset_import, *model.functions):
+        _check_text(proto.domain)
+    _check_text(*(entry.key for entry in model.metadata_props))
+    for function in model.functions:
+        _check_text(function.name, function.overload, *function.attribute)
+    for scope in scopes(model):
+        _check_names(scope.body)
+
+
 def _check_names(body):
-    """Raise ModelError where a name in `body` is not UTF-8."""
     _check_text(body.name)
     if isinstance(body, FunctionProto):
         _check_text(*body.input, *body.output, *(entry.domain for entry in body.opset_import))
@@ -83,7 +148,6 @@ def _check_names(body):
 
 
 def _scopes(scope):
-    _check_names(scope.body)
     yield scope
     for node in scope.body.node:
         for attribute in node.attribute:
@@ -130,11 +194,21 @@ def names(model):
 
 
 def unique_name(base, taken):
-    """`base`, or `base` with the first number that makes it differ from all of `taken`."""
-    name, number = base, 1
-    while name in taken:
-        name, number = f"{base}_{number}", number + 1
-    return name
+    """`base`, or `base` with a number that makes it differ from all of `taken`: the first such
+    number where those before it are taken in order."""
+    if base not in taken:
+        return base
+    # Doubling, then halving: one by one, thousands of names would take quadratic time.
+    used, free = 0, 1
+    while f"{base}_{free}" in taken:
+        used, free = free, 2 * free
+    while free - used > 1:
+        middle = (used + free) // 2
+        if f"{base}_{middle}" in taken:
+            used = middle
+        else:
+            free = middle
+    return f"{base}_{free}"
 
 
 def _check_calls(by_function):
@@ -182,8 +256,12 @@ def typed_scopes(model):
     def collect(targets, inferred):
         """Merge the types of an inferred graph into the scopes that mirror its structure."""
         for target, mirror in zip(targets, inferred, strict=True):
-            for name, types in mirror.types.items():
-                target.types.setdefault(name, set()).update(types)
+            for name, types in mirror.types.maps[0].items():
+                target.types.maps[0].setdefault(name, set()).update(types)
+            held = target.shapes.maps[0]
+            for name, shape in mirror.shapes.maps[0].items():
+                # Calls of one function may differ: then nothing is known of it.
+                held[name] = shape if held.get(name, shape) == shape else None
             for node in mirror.body.node:
                 key = key_of(node)
                 if key in functions:
@@ -209,11 +287,23 @@ def typed_scopes(model):
                     ir_version=model.ir_version,
                     opset_import=function.opset_import,
                     graph=graph,
-                    functions=model.functions,
+                    functions=_called(function, functions),
                 )
             ),
         )
     return found
+
+
+def _called(function, functions):
+    """The FunctionProtos that `function` calls, directly or not."""
+    found, pending = {}, [function]
+    while pending:
+        for scope in _scopes(Scope("", pending.pop())):
+            for key in map(key_of, scope.body.node):
+                if key in functions and key not in found:
+                    found[key] = functions[key]
+                    pending.append(functions[key])
+    return found.values()
 
 
 def _inferred(model):
@@ -224,13 +314,24 @@ def _inferred(model):
     result = list(_scopes(Scope("", model.graph)))
     for scope in result:
         graph = scope.body
-        scope.types = dict(scope.parent.types) if scope.parent else {}
         for tensor in graph.initializer:
             scope.types[tensor.name] = {tensor.data_type}
+            scope.shapes[tensor.name] = list(tensor.dims)
         for value in (*graph.input, *graph.output, *graph.value_info):
-            if value.type.tensor_type.elem_type:
-                scope.types[value.name] = {value.type.tensor_type.elem_type}
+            kind = value.type.tensor_type
+            if kind.elem_type:
+                scope.types[value.name] = {kind.elem_type}
+            if kind.HasField("shape"):
+                scope.shapes[value.name] = [_dimension(dim) for dim in kind.shape.dim]
     return result
+
+
+def _dimension(dim):
+    # Inference invents symbols for dimensions that have none; one that is not UTF-8 comes as bytes.
+    symbol = dim.dim_param
+    if symbol and isinstance(symbol, str) and not symbol.startswith("unk__"):
+        return symbol
+    return dim.dim_value if dim.HasField("dim_value") else None
 
 
 def _without_weights(model):

@@ -15,6 +15,7 @@ It is refused, and the plain session serves, where
   the optimised model in a file;
 - the model holds no CTU or no convolution, or ONNX Runtime lays out nothing in blocks;
 - a parameter is not a scalar input or initializer of the graph, or no op is left to stand in;
+- a CTU is part of a Clip, a HardSigmoid or the like;
 - a CTU is inside a model-local function, which ONNX Runtime copies to where it is called;
 - the model computes in half precision, or is too large to be held several times;
 - ONNX Runtime changed the number of stand-ins, by folding, merging or decomposing;
@@ -28,9 +29,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
-from . import ctu, files, runtime, validate
+from . import activations, ctu, files, runtime, validate
 from .errors import CtonnxError
 from .graph import names, node_label, scopes, unique_name
 
@@ -39,7 +40,6 @@ from .graph import names, node_label, scopes, unique_name
 _STAND_INS = ("Tanh", "Sigmoid", "Relu")
 
 _BLOCKED = "com.microsoft.nchwc"
-_FUSED = {(_BLOCKED, "Conv"), ("com.microsoft", "FusedConv"), ("com.microsoft", "FusedGemm")}
 
 # The Azure provider, which CPU wheels list as available, takes only nodes of its own domain.
 _CPU = {"AzureExecutionProvider", "CPUExecutionProvider"}
@@ -134,6 +134,8 @@ def _put_stand_ins(model):
         raise _Refused("the model holds no CTU")
     if any(scope.function and ctu.is_ctu(node) for scope, node in found):
         raise _Refused("a CTU is inside a model-local function")
+    if any(node.op_type != ctu.OP_TYPE for node in sites):
+        raise _Refused("a CTU is part of a Clip or the like")
     if all(node.op_type != "Conv" for _, node in found):
         raise _Refused("the model holds no convolution")
     if {t.data_type for t in model.graph.initializer} & {TensorProto.FLOAT16, TensorProto.BFLOAT16}:
@@ -232,15 +234,10 @@ def bake(optimised, model, parameters):
             if op not in parameters:
                 continue
             count[op] += 1
-            if (node.domain, node.op_type) in _FUSED:
+            if (node.domain, node.op_type) in activations.FUSED:
                 node, fused = NodeProto(output=node.output), node
-                fused.output[0] = new_name(f"{node.output[0]}_before_ctu")
+                activations.take_out(fused, new_name(f"{node.output[0]}_before_ctu"))
                 node.input.append(fused.output[0])
-                plain = [a for a in fused.attribute if not a.name.startswith("activation")]
-                del fused.attribute[:]
-                fused.attribute.extend(plain)
-                if fused.op_type == "FusedGemm":
-                    fused.op_type, fused.domain = "Gemm", ""
                 nodes.append(node)
             node.op_type, node.domain = ctu.OP_TYPE, ctu.DOMAIN
             node.input.extend(scalar[name] for name in parameters[op])
@@ -251,9 +248,9 @@ def bake(optimised, model, parameters):
 
 def _activation(node):
     """The standard op that a node is, or that is fused into it as its activation."""
-    if (node.domain, node.op_type) in _FUSED:
-        return next((a.s.decode() for a in node.attribute if a.name == "activation"), None)
-    return node.op_type if node.domain in ("", "ai.onnx") else None
+    if (node.domain, node.op_type) in activations.FUSED:
+        return activations.attribute(node, "activation", None, AttributeProto.STRING)
+    return node.op_type if node.domain in activations.DEFAULT_DOMAINS else None
 
 
 def _verify(plain, session, parameters):

@@ -6,12 +6,13 @@ proto under the metadata key `ctonnx.original` of the node (and of the model, fo
 and inputs), which is what `unpatch` reads.
 """
 
+import ast
 import base64
 import re
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from onnx import (
     FunctionProto,
     ModelProto,
@@ -23,17 +24,25 @@ from onnx import (
     numpy_helper,
 )
 
-from . import activations, ctu
+from . import activations, ctu, params
 from .errors import ModelError, NothingToDo, UsageError
-from .graph import functions_of, key_of, names, node_label, scopes, typed_scopes, unique_name
+from .graph import (
+    Scope,
+    check_names,
+    functions_of,
+    key_of,
+    names,
+    node_label,
+    scopes,
+    typed_scopes,
+    unique_name,
+)
 
 ORIGINAL = "ctonnx.original"
 
-# On the standard ops of a CTU lowered to primitives: "inside" on its Relus, "result" on its last.
+# Lowering to primitives leaves it on the last op of an activation, with the activation's op type,
+# and empty on those inside that would look like activations themselves.
 LOWERED = "ctonnx.lowered"
-
-# On a model that imported the CTU's domain before.
-IMPORTED = "ctonnx.imported"
 
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
@@ -43,8 +52,11 @@ BETA_AS = ("initializer", "input", "required-input")
 class Activation:
     """One activation of a model, as `inspect` and `patch` report it.
 
-    `status` is "steerable", "steered" or "skipped", the last with a `reason`. `beta` and `coeff`
-    are those of a steered one; None where they are fed at run time or differ per channel.
+    `scope` is the body or function that it stands in, "" for the graph. `status` is "steerable",
+    "steered" or "skipped", the last with a `reason`. `beta` and `coeff` are those of a steered one:
+    a number, nested lists where they differ per channel, and None where they are fed at run time.
+    `shape` is that of its tensor as far as inference knows it, and `module` the path of the PyTorch
+    module that it comes from, where the exporter wrote that down.
     """
 
     name: str
@@ -52,21 +64,25 @@ class Activation:
     scope: str
     status: str
     reason: str | None = None
-    beta: float | None = None
-    coeff: float | None = None
+    beta: float | list | None = None
+    coeff: float | list | None = None
+    shape: list[int | str | None] | None = None
+    module: str | None = None
 
 
 @dataclass
 class Report:
     """What `steer` did: the Activations it replaced and skipped, and what else it had to change.
 
-    `beta_name` is the name of the initializer or input that holds beta.
+    `beta_name` is the input that holds beta, if there is one, and `beta_names` are the initializers
+    and inputs that hold any.
     """
 
     replaced: list[Activation] = field(default_factory=list)
     skipped: list[Activation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    beta_name: str = "beta"
+    beta_name: str | None = None
+    beta_names: set[str] = field(default_factory=set)
 
     def skip(self, activation, reason):
         self.skipped.append(replace(activation, status="skipped", reason=reason))
@@ -74,15 +90,17 @@ class Report:
 
 def find(model):
     """The Activations of a ModelProto, in order of scope and node."""
-    values = _scalar_initializers(model)
-    return [activation for activation, *_ in _survey(model, values)]
+    check_names(model)
+    values = _parameter_values(model)
+    return [site.activation for site in _survey(model, values)]
 
 
 def steer(
     model,
-    beta,
+    beta=None,
     coeff=0.5,
     *,
+    params=None,
     beta_as="initializer",
     lowering="portable",
     ops=None,
@@ -93,6 +111,8 @@ def steer(
 
     Args:
         beta, coeff: the CTU's parameters, in [0, 1].
+        params: parameters of single activations, as params.resolve takes them. Without `beta` only
+            those are steered.
         beta_as: "initializer" bakes beta in; "input" makes it an optional graph input with the
             value as default; "required-input" makes it a graph input that must be fed.
         lowering: "portable" writes the node and a function of standard ops as its fallback; "op"
@@ -106,22 +126,27 @@ def steer(
     Raises:
         UsageError: a wrong argument, or the model is steered already.
         NothingToDo: no activation is left to steer. The model is unchanged.
-        ModelError: the opset is older than the function's arithmetic.
+        ModelError: the model has no opset, cannot be lowered to primitives, or already has ops in
+            our domain that are not ours.
     """
-    beta, coeff = ctu.check_unit_interval("beta", beta), ctu.check_unit_interval("coeff", coeff)
+    if beta is not None or params is None:
+        beta = ctu.check_unit_interval("beta", beta)
+    elif beta_as != "initializer":
+        raise UsageError("beta can only be an input together with a value for beta")
+    coeff = ctu.check_unit_interval("coeff", coeff)
     _check_choice("lowering", lowering, LOWERINGS)
     _check_choice("beta_as", beta_as, BETA_AS)
     selected = _selector(ops, include, exclude)
+    check_names(model)
     if _is_steered(model):
         raise UsageError(
             "the model is already steered: change its beta with `ctonnx set`, or steer its original"
         )
-    imports = [e for function in model.functions for e in function.opset_import]
-    nodes = (node for scope in scopes(model) for node in scope.body.node)
-    if any(proto.domain == ctu.DOMAIN for proto in (*imports, *model.functions, *nodes)):
+    # Not the model's own imports: ONNX Runtime writes ours into what it saves, once it has seen it.
+    imports = [entry for function in model.functions for entry in function.opset_import]
+    nodes = [node for scope in scopes(model) for node in scope.body.node]
+    if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions, *nodes)):
         raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
-    # Once the op library is registered, ONNX Runtime lists the domain in every model it saves.
-    imported = any(entry.domain == ctu.DOMAIN for entry in model.opset_import)
     if any(function.domain in activations.DEFAULT_DOMAINS for function in model.functions):
         # Its Relu need not be a ReLU, and would end up inside the CTU's own function.
         raise ModelError("the model defines functions in the domain of the standard ops")
@@ -130,78 +155,106 @@ def steer(
     report = Report()
     candidates = []
     with_function = lowering != "op"
-    for activation, node, scope, dtypes in _survey(model, {}):
-        reason = activation.reason or selected(activation)
+    for site in _survey(model, {}):
+        reason = site.activation.reason or selected(site.activation)
+        if not reason:
+            reason = _too_old(site, opset)
         if reason:
-            report.skip(activation, reason)
+            report.skip(site.activation, reason)
             continue
-        candidates.append((activation, node, dtypes))
-        if scope.function is not None and not with_function:
+        candidates.append(site)
+        if site.scope.function is not None and not with_function:
             with_function = True
             report.notes.append(
                 "wrote the op's function too: without it ONNX Runtime cannot infer the types in "
                 "the model-local functions that hold activations"
             )
     usual = _usual_type(model, candidates)
-    unknown = sum(not dtypes for _, _, dtypes in candidates)
+    unknown = sum(not site.dtypes for site in candidates)
     if unknown:
         name = TensorProto.DataType.Name(usual).lower()
         report.notes.append(f"took {unknown} activations of unknown element type to be {name}")
     if opset < 15:
-        candidates = [(a, node, dtypes or {usual}) for a, node, dtypes in candidates]
+        candidates = [replace(site, dtypes=site.dtypes or {usual}) for site in candidates]
     sites = _of_fitting_types(candidates, opset, with_function, report)
+    sites, given = _with_parameters(sites, params, beta, coeff, report)
+    if opset < 7 and any(values[key].ndim for values in given for key in ("beta", "coeff")):
+        raise UsageError("params: one value per channel needs opset 7")
     if not sites:
         raise NothingToDo(_nothing_matched(report.skipped))
 
     # Functions came with IR 8; before IR 4 every initializer had to be listed as an input as well.
-    _raise_ir(model, 8 if with_function and lowering != "primitives" else 4, report)
+    any_function = with_function or any(s.steering.op_type != ctu.OP_TYPE for s in sites)
+    before = ModelProto()
+    _raise_ir(model, 8 if any_function and lowering != "primitives" else 4, before, report)
     parameters = _Parameters(model)
-    report.beta_name = parameters.add("beta", beta, as_input=beta_as)
     if beta_as != "initializer":
+        report.beta_name = parameters.add_input("beta", beta, beta_as)
         report.notes.append(f"beta is the graph's input {report.beta_name!r}")
-    coeff_name = parameters.add("coeff", coeff)
-    sloped = any(activations.slope_of(node) for _, node, _ in sites)
-    for activation, node, dtypes in sites:
-        slope = activations.slope_of(node)
-        inputs = [node.input[0], report.beta_name, coeff_name]
-        if isinstance(slope, str):
-            inputs.append(slope)
-        elif slope or (sloped and with_function):
-            # A function has one signature, so next to a LeakyRelu a Relu passes its slope too.
-            inputs.append(parameters.add_slope(slope, next(iter(dtypes), usual)))
-        _record_node(node)
-        node.op_type, node.domain = ctu.OP_TYPE, ctu.DOMAIN
-        del node.attribute[:], node.input[:]
-        node.input.extend(inputs)
-        held = None if beta_as == "required-input" else beta
-        report.replaced.append(replace(activation, status="steered", beta=held, coeff=coeff))
+    sloped = with_function and any(site.steering.sloped for site in sites)
+    for site, values in zip(sites, given, strict=True):
+        operands = list(site.steering.operands)
+        if sloped and site.steering.op_type == ctu.OP_TYPE and not operands:
+            # A function has one signature: next to a LeakyRelu a Relu passes its slope too.
+            operands = [0.0]
+        dtype = next(iter(site.dtypes), usual)
+        operands = [o if isinstance(o, str) else parameters.add_operand(o, dtype) for o in operands]
+        common = values["common"] and beta_as != "initializer"
+        held = [
+            report.beta_name if common else parameters.add("beta", values["beta"]),
+            parameters.add("coeff", values["coeff"]),
+        ]
+        report.beta_names.add(held[0])
+        _steer_node(site, [*held, *operands], parameters)
+        report.replaced.append(replace(site.activation, status="steered"))
+    _insert_activations(model, sites)
+    quantized = {
+        name
+        for scope in scopes(model)
+        for node in scope.body.node
+        if node.op_type == "QuantizeLinear"
+        for name in node.input[:1]
+    }
+    count = sum(bool(quantized.intersection((site.inner or site.node).output)) for site in sites)
+    if count:
+        report.notes.append(
+            f"{count} feed QuantizeLinear, with a range that was calibrated without steering"
+        )
 
     _pass_into_functions(model, parameters.names)
-    if imported:
-        model.metadata_props.add(key=IMPORTED, value="")
-    else:
-        model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
+    _import_domain(model, before)
+    if before.ByteSize():
+        _record(model, before)
     if with_function:
         unknown = {TensorProto.UNDEFINED}
-        dtypes = set().union(*(dtypes or unknown for _, _, dtypes in sites))
+        dtypes = set().union(*(site.dtypes or unknown for site in sites))
         model.functions.append(ctu.function(opset, dtypes, sloped))
+    # These have no kernel: wherever they stand their function is what runs.
+    ours = {site.steering.op_type for site in sites} - {ctu.OP_TYPE}
+    if "CTUHardSigmoid" in ours:
+        ours.add("CTUClip")
+    model.functions.extend(activations.function(op, opset, sloped) for op in sorted(ours))
     if lowering == "primitives":
         _inline(model)
     from . import __version__
 
-    for key, value in ("version", __version__), ("beta", repr(beta)), ("coeff", repr(coeff)):
+    beta = "per activation" if beta is None else repr(beta)
+    for key, value in ("version", __version__), ("beta", beta), ("coeff", repr(coeff)):
         model.metadata_props.add(key=f"ctonnx.{key}", value=value)
     return report
 
 
 def set_beta(model, beta):
-    """Change the beta of a steered ModelProto in place; optional inputs get it as their default.
+    """Change the beta of a steered ModelProto in place, of all its activations.
+
+    An optional input gets it as its default.
 
     Raises:
         UsageError: beta is not in [0, 1], or is a required input, which has no value to set.
         NothingToDo: the model holds no CTU.
     """
     beta = ctu.check_unit_interval("beta", beta)
+    check_names(model)
     held = {
         name
         for scope in _steered(model)
@@ -209,22 +262,19 @@ def set_beta(model, beta):
         if ctu.is_ctu(node)
         for name in node.input[1:2]
     }
-    changed = False
-    for tensor in model.graph.initializer:
-        if tensor.name in held:
-            tensor.CopyFrom(_scalar(tensor.name, beta, TensorProto.FLOAT))
-            changed = True
-    if not changed:
+    if not held.issubset(tensor.name for tensor in model.graph.initializer):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
+    fill_beta(model, held, beta)
     for entry in model.metadata_props:
         if entry.key == "ctonnx.beta":
             entry.value = repr(beta)
 
 
-def make_beta_an_input(model, name):
-    """Let the initializer `name` of a ModelProto be overridden: list it as a graph input too."""
-    if name not in {value.name for value in model.graph.input}:
-        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+def fill_beta(model, names, beta):
+    """Give the initializers `names` of a ModelProto the value beta."""
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            tensor.CopyFrom(_scalar(tensor.name, beta, TensorProto.FLOAT))
 
 
 def unsteer(model):
@@ -234,13 +284,17 @@ def unsteer(model):
         NothingToDo: the model holds no CTU, as after lowering to primitives.
         ModelError: a CTU node carries no record of what it replaced.
     """
-    parameters = set()
+    check_names(model)
+    parameters, inserted = set(), False
     for scope in _steered(model):
         for node in scope.body.node:
             if ctu.is_ctu(node):
                 parameters.update(node.input[1:])
                 _restore(node)
                 parameters.difference_update(node.input)
+                if not node.input:  # It was fused into the node before it.
+                    node.ClearField("op_type")
+                    inserted = True
     for scope in scopes(model):
         # PRelu's slope is the model's own: what restored nodes still use is no parameter of ours.
         if isinstance(scope.body, FunctionProto):
@@ -248,54 +302,92 @@ def unsteer(model):
         for node in scope.body.node:
             if _metadata(node, ORIGINAL) is not None:
                 _restore(node)
+        if inserted:
+            _keep(scope.body.node, lambda node: node.op_type)
     for i in reversed(range(len(model.functions))):
         if ctu.is_ctu(model.functions[i]):
             del model.functions[i]
-    imported = _metadata(model, IMPORTED) is not None
-    for owner in model.functions if imported else (model, *model.functions):
-        _keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+    original = _metadata(model, ORIGINAL)
+    before = _decode(ModelProto, original) if original is not None else ModelProto()
+    if not before.opset_import:
+        _keep(model.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+    for function in model.functions:
+        _keep(function.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
     _keep(model.graph.initializer, lambda tensor: tensor.name not in parameters)
     _keep(model.graph.input, lambda value: value.name not in parameters)
-    original = _metadata(model, ORIGINAL)
-    if original is not None:
-        before = _decode(ModelProto, original)
+    if before.ir_version:
         model.ir_version = before.ir_version
-        if before.graph.input:
-            del model.graph.input[:]
-            model.graph.input.extend(before.graph.input)
+    if before.graph.input:
+        del model.graph.input[:]
+        model.graph.input.extend(before.graph.input)
     _keep(model.metadata_props, lambda entry: not entry.key.startswith("ctonnx."))
 
 
 # --- finding
 
 
+@dataclass(frozen=True)
+class _Site:
+    """An activation where it stands. `dtypes` is empty where the element type is not known;
+    `inner` is the activation as a node of its own where `node` is one that it is fused into."""
+
+    activation: Activation
+    node: NodeProto
+    scope: Scope
+    dtypes: set
+    steering: activations.Steering | None = None
+    inner: NodeProto | None = None
+
+
 def _survey(model, values):
-    """Yield (Activation, node, Scope, element types) of every activation of the model."""
+    """Yield a _Site for every activation of the model."""
     for scope in typed_scopes(model):
         if scope.function is not None and ctu.is_ctu(scope.function):
             continue
         for node in scope.body.node:
-            name = node_label(node)
-            if ctu.is_ctu(node):
-                # Somebody else's may lack them.
-                beta, coeff = (*(values.get(n) for n in node.input[1:3]), None, None)[:2]
-                activation = Activation(
-                    name, _original_op(node), scope.path, "steered", None, beta, coeff
-                )
-                yield activation, node, scope, set()
+            inner = activations.unfused(node)
+            # X, bounds, slope and Y are of one type: the first that is known.
+            types = (scope.types.get(name) for name in (*node.input, *node.output))
+            known = next(filter(None, types), set())
+            found = _judge(node, inner, known, scope, values)
+            if found is None:
                 continue
-            lowered = _metadata(node, LOWERED)
-            if lowered == "result":
-                yield Activation(name, ctu.OP_TYPE, scope.path, "steered"), node, scope, set()
-            if lowered is not None:
-                continue
-            known = scope.types.get(node.input[0], set()) if node.input else set()
-            reason = activations.refusal(node, known)
-            if reason is None:
-                continue
-            status = "skipped" if reason else "steerable"
-            activation = Activation(name, node.op_type, scope.path, status, reason or None)
-            yield activation, node, scope, known
+            details, steering = found
+            activation = Activation(
+                name=node_label(node),
+                scope=scope.path,
+                shape=scope.shapes.get((*node.output, "")[0]),
+                module=_module(node),
+                **details,
+            )
+            yield _Site(activation, node, scope, known, steering, inner)
+
+
+def _judge(node, inner, known, scope, values):
+    """What an Activation says of a node, and its Steering; None where it is no activation."""
+    if ctu.is_ctu(node):
+        # Somebody else's may lack them.
+        beta, coeff = (*(values.get(name) for name in node.input[1:3]), None, None)[:2]
+        return {"op": _original_op(node), "status": "steered", "beta": beta, "coeff": coeff}, None
+    lowered = _metadata(node, LOWERED)
+    if lowered is not None:
+        return ({"op": lowered, "status": "steered"}, None) if lowered else None
+    judged = activations.judge(inner or node, known, scope.constant)
+    if judged is None:
+        return None
+    op_type = (inner or node).op_type
+    if isinstance(judged, str):
+        return {"op": op_type, "status": "skipped", "reason": judged}, None
+    return {"op": op_type, "status": "steerable"}, judged
+
+
+def _module(node):
+    """The PyTorch module that a node comes from: its exporter keeps the scopes around it."""
+    text = _metadata(node, "pkg.torch.onnx.name_scopes")
+    try:
+        return next((s for s in reversed(ast.literal_eval(text)[:-1]) if s), None)
+    except (SyntaxError, TypeError, ValueError):
+        return None  # There is none, or another exporter's.
 
 
 def _selector(ops, include, exclude):
@@ -334,32 +426,60 @@ def _pattern(option, text):
         raise UsageError(f"{option}: {text!r} is not a regular expression: {error}") from None
 
 
+def _too_old(site, opset):
+    """Why the ops of `opset` cannot make up the fallback of a _Site, or None."""
+    if opset < 7 and site.activation.op == "PRelu":
+        return "its slope broadcasts otherwise before opset 7"
+    return None
+
+
 def _usual_type(model, candidates):
     """The commonest known type of the candidates, else of the floating-point initializers."""
-    counts = Counter(dtype for _, _, dtypes in candidates for dtype in dtypes) or Counter(
+    counts = Counter(dtype for site in candidates for dtype in site.dtypes) or Counter(
         t.data_type for t in model.graph.initializer if t.data_type in ctu.FLOATING
     )
     return counts.most_common(1)[0][0] if counts else TensorProto.FLOAT
 
 
 def _of_fitting_types(candidates, opset, with_function, report):
-    """The candidates whose element types the function, or a slope, can serve; the rest are skipped.
+    """The candidates whose element types the function, or an operand, can serve; the rest skipped.
 
-    A slope is an initializer of one element type. The function's body is written for one element
+    An operand is an initializer of one element type. The function's body is written for one element
     type too, unless CastLike (opset 15) is there to follow X.
     """
-    commonest = Counter(min(dtypes, default=0) for _, _, dtypes in candidates).most_common(1)
-    sloped = any(activations.slope_of(node) for _, node, _ in candidates)
+    commonest = Counter(min(site.dtypes, default=0) for site in candidates).most_common(1)
+    sloped = any(site.steering.sloped for site in candidates)
     one_type = opset < 15 and with_function
     sites = []
-    for activation, node, dtypes in candidates:
-        if len(dtypes) > 1 and (sloped or one_type):
-            report.skip(activation, "its function is called with several element types")
-        elif one_type and min(dtypes) != commonest[0][0]:
-            report.skip(activation, "its element type is not the usual one; mixing needs opset 15")
+    for site in candidates:
+        typed = sloped or any(not isinstance(o, str) for o in site.steering.operands)
+        if len(site.dtypes) > 1 and (typed or one_type):
+            report.skip(site.activation, "its function is called with several element types")
+        elif one_type and min(site.dtypes) != commonest[0][0]:
+            reason = "its element type is not the usual one; mixing needs opset 15"
+            report.skip(site.activation, reason)
         else:
-            sites.append((activation, node, dtypes))
+            sites.append(site)
     return sites
+
+
+def _with_parameters(sites, given, beta, coeff, report):
+    """The sites that have a beta, and the arrays of each; those without are skipped."""
+    resolved = params.resolve(given, beta, coeff, [site.activation for site in sites])
+    kept = []
+    for site, values in zip(sites, resolved, strict=True):
+        if values["beta"] is None:
+            report.skip(site.activation, "no beta is given for it")
+            continue
+        name, shape = site.activation.name, site.activation.shape
+        for key in "beta", "coeff":
+            values[key] = params.per_channel(values[key], shape, name)
+            if values[key].size > 1 and site.node.op_type in ("Conv", "NhwcFusedConv"):
+                raise UsageError(
+                    f"params: {name}: its channels are not dimension 1: give one value"
+                )
+        kept.append((site, values))
+    return [site for site, _ in kept], [values for _, values in kept]
 
 
 def _nothing_matched(skipped):
@@ -382,18 +502,16 @@ def _opset(model):
 
     # A graph of function calls alone need not import the default domain.
     opset = version(model) or max(map(version, model.functions), default=0)
-    if opset < ctu.MIN_OPSET:
-        raise ModelError(
-            f"the model's opset is {opset}, steering needs {ctu.MIN_OPSET} or newer: "
-            "convert it with onnx.version_converter"
-        )
+    if not opset:
+        raise ModelError("the model imports no opset of the default domain: there is no activation")
     return opset
 
 
 def _is_steered(model):
     # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
-    nodes = (node for scope in scopes(model) for node in scope.body.node)
-    return any(ctu.is_ctu(node) or _has_record(node) for node in nodes) or _has_record(model)
+    return _has_record(model) or any(
+        ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
+    )
 
 
 def _has_record(proto):
@@ -401,8 +519,13 @@ def _has_record(proto):
 
 
 def _steered(model):
-    """The Scopes that hold CTU nodes, as a list."""
-    found = [scope for scope in scopes(model) if any(map(ctu.is_ctu, scope.body.node))]
+    """The Scopes of the model's own that hold CTU nodes, as a list."""
+    found = [
+        scope
+        for scope in scopes(model)
+        if not (scope.function and ctu.is_ctu(scope.function))
+        and any(map(ctu.is_ctu, scope.body.node))
+    ]
     if not found:
         raise NothingToDo(
             "the model holds no CTU: it is not steered, or for good, being lowered to primitives"
@@ -413,10 +536,18 @@ def _steered(model):
 # --- editing
 
 
-def _raise_ir(model, minimum, report):
+def _import_domain(model, before):
+    held = [entry for entry in model.opset_import if entry.domain == ctu.DOMAIN]
+    before.opset_import.extend(held)
+    if not held:
+        model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
+
+
+def _raise_ir(model, minimum, before, report):
+    """Raise the IR version, and put into `before` what that changes."""
     if model.ir_version >= minimum:
         return
-    before = ModelProto(ir_version=model.ir_version)
+    before.ir_version = model.ir_version
     report.notes.append(f"raised the IR version from {model.ir_version} to {minimum}")
     if model.ir_version < 4:
         # From IR 4 on an initializer that is also an input can be overridden, which would stop ONNX
@@ -428,7 +559,46 @@ def _raise_ir(model, minimum, report):
             "initializers are no longer listed as inputs, as that IR version has it"
         )
     model.ir_version = minimum
-    _record(model, before)
+
+
+def _steer_node(site, inputs, parameters):
+    """Make the site's node, or the one fused into it, an op of ours with `inputs` behind X."""
+    node = site.node
+    if site.inner is not None:
+        _record(node, _copy_of(node, "metadata_props", "doc_string", "name"))
+        before = parameters.free_name(f"{node.output[0]}_before_activation")
+        site.inner.name = node.name and f"{node.name}_activation"
+        activations.take_out(node, before)
+        node = site.inner
+        _record(node, NodeProto(op_type=node.op_type))
+        x = before
+    else:
+        _record(node, _copy_of(node, "metadata_props", "doc_string", "name", "output"))
+        x = site.steering.x
+    node.op_type, node.domain = site.steering.op_type, ctu.DOMAIN
+    del node.attribute[:], node.input[:]
+    node.input.extend([x, *inputs])
+
+
+def _insert_activations(model, sites):
+    """Put the activations that were fused behind the nodes that they were fused into."""
+    behind = {}
+    for site in sites:
+        if site.inner is not None:
+            behind[id(site.scope.body), site.node.output[0]] = site.inner
+    if not behind:
+        return
+    # Innermost bodies first, as a body is copied along with the node that holds it.
+    for scope in reversed(list({id(site.scope): site.scope for site in sites}.values())):
+        nodes = []
+        for node in scope.body.node:
+            nodes.append(node)
+            inner = behind.get((id(scope.body), node.output[0] if node.output else ""))
+            if inner is not None:
+                nodes.append(inner)
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del scope.body.node[:]
+        scope.body.node.extend(copies)
 
 
 class _Parameters:
@@ -437,28 +607,45 @@ class _Parameters:
     def __init__(self, model):
         self._model = model
         self._taken = names(model)
-        self._slopes = {}
+        self._held = {}
         self.names = []
 
-    def _name(self, base):
+    def free_name(self, base):
+        """A name like `base` that nothing in the model has."""
         name = unique_name(base, self._taken)
         self._taken.add(name)
+        return name
+
+    def _parameter(self, base):
+        name = self.free_name(base)
         self.names.append(name)
         return name
 
-    def add(self, base, value, as_input="initializer"):
-        name = self._name(base)
-        if as_input != "initializer":
-            make_beta_an_input(self._model, name)
-        if as_input != "required-input":
+    def add(self, base, value):
+        """The name of an initializer of a float32 array, one for all that are equal."""
+        key = base, value.shape, value.tobytes()
+        if key not in self._held:
+            name = self._held[key] = self._parameter(base)
+            tensor = helper.make_tensor(name, TensorProto.FLOAT, value.shape, value.ravel())
+            self._model.graph.initializer.append(tensor)
+        return self._held[key]
+
+    def add_input(self, base, value, kind):
+        """The name of a scalar graph input, with `value` as its default where it is optional."""
+        name = self._parameter(base)
+        self._model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+        if kind == "input":
             self._model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
         return name
 
-    def add_slope(self, value, dtype):
-        if (value, dtype) not in self._slopes:
-            name = self._slopes[value, dtype] = self._name("slope")
+    def add_operand(self, value, dtype):
+        """The name of an initializer of the number `value`, one for all that need it."""
+        if dtype == TensorProto.FLOAT16:  # A bound beyond its range is none.
+            value = float(np.clip(value, *(np.finfo(np.float16).min, np.finfo(np.float16).max)))
+        if (value, dtype) not in self._held:
+            name = self._held[value, dtype] = self._parameter("ctu_operand")
             self._model.graph.initializer.append(_scalar(name, value, dtype))
-        return self._slopes[value, dtype]
+        return self._held[value, dtype]
 
 
 def _scalar(name, value, dtype):
@@ -496,7 +683,7 @@ def _pass_into_functions(model, parameters):
     arity = {key: len(function.input) for key, function in functions.items()}
     for node, key in list(callees(scopes(model))):
         if needs[key]:
-            _record_node(node)
+            _record(node, _copy_of(node, "metadata_props", "doc_string", "name", "output"))
             node.input.extend([""] * (arity[key] - len(node.input)))
             node.input.extend(name for name in parameters if name in needs[key])
     for key, function in functions.items():
@@ -507,16 +694,25 @@ def _pass_into_functions(model, parameters):
 
 def _inline(model):
     """Replace every CTU by the body of its function, leaving standard ops only."""
-    for node in model.functions[-1].node:
-        if node.op_type == "Relu":
-            node.metadata_props.add(key=LOWERED, value="inside")
-        if "Y" in node.output:
-            node.metadata_props.add(key=LOWERED, value="result")
+    ours = [function for function in model.functions if ctu.is_ctu(function)]
+    results = {}
+    for scope in scopes(model):
+        for node in scope.body.node:
+            if scope.function is not None and ctu.is_ctu(scope.function):
+                if node.op_type in activations.STEERABLE:
+                    node.metadata_props.add(key=LOWERED, value="")
+            elif ctu.is_ctu(node):
+                results[scope.path, node.output[0]] = _original_op(node)
     try:
-        inlined = inliner.inline_selected_functions(model, [(ctu.DOMAIN, ctu.OP_TYPE)])
+        inlined = inliner.inline_selected_functions(model, [(f.domain, f.name) for f in ours])
     except (RuntimeError, checker.ValidationError) as error:
         raise ModelError(f"cannot be lowered to primitives: {error}") from None
     model.CopyFrom(inlined)
+    for scope in scopes(model):
+        for node in scope.body.node:
+            op_type = results.get((scope.path, node.output[0] if node.output else ""))
+            if op_type is not None:
+                node.metadata_props.add(key=LOWERED, value=op_type)
     for owner in (model, *model.functions):
         _keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
 
@@ -534,13 +730,18 @@ def _record(proto, before):
     proto.metadata_props.add(key=ORIGINAL, value=value)
 
 
-def _record_node(node):
-    # Nothing else: fields that this onnx does not know stay on the node, and would come twice.
-    before = NodeProto(input=node.input, attribute=node.attribute)
-    for name in "op_type", "domain":
-        if node.HasField(name):
-            setattr(before, name, getattr(node, name))
-    _record(node, before)
+def _copy_of(node, *without):
+    """A copy of a NodeProto less some of its fields."""
+    copy = NodeProto()
+    # Fields that this onnx does not know stay on the node, and would come back twice.
+    for field, value in node.ListFields():
+        if field.name in without:
+            continue
+        if isinstance(value, str):
+            setattr(copy, field.name, value)
+        else:
+            getattr(copy, field.name).extend(value)
+    return copy
 
 
 def _decode(kind, text):
@@ -557,6 +758,8 @@ def _restore(node):
     before = _decode(NodeProto, text)
     for changed in "op_type", "domain", "input", "attribute":
         node.ClearField(changed)
+    if before.output:
+        node.ClearField("output")
     node.MergeFrom(before)
     _keep(node.metadata_props, lambda entry: entry.key != ORIGINAL)
 
@@ -566,16 +769,30 @@ def _original_op(node):
     return _decode(NodeProto, text).op_type if text is not None else node.op_type
 
 
-def _scalar_initializers(model):
-    """name -> value of the graph's scalar float32 initializers, in the fewest digits."""
-    found = {}
-    for tensor in model.graph.initializer:
-        scalar = tensor.data_type == TensorProto.FLOAT and not tensor.dims
-        if scalar and tensor.data_location != TensorProto.EXTERNAL:
-            # One that holds more than a scalar, or nothing, has no value to tell.
-            with suppress(ValueError):
-                found[tensor.name] = float(str(numpy_helper.to_array(tensor)))
-    return found
+def _parameter_values(model):
+    """name -> value of the initializers that hold a beta or coeff, as Activation has them."""
+    used = {
+        name
+        for scope in scopes(model)
+        for node in scope.body.node
+        if ctu.is_ctu(node)
+        for name in node.input[1:3]
+    }
+    return {t.name: _decimal(t) for t in model.graph.initializer if t.name in used}
+
+
+def _decimal(tensor):
+    """Numbers with the fewest digits that tell two float32 apart, not those of the next double.
+
+    None where the tensor is none of ours: of another type, elsewhere, or damaged.
+    """
+    if tensor.data_type != TensorProto.FLOAT or tensor.data_location == TensorProto.EXTERNAL:
+        return None
+    try:
+        array = numpy_helper.to_array(tensor)
+    except ValueError:
+        return None
+    return np.reshape([float(str(value)) for value in array.ravel()], array.shape).tolist()
 
 
 def _keep(repeated, wanted):

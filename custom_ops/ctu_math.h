@@ -22,10 +22,10 @@
 //   X = NaN gives NaN, +inf gives +inf, -inf gives what the original gives (0 where a = 0).
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #ifdef __CUDACC__
 #define CTONNX_HOST_DEVICE __host__ __device__
@@ -33,18 +33,36 @@
 #define CTONNX_HOST_DEVICE
 #endif
 
-namespace ctonnx {
+// Code compiled for one instruction set must not be merged with the same code compiled for another,
+// as the linker does with inline functions of one name: each such build sets a name of its own.
+#ifndef CTONNX_LEVEL
+#define CTONNX_LEVEL baseline
+#endif
 
-// The integer of the same layout as F, which is float or a vector of floats: the float32 formula
-// below is written once for both.
+namespace ctonnx {
+inline namespace CTONNX_LEVEL {
+
+// The formula below is written once for F = float, double and vectors of them. These name the
+// floating-point type of one lane, and the integer of the same layout as F.
 template <class F>
-struct IntegerOf {
-  using type = decltype(F{} < F{});
+struct Lane {
+  using type = decltype(F{}[0] + F{}[0]);
+  using integer = decltype(F{} < F{});
 };
 template <>
-struct IntegerOf<float> {
-  using type = int32_t;
+struct Lane<float> {
+  using type = float;
+  using integer = int32_t;
 };
+template <>
+struct Lane<double> {
+  using type = double;
+  using integer = int64_t;
+};
+template <class F>
+using LaneOf = typename Lane<F>::type;
+template <class F>
+using IntegerOf = typename Lane<F>::integer;
 
 template <class To, class From>
 CTONNX_HOST_DEVICE inline To bits_as(From from) {
@@ -54,120 +72,188 @@ CTONNX_HOST_DEVICE inline To bits_as(From from) {
   return to;
 }
 
-// exp(-(v + low)) for v >= 0 and |low| << 1, to 1.2e-7 relative; 0 from v = 87 on.
-template <class F>
-CTONNX_HOST_DEVICE inline F exp_neg(F v, F low) {
-  using I = typename IntegerOf<F>::type;
-  const F kLimit = F{} + 87.f;
-  const F clamped = v < kLimit ? v : kLimit;
-  const F magic = F{} + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const F shifted = clamped * -1.44269504f + magic;
-  const F n = shifted - magic;
-  // ln 2 in two parts, the first short enough for n * part to be exact.
-  const F t = ((-clamped - n * 0.693359375f) + n * 2.12194440e-4f) - low;
-  F p = F{} + 1.383684613e-3f;
-  p = p * t + 8.374815798e-3f;
-  p = p * t + 4.166822557e-2f;
-  p = p * t + 1.666642017e-1f;
-  p = p * t + 4.999999208e-1f;
-  p = p * t + 1.000000036f;
-  p = p * t + 1.000000001f;
-  const I scale = (bits_as<I>(shifted) << 23) + 0x3f800000;
-  return v < kLimit ? p * bits_as<F>(scale) : F{};
+// The polynomial in t with these coefficients, the highest power's first.
+template <class F, class S, class... Rest>
+CTONNX_HOST_DEVICE inline F horner(F t, S highest, Rest... rest) {
+  F p = F{} + highest;
+  ((p = p * t + rest), ...);
+  return p;
 }
 
-// log1p(z) for z in [0, 1], to 5e-9 absolute.
-template <class F>
-CTONNX_HOST_DEVICE inline F log1p_unit(F z) {
-  F p = F{} + 3.942134538e-3f;
-  p = p * z - 2.390944840e-2f;
-  p = p * z + 6.818918278e-2f;
-  p = p * z - 1.270185487e-1f;
-  p = p * z + 1.857657492e-1f;
-  p = p * z - 2.467515488e-1f;
-  p = p * z + 3.329017928e-1f;
-  p = p * z - 4.999714766e-1f;
-  p = p * z + 9.999993486e-1f;
-  return p * z;
-}
-
-// What one (beta, c, slope) needs, computed once; `correction` is the even term above, with its sign.
-template <class T>
-struct Unit;
+// What the elementary functions need for each precision. The coefficients interpolate at Chebyshev
+// nodes: exp on [-ln 2 / 2, ln 2 / 2], log1p on [0, 1].
+template <class S>
+struct Elementary;
 
 template <>
-struct Unit<double> {
-  double slope;
-  double inv_s, k;               // |1 - a| / s, |1 - a| * beta / s
-  double log_scale, gate_scale;  // sgn(1 - a) times (1 - c) * s and c * |1 - a|
+struct Elementary<float> {
+  static constexpr int kMantissaBits = 23;
+  static constexpr int32_t kOne = 0x3f800000;  // the bits of 1.0
+  static constexpr int32_t kAbs = 0x7fffffff;  // all bits but the sign
+  static constexpr int32_t kShort = static_cast<int32_t>(0xfffff000);  // drops half the mantissa
+  static constexpr float kMax = FLT_MAX;
+  static constexpr float kMagic = 12582912.f;  // 1.5 * 2^23
+  static constexpr float kExpLimit = 87.f;     // beyond, exp(-v) is denormal
+  static constexpr float kLog2e = 1.44269504f;
+  static constexpr float kLn2High = 0.693359375f;  // short: its product with an exponent is exact
+  static constexpr float kLn2Low = -2.12194440e-4f;
+
+  // 1.2e-7 relative, by rounding; the polynomial itself, 1 + t + t^2 * R(t), is good to 1e-8.
+  template <class F>
+  CTONNX_HOST_DEVICE static F exp_reduced(F t) {
+    return horner(t, 1.392617612e-3f, 8.363173075e-3f, 4.166655466e-2f, 1.666657703e-1f, 0.5f, 1.f,
+                  1.f);
+  }
+
+  // 5e-9 absolute.
+  template <class F>
+  CTONNX_HOST_DEVICE static F log1p_unit(F z) {
+    return z * horner(z, 3.942134538e-3f, -2.390944840e-2f, 6.818918278e-2f, -1.270185487e-1f,
+                      1.857657492e-1f, -2.467515488e-1f, 3.329017928e-1f, -4.999714766e-1f,
+                      9.999993486e-1f);
+  }
+};
+
+template <>
+struct Elementary<double> {
+  static constexpr int kMantissaBits = 52;
+  static constexpr int64_t kOne = 0x3ff0000000000000;
+  static constexpr int64_t kAbs = 0x7fffffffffffffff;
+  static constexpr int64_t kShort = static_cast<int64_t>(0xfffffffff8000000);
+  static constexpr double kMax = DBL_MAX;
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kExpLimit = 708;
+  static constexpr double kLog2e = 1.4426950408889634;
+  static constexpr double kLn2High = 0.6931471805592082;
+  static constexpr double kLn2Low = 7.371002565167799e-13;
+
+  // 3e-16 relative.
+  template <class F>
+  CTONNX_HOST_DEVICE static F exp_reduced(F t) {
+    return horner(t, 2.5110037605963777e-08, 2.763263963904103e-07, 2.755724091857897e-06,
+                  2.4801485482328494e-05, 0.00019841269890047113, 0.0013888888952314775,
+                  0.008333333333319601, 0.0416666666664881, 0.1666666666666668, 0.5000000000000019,
+                  1.0, 1.0);
+  }
+
+  // 3e-16 absolute: log1p(z) = 2 atanh(w) with w = z / (2 + z), a polynomial in w^2 times w.
+  template <class F>
+  CTONNX_HOST_DEVICE static F log1p_unit(F z) {
+    const F w = z / (2 + z);
+    return w * horner(w * w, 0.17044163562781398, 0.0832450651186082, 0.12110168728069218,
+                      0.13300374032674625, 0.1538661404230401, 0.18181740832504806,
+                      0.22222224080747674, 0.28571428545454114, 0.4000000000018575,
+                      0.6666666666666615, 2.0);
+  }
+};
+
+// exp(v + low) for |v| <= kExpLimit and |low| << 1.
+template <class F>
+CTONNX_HOST_DEVICE inline F exponential(F v, F low) {
+  using E = Elementary<LaneOf<F>>;
+  using I = IntegerOf<F>;
+  const F magic = F{} + E::kMagic;  // adding it rounds to an integer, in the low bits of the sum
+  const F shifted = v * E::kLog2e + magic;
+  const F n = shifted - magic;
+  const F t = (v - n * E::kLn2High) + (low - n * E::kLn2Low);
+  const I power = (bits_as<I>(shifted) << E::kMantissaBits) + E::kOne;
+  return E::exp_reduced(t) * bits_as<F>(power);
+}
+
+// log1p(z) for z in [0, 1].
+template <class F>
+CTONNX_HOST_DEVICE inline F log1p_unit(F z) {
+  return Elementary<LaneOf<F>>::log1p_unit(z);
+}
+
+template <class F>
+CTONNX_HOST_DEVICE inline F absolute(F x) {
+  using I = IntegerOf<F>;
+  return bits_as<F>(bits_as<I>(x) & Elementary<LaneOf<F>>::kAbs);
+}
+
+// The leading half of the mantissa: the product of two such numbers is exact, with or without a
+// fused multiply-add, so every instruction set can multiply to twice the precision.
+template <class F>
+CTONNX_HOST_DEVICE inline F leading_half(F x) {
+  using I = IntegerOf<F>;
+  return bits_as<F>(bits_as<I>(x) & Elementary<LaneOf<F>>::kShort);
+}
+
+// What one (beta, c, slope) needs, computed once. P is a scalar, or a vector that holds another unit
+// in each lane.
+template <class P>
+struct Unit {
+  P slope;
+  P inv_s, k_hi, k_lo;  // |1 - a| / s, and |1 - a| * beta / s in two parts
+  P log_scale;          // sgn(1 - a) * (1 - c) * s
+  P gate_hi, gate_lo;   // sgn(1 - a) * c * |1 - a| in two parts
 
   Unit() = default;
 
+  // For scalar P.
   CTONNX_HOST_DEVICE Unit(float beta, float coeff, double a) {
     const double s = 1.0 - static_cast<double>(beta) + 1e-6;
     const double gap = std::fabs(1 - a);
     const double sign = a < 1 ? 1 : a > 1 ? -1 : 0;
-    slope = a;
-    inv_s = gap / s;
-    k = gap * beta / s;
-    log_scale = sign * (1 - static_cast<double>(coeff)) * s;
-    gate_scale = sign * coeff * gap;
+    const double k = gap * beta / s;
+    slope = static_cast<P>(a);
+    inv_s = static_cast<P>(gap / s);
+    split(k, &k_hi, &k_lo);
+    log_scale = static_cast<P>(sign * (1 - static_cast<double>(coeff)) * s);
+    split(sign * coeff * gap, &gate_hi, &gate_lo);
   }
 
-  CTONNX_HOST_DEVICE double correction(double x) const {
-    const double ax = std::fabs(x);
-    // The gate's limit is 0 at infinity, where inf * 0 would give NaN.
-    const double finite = ax <= std::numeric_limits<double>::max() ? ax : 0;
-    const double g = std::exp(-k * finite);
-    return log_scale * std::log1p(std::exp(-ax * inv_s)) - gate_scale * finite * (g / (1 + g));
+  // sgn(1 - a) * s * (1 - c) * log1p(exp(-u)) with u = |1 - a| * ax / s, for ax = |x|. NaN gives 0,
+  // as in the gate's term below: the original carries it.
+  template <class F>
+  CTONNX_HOST_DEVICE F log_term(F ax) const {
+    const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
+    const F u = ax * inv_s;
+    const F z = exponential(-(u < limit ? u : limit), F{});
+    return u < limit ? log_scale * log1p_unit(z) : F{};
+  }
+
+  // sgn(1 - a) * c * |1 - a| * ax / (1 + exp(k * ax)). Both factors of ax are in two parts: exp
+  // amplifies an error of its argument by the argument, and the numerator would round twice.
+  template <class F>
+  CTONNX_HOST_DEVICE F gate_term(F ax) const {
+    const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
+    const F high = leading_half(ax), low = ax - high;
+    const F v = high * k_hi;
+    const F e = exponential(v < limit ? v : limit, low * k_hi + ax * k_lo);
+    const F numerator = high * gate_hi + (low * gate_hi + ax * gate_lo);
+    return v < limit ? numerator / (1 + e) : F{};
+  }
+
+ private:
+  CTONNX_HOST_DEVICE static void split(double value, P* high, P* low) {
+    *high = leading_half(static_cast<P>(value));
+    *low = static_cast<P>(value - *high);
   }
 };
 
-template <>
-struct Unit<float> {
-  float slope;
-  float inv_s, k_hi, k_lo;       // |1 - a| / s, and |1 - a| * beta / s in two floats
-  float log_scale, gate_scale;   // sgn(1 - a) times (1 - c) * s and c * |1 - a|
-
-  Unit() = default;
-
-  CTONNX_HOST_DEVICE Unit(float beta, float coeff, double a) {
-    const Unit<double> exact(beta, coeff, a);
-    slope = static_cast<float>(a);
-    inv_s = static_cast<float>(exact.inv_s);
-    k_hi = short_float(static_cast<float>(exact.k));
-    k_lo = static_cast<float>(exact.k - k_hi);
-    log_scale = static_cast<float>(exact.log_scale);
-    gate_scale = static_cast<float>(exact.gate_scale);
-  }
-
-  // The 12 leading bits: the product of two such floats is exact, with or without a fused
-  // multiply-add, so every instruction set gives k * |x| to twice float32's precision.
-  template <class F>
-  CTONNX_HOST_DEVICE static F short_float(F v) {
-    using I = typename IntegerOf<F>::type;
-    return bits_as<F>(bits_as<I>(v) & static_cast<int32_t>(0xfffff000));
-  }
-
-  template <class F>
-  CTONNX_HOST_DEVICE F correction(F x) const {
-    using I = typename IntegerOf<F>::type;
-    const F ax = bits_as<F>(bits_as<I>(x) & 0x7fffffff);
-    const F log_term = log1p_unit(exp_neg(ax * inv_s, F{}));
-    const F high = short_float(ax);
-    const F g = exp_neg(high * k_hi, (ax - high) * k_hi + ax * k_lo);
-    // As above; a NaN from inf * 0 or inf - inf in g is past exp_neg's limit.
-    const F finite = ax <= std::numeric_limits<float>::max() ? ax : F{};
-    return log_scale * log_term - (gate_scale * finite) * (g / (1.f + g));
-  }
-};
-
-// The CT unit; `kSloped` is whether unit.slope is not 0. NaN < 0 is false, so NaN passes through.
-template <bool kSloped, class F, class T>
-CTONNX_HOST_DEVICE inline F ctu(F x, const Unit<T>& unit) {
-  // Not x * slope for slope 0: 0 * -inf would give NaN where the original gives 0.
-  const F negative = kSloped ? x * unit.slope : F{};
-  return (x < F{} ? negative : x) + unit.correction(x);
+// The two halves of the piecewise-linear original. NaN < 0 is false, so NaN passes through.
+template <class F>
+CTONNX_HOST_DEVICE inline F above_zero(F x) {
+  return x < F{} ? F{} : x;
 }
 
+template <class F, class P>
+CTONNX_HOST_DEVICE inline F below_zero(F x, P slope) {
+  // Not x * slope for slope 0: 0 * -inf would give NaN where the original gives 0.
+  return x < F{} ? (slope == P{} ? F{} : x * slope) : F{};
+}
+
+// The CT unit. kSloped = false is for slopes that are all 0.
+template <bool kSloped, class F, class P>
+CTONNX_HOST_DEVICE inline F ctu(F x, const Unit<P>& unit) {
+  const F ax = absolute(x);
+  // x itself comes last: rounded least when it is the largest, and 0 where the gate's term is.
+  F small = unit.log_term(ax);
+  if (kSloped) small += below_zero(x, unit.slope);
+  return above_zero(x) + (small - unit.gate_term(ax));
+}
+
+}  // namespace CTONNX_LEVEL
 }  // namespace ctonnx

@@ -11,13 +11,16 @@
 #include <string>
 #include <vector>
 
-#include "ctu_cpu.h"
+#include "ctu_plan.h"
 #include "ort_abi.h"
 
 namespace ctonnx {
 namespace {
 
 ort::Api api;
+
+// Elements of a task for the thread pool: enough to outweigh handing it to a thread.
+constexpr size_t kTask = 16384;
 
 // Carries an OrtStatus, ours or ONNX Runtime's, up to the C boundary.
 struct StatusError {
@@ -60,6 +63,16 @@ std::vector<int64_t> shape_of(const ort::Value* value) {
   return dims;
 }
 
+size_t element_count(const ort::Value* value) {
+  ort::TensorInfo* info = nullptr;
+  check(api.GetTensorTypeAndShape(value, &info));
+  size_t count = 0;
+  ort::Status* const status = api.GetTensorShapeElementCount(info, &count);
+  api.ReleaseTensorTypeAndShapeInfo(info);
+  check(status);
+  return count;
+}
+
 template <class T>
 T* data_of(const ort::Value* value) {
   void* data = nullptr;
@@ -73,34 +86,31 @@ size_t product(const int64_t* begin, const int64_t* end) {
   return count;
 }
 
-// beta, coeff or slope: its values, and its step along each dimension of X, 0 where it is broadcast.
+// The values of beta, coeff or slope, with steps along each dimension of X.
 template <class T>
-struct Parameter {
-  const T* data = nullptr;
-  size_t count = 0;
-  std::vector<size_t> steps;
-
-  void bind(const char* name, const ort::Value* value, const std::vector<int64_t>& x_dims) {
-    std::vector<int64_t> dims = shape_of(value);
-    data = data_of<const T>(value);
-    count = product(dims.data(), dims.data() + dims.size());
-    while (dims.size() > x_dims.size() && dims.front() == 1) dims.erase(dims.begin());
-    steps.assign(x_dims.size(), 0);
-    size_t step = 1;
-    bool fits = dims.size() <= x_dims.size();
-    for (size_t i = 0; fits && i < dims.size(); ++i) {
-      const size_t from_end = dims.size() - 1 - i;
-      const size_t axis = x_dims.size() - 1 - i;
-      if (dims[from_end] == 1) continue;
-      fits = dims[from_end] == x_dims[axis];
-      steps[axis] = step;
-      step *= static_cast<size_t>(dims[from_end]);
-    }
-    if (!fits) invalid(std::string(name) + " does not broadcast to the shape of X");
+Parameter<T> read_parameter(const char* name, const ort::Value* value,
+                            const std::vector<int64_t>& x_dims) {
+  Parameter<T> parameter;
+  parameter.data = data_of<const T>(value);
+  parameter.count = element_count(value);
+  // A single value, which most models have, fits any X and needs no more.
+  if (parameter.count == 1) return parameter;
+  std::vector<int64_t> dims = shape_of(value);
+  while (dims.size() > x_dims.size() && dims.front() == 1) dims.erase(dims.begin());
+  parameter.steps.assign(x_dims.size(), 0);
+  size_t step = 1;
+  bool fits = dims.size() <= x_dims.size();
+  for (size_t i = 0; fits && i < dims.size(); ++i) {
+    const size_t from_end = dims.size() - 1 - i;
+    const size_t axis = x_dims.size() - 1 - i;
+    if (dims[from_end] == 1) continue;
+    fits = dims[from_end] == x_dims[axis];
+    parameter.steps[axis] = step;
+    step *= static_cast<size_t>(dims[from_end]);
   }
-
-  bool varies_along(size_t axis) const { return !steps.empty() && steps[axis] != 0; }
-};
+  if (!fits) invalid(std::string(name) + " does not broadcast to the shape of X");
+  return parameter;
+}
 
 void check_unit_interval(const char* name, const Parameter<float>& parameter) {
   for (size_t i = 0; i < parameter.count; ++i) {
@@ -111,81 +121,71 @@ void check_unit_interval(const char* name, const Parameter<float>& parameter) {
   }
 }
 
+// Narrows `grid`, whose steps are along every dimension of X, to those between the first and the
+// last along which a parameter varies.
 template <class T>
-struct Run {
-  const T* x;
-  T* y;
-  size_t count;
-  size_t inner;  // length of the runs of X that share one (beta, c, slope)
-  std::vector<size_t> outer_dims;
-  Parameter<float> beta, coeff;
-  Parameter<T> slope;
-
-  // Elements per task: enough to outweigh handing it to a thread.
-  static constexpr size_t kTask = 16384;
-
-  Unit<typename Arithmetic<T>::type> unit_at(size_t outer) const {
-    size_t b = 0, c = 0, a = 0;
-    for (size_t axis = outer_dims.size(); axis-- > 0;) {
-      const size_t at = outer % outer_dims[axis];
-      outer /= outer_dims[axis];
-      b += at * beta.steps[axis];
-      c += at * coeff.steps[axis];
-      if (slope.data != nullptr) a += at * slope.steps[axis];
-    }
-    return {beta.data[b], coeff.data[c], slope.data != nullptr ? to_double(slope.data[a]) : 0.0};
-  }
-
-  void task(size_t index) const {
-    size_t at = index * kTask;
-    const size_t end = std::min(at + kTask, count);
-    while (at < end) {
-      const size_t outer = at / inner;
-      const size_t length = std::min(end, (outer + 1) * inner) - at;
-      ctu_run(x + at, y + at, length, unit_at(outer));
-      at += length;
+void set_dims(const std::vector<int64_t>& x_dims, Grid<T>* grid) {
+  std::vector<size_t>* const all_steps[] = {&grid->beta.steps, &grid->coeff.steps,
+                                            &grid->slope.steps};
+  size_t begin = x_dims.size(), end = 0;
+  for (const std::vector<size_t>* steps : all_steps) {
+    for (size_t axis = 0; axis < steps->size(); ++axis) {
+      if ((*steps)[axis] == 0) continue;
+      begin = std::min(begin, axis);
+      end = std::max(end, axis + 1);
     }
   }
-};
+  begin = std::min(begin, end);
+  for (std::vector<size_t>* steps : all_steps) {
+    if (steps->empty()) continue;
+    steps->resize(end);
+    steps->erase(steps->begin(), steps->begin() + static_cast<ptrdiff_t>(begin));
+  }
+  grid->dims.assign(x_dims.begin() + static_cast<ptrdiff_t>(begin),
+                    x_dims.begin() + static_cast<ptrdiff_t>(end));
+  grid->inner = product(x_dims.data() + end, x_dims.data() + x_dims.size());
+}
 
 template <class T>
-void compute(ort::KernelContext* context) {
+void compute(PlanCache<T>* cache, ort::KernelContext* context) {
   size_t inputs = 0;
   check(api.KernelContext_GetInputCount(context, &inputs));
   const ort::Value* values[4] = {};
   for (size_t i = 0; i < std::min<size_t>(inputs, 4); ++i) {
     check(api.KernelContext_GetInput(context, i, &values[i]));
   }
-
-  Run<T> run;
   const std::vector<int64_t> dims = shape_of(values[0]);
-  run.x = data_of<const T>(values[0]);
-  run.count = product(dims.data(), dims.data() + dims.size());
-  run.beta.bind("beta", values[1], dims);
-  run.coeff.bind("coeff", values[2], dims);
-  if (values[3] != nullptr) run.slope.bind("slope", values[3], dims);
-  check_unit_interval("beta", run.beta);
-  check_unit_interval("coeff", run.coeff);
+  Grid<T> grid;
+  grid.beta = read_parameter<float>("beta", values[1], dims);
+  grid.coeff = read_parameter<float>("coeff", values[2], dims);
+  if (values[3] != nullptr) grid.slope = read_parameter<T>("slope", values[3], dims);
+  check_unit_interval("beta", grid.beta);
+  check_unit_interval("coeff", grid.coeff);
 
   ort::Value* output = nullptr;
   check(api.KernelContext_GetOutput(context, 0, dims.data(), dims.size(), &output));
-  run.y = data_of<T>(output);
-  if (run.count == 0) return;
+  const size_t count = product(dims.data(), dims.data() + dims.size());
+  if (count == 0) return;
+  set_dims(dims, &grid);
 
-  size_t outer_rank = dims.size();
-  while (outer_rank > 0 && !run.beta.varies_along(outer_rank - 1) &&
-         !run.coeff.varies_along(outer_rank - 1) && !run.slope.varies_along(outer_rank - 1)) {
-    --outer_rank;
-  }
-  run.outer_dims.assign(dims.begin(), dims.begin() + static_cast<ptrdiff_t>(outer_rank));
-  run.inner = product(dims.data() + outer_rank, dims.data() + dims.size());
+  struct Job {
+    std::shared_ptr<const Plan<T>> plan;
+    const T* x;
+    T* y;
+    size_t count, inner;
 
-  const size_t tasks = (run.count + Run<T>::kTask - 1) / Run<T>::kTask;
+    void run(size_t task) const {
+      plan->run(x, y, task * kTask, std::min((task + 1) * kTask, count), inner);
+    }
+  };
+  Job job = {cache->get(grid, cpu_level()), data_of<const T>(values[0]), data_of<T>(output), count,
+             grid.inner};
+  const size_t tasks = (count + kTask - 1) / kTask;
   if (tasks == 1) {
-    run.task(0);
+    job.run(0);
   } else {
-    const auto task = [](void* user, size_t index) { static_cast<Run<T>*>(user)->task(index); };
-    check(api.KernelContext_ParallelFor(context, task, tasks, 0, &run));
+    const auto task = [](void* user, size_t index) { static_cast<Job*>(user)->run(index); };
+    check(api.KernelContext_ParallelFor(context, task, tasks, 0, &job));
   }
 }
 
@@ -226,9 +226,6 @@ constexpr ort::ElementType element_type<BFloat16>() {
   return ort::kBFloat16;
 }
 
-// The kernel keeps no state, but ONNX Runtime wants a non-null one.
-char no_state;
-
 template <class T>
 const ort::CustomOp* cpu_op() {
   static const ort::CustomOp op = [] {
@@ -249,12 +246,11 @@ const ort::CustomOp* cpu_op() {
     ctu.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
     ctu.CreateKernelV2 = [](const ort::CustomOp*, const void*, const void*,
                             void** kernel) -> ort::Status* {
-      *kernel = &no_state;
-      return nullptr;
+      return guarded([&] { *kernel = new PlanCache<T>; });
     };
-    ctu.KernelDestroy = [](void*) {};
-    ctu.KernelComputeV2 = [](void*, ort::KernelContext* context) {
-      return guarded([&] { compute<T>(context); });
+    ctu.KernelDestroy = [](void* kernel) { delete static_cast<PlanCache<T>*>(kernel); };
+    ctu.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
+      return guarded([&] { compute<T>(static_cast<PlanCache<T>*>(kernel), context); });
     };
     ctu.InferOutputShape = [](const ort::CustomOp*, ort::ShapeInferContext* context) {
       return guarded([&] { infer_shape(context); });
@@ -303,5 +299,17 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   // Every registration in a process comes from the same ONNX Runtime; set once, as threads may race.
   static const bool ready = (api = ort::Api(table), true);
   static_cast<void>(ready);
-  return guarded([&] { check(api.AddCustomOpDomain(options, domain())); });
+  return guarded([&] {
+    cpu_level();  // fails here rather than in the first run
+    check(api.AddCustomOpDomain(options, domain()));
+  });
+}
+
+// The instruction set whose kernels run, or null where CTONNX_CPU names none that can.
+extern "C" __attribute__((visibility("default"))) const char* ctonnx_cpu_level() {
+  try {
+    return ctonnx::cpu_level().name;
+  } catch (const std::exception&) {
+    return nullptr;
+  }
 }

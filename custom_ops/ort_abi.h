@@ -91,6 +91,9 @@ class Api {
   Status* GetSymbolicDimensions(const TensorInfo* info, const char** names, size_t rank) const {
     return call<Status*>(63, info, names, rank);
   }
+  Status* GetTensorShapeElementCount(const TensorInfo* info, size_t* count) const {
+    return call<Status*>(64, info, count);
+  }
   Status* GetTensorTypeAndShape(const Value* value, TensorInfo** info) const {
     return call<Status*>(65, value, info);
   }

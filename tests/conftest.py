@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ctonnx import ctu, rewrite
+from ctonnx import activations, ctu, rewrite
 from ctonnx.graph import scopes
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def without_steering(model):
     rest = ModelProto()
     rest.CopyFrom(model)
     held = {tensor.name for tensor in rest.graph.initializer}
-    ours = {"beta", "coeff", *(name for name in held if name.startswith("slope"))}
+    ours = {"beta", "coeff", *(name for name in held if name.startswith("ctu_operand"))}
 
     def drop(repeated, unwanted):
         kept = [element for element in repeated if not unwanted(element)]
@@ -81,7 +81,7 @@ def without_steering(model):
 
     for scope in scopes(rest):
         for node in scope.body.node:
-            if node.op_type in ("Relu", "LeakyRelu", "PRelu", "CTU"):
+            if node.op_type in activations.STEERABLE or ctu.is_ctu(node):
                 for part in ("op_type", "domain", "attribute"):
                     node.ClearField(part)
                 del node.input[1:]

@@ -18,7 +18,7 @@ from onnx.reference.op_run import OpRun
 
 import ctonnx
 from ctonnx import ctu, rewrite
-from ctonnx.errors import ModelError
+from ctonnx.errors import ModelError, NothingToDo
 from ctonnx.graph import node_label, scopes
 from ctonnx.validate import Model, compare, random_inputs
 
@@ -48,11 +48,11 @@ def kink(distance):
 def clip(x, low=None, high=None, min=None, max=None):
     """Bounds are inputs, and attributes before opset 11."""
     low, high = low if min is None else min, high if max is None else max
-    y = x
+    y = np.clip(x, low, high)
     if low is not None:
-        y = np.maximum(y, low) + kink(x - low)
+        y = y + kink(x - low)
     if high is not None:
-        y = np.minimum(y, high) - kink(x - high)
+        y = y - kink(x - high)
     return y
 
 
@@ -225,6 +225,15 @@ def in_onnxruntime(model, inputs, library=False):
     return Model(model.SerializeToString(), library).run(inputs)
 
 
+def runs_in_onnxruntime(model):
+    if any(e.domain == "" and e.version < 7 for e in model.opset_import):
+        return False
+    try:
+        return bool(Model(model.SerializeToString()))
+    except ModelError:
+        return False
+
+
 def wrong(expected, actual):
     """The outputs that differ, in words; `expected` is given the types of `actual`."""
     expected = {k: np.asarray(v).astype(actual[k].dtype) for k, v in expected.items()}
@@ -233,10 +242,9 @@ def wrong(expected, actual):
 
 def assert_follows_the_oracle(model, inputs, new_ops=()):
     """At beta 1 the original, at 0.85 the oracle, in every lowering; gives whether these differ."""
-    try:
-        run, original = in_onnxruntime, in_onnxruntime(model, inputs)
-    except ModelError:  # It has no kernels for PRelu at opset 6, nor for the newest opset.
-        run, original = in_reference, in_reference(model, inputs)
+    # ONNX Runtime has no arithmetic before opset 7, and nothing yet for the newest opset.
+    run = in_onnxruntime if runs_in_onnxruntime(model) else in_reference
+    original = run(model, inputs)
     expected = oracle(model, inputs, new_ops)
     for lowering in rewrite.LOWERINGS:
         for beta, wanted in (1.0, original), (BETA, expected):
@@ -277,8 +285,8 @@ def test_every_model_follows_the_oracle(kind, capsys):
         try:
             told += [name] * assert_follows_the_oracle(model, inputs)
             passed.append(name)
-        except ModelError as error:
-            if "steering needs" not in str(error):
+        except NothingToDo as error:
+            if "before opset 7" not in str(error):
                 raise
             refused.append(name)
         except Exception as error:
@@ -348,7 +356,7 @@ MUTATIONS = {
     **{f"{site} is not steered": put_back(site) for site in SITES},
     "c and 1 - c swapped": replaced_scalar("coeff", float(1 - COEFF)),
     "beta 0.86": replaced_scalar("beta", 0.86),
-    "no slopes": replaced_scalar("slope", 0.0),
+    "no slopes": replaced_scalar("ctu_operand", 0.0),
 }
 
 

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from conftest import DIGITS, parsed
 
-from ctonnx import cli, ctu
+from ctonnx import cli, ctu, rewrite
 
 NO_ACTIVATION = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[4] x) => (float[4] y) { y = Neg(x) }"""
@@ -103,18 +103,29 @@ def test_dry_run_writes_nothing(run):
 def test_inspect_set_unpatch(run):
     assert run("patch", "digits.onnx", "--beta", "0.85")[0] == 0
     _, out, _ = run("inspect", "digits.ct.onnx")
-    assert out.splitlines()[0] == "steered    Relu  node_relu  (beta 0.85)"
+    header, first, *_ = out.splitlines()
+    assert header.split() == ["STATE", "OP", "SHAPE", "NAME", "MODULE"]
+    assert first.split() == [
+        "steered",
+        "Relu",
+        "batch,16,8,8",
+        "node_relu",
+        "stem.1",
+        "beta",
+        "0.85",
+    ]
     assert out.splitlines()[-1] == "7 steered, 0 steerable, 0 skipped"
     (first, *_) = json.loads(run("inspect", "digits.ct.onnx", "--json")[1])["activations"]
     assert first == {
         **{"name": "node_relu", "op": "Relu", "scope": "", "status": "steered"},
         **{"reason": None, "beta": 0.85, "coeff": 0.5},
+        **{"shape": ["batch", 16, 8, 8], "module": "stem.1"},
     }
     assert run("set", "digits.ct.onnx", "--beta", "0.9")[:2] == (
         0,
         "wrote digits.ct.onnx: beta 0.9\n",
     )
-    assert "(beta 0.9)" in run("inspect", "digits.ct.onnx")[1]
+    assert "beta 0.9\n" in run("inspect", "digits.ct.onnx")[1]
     document = json.loads(run("set", "digits.ct.onnx", "--beta", "1", "-o", "b.onnx", "--json")[1])
     assert document == {"schema_version": 1, "output": "b.onnx", "beta": 1.0}
     code, out, _ = run("unpatch", "digits.ct.onnx", "-o", "back.onnx")
@@ -123,6 +134,29 @@ def test_inspect_set_unpatch(run):
     code, out, _ = run("unpatch", "digits.ct.onnx", "--force", "--json")
     assert json.loads(out)["output"] == "digits.onnx"
     assert files()["digits.onnx"] == files()["back.onnx"]
+
+
+def test_inspect_says_where_and_why(run):
+    """Columns without content are left out; colors are for terminals."""
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, ?] x, bool b) => (float[N, ?] y) {
+          s = Sigmoid(x)  y = If (b) <
+            then_branch = t () => (float[N, ?] a) { a = Relu(s) },
+            else_branch = e () => (float[N, ?] c) { c = Neg(s) }> }"""
+    )
+    Path("m.onnx").write_bytes(model.SerializeToString())
+    lines = run("inspect", "m.onnx")[1].splitlines()
+    assert [line.split()[:4] for line in lines[:3]] == [
+        ["STATE", "OP", "SHAPE", "NAME"],
+        ["skipped", "Sigmoid", "N,?", "s"],
+        ["steerable", "Relu", "N,?", "a"],
+    ]
+    assert "not piecewise affine" in lines[1]
+    assert "y.then_branch" in lines[2]
+    assert lines[3] == "0 steered, 1 steerable, 1 skipped"
+    assert "\x1b" not in "".join(lines)
+    assert any("\x1b" in line for line in cli._table(rewrite.find(model)))
 
 
 def test_doctor(run):
@@ -180,6 +214,9 @@ MISTAKES = [
     (["patch", "digits.onnx", "--beta", "0.5", "-o", "x" * 300], 2, "File name too long"),
     (["patch", "digits.onnx", "--beta", "0.5", "-o", "pipe", "--force"], 2, "no regular file"),
     (["patch", "digits.onnx", "--beta", "0.5", "-o", "no/x.onnx", "--dry-run"], 2, "no folder no"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", "new/"], 2, "new: is a folder"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", "taken.onnx/"], 2, "is a folder"),
+    (["patch", "digits.onnx", "--beta", "0.5", "-o", ""], 2, "is a folder"),
     (["patch", "", "--beta", "0.5"], 3, "is a folder"),
     (["patch", "digits.onnx"], 2, "Missing option '--beta'"),
     (["patch", "digits.onnx", "--bet", "0.5"], 2, "No such option"),
@@ -227,8 +264,88 @@ def test_links_are_followed_and_modes_kept(run):
     os.symlink("digits.ct.onnx", "link.onnx")
     assert run("set", "link.onnx", "--beta", "0.9")[0] == 0
     assert os.path.islink("link.onnx")
-    assert "(beta 0.9)" in run("inspect", "digits.ct.onnx")[1]
+    assert "beta 0.9\n" in run("inspect", "digits.ct.onnx")[1]
     assert oct(os.stat("digits.ct.onnx").st_mode & 0o777) == "0o640"
+
+
+def piped(*arguments, model=b"", **options):
+    """Run the command line in a process of its own, whose standard input is `model`."""
+    command = [sys.executable, "-m", "ctonnx", *arguments]
+    done = subprocess.run(
+        command, **({"input": model, "stdout": subprocess.PIPE} | options), stderr=subprocess.PIPE
+    )
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+def test_standard_input_and_output(run):
+    """Each command as a filter gives the bytes that it writes to a file."""
+    assert run("patch", "digits.onnx", "--beta", "0.85", "-o", "p.onnx")[0] == 0
+    assert run("set", "p.onnx", "--beta", "0.9", "-o", "s.onnx")[0] == 0
+    assert run("unpatch", "s.onnx", "-o", "u.onnx")[0] == 0
+    held = files()
+    code, patched, err = piped("patch", "-", "--beta", "0.85", model=held["digits.onnx"])
+    assert (code, patched) == (0, held["p.onnx"])
+    assert err == "wrote -: 7 steered, 0 skipped at beta 0.85\n"
+    code, changed, err = piped("set", "-", "--beta", "0.9", "--json", model=patched)
+    assert (code, changed, json.loads(err)["output"]) == (0, held["s.onnx"], "-")
+    assert piped("unpatch", "-", model=changed)[:2] == (0, held["u.onnx"])
+    assert piped("patch", "digits.onnx", "--beta", "0.85", "-o", "-")[1] == held["p.onnx"]
+    code, out, err = piped("inspect", "-", model=patched)
+    assert (code, out.decode(), err) == (0, run("inspect", "p.onnx")[1], "")
+    arguments = ("patch", "-", "--beta", "0.85", "-o", "new.onnx")
+    assert piped(*arguments, model=held["digits.onnx"])[1].startswith(b"wrote new.onnx: 7 steered")
+    assert files() == held | {"new.onnx": held["p.onnx"]}
+    # A file of that name is still within reach.
+    os.rename("p.onnx", "-")
+    assert "7 steered" in run("inspect", "./-")[1]
+
+
+def test_dry_run_of_standard_input_writes_nothing(run):
+    model = files()["digits.onnx"]
+    code, out, err = piped("patch", "-", "--beta", "0.85", "--dry-run", model=model)
+    assert (code, out, err) == (0, b"", "would write -: 7 steered, 0 skipped at beta 0.85\n")
+
+
+def test_standard_input_and_output_mistakes_are_one_line(run):
+    model = files()["digits.onnx"]
+    external = onnx.load("digits.onnx")
+    onnx.save(external, "e.onnx", save_as_external_data=True, size_threshold=0, location="w")
+    patch = ("patch", "-", "--beta", "0.85")
+    with open("/dev/full", "wb") as full:
+        no_room = piped(*patch, model=model, stdout=full)
+    terminal, other = os.openpty()
+    results = [
+        (piped(*patch), 3, "standard input: not an ONNX model"),
+        (piped(*patch, model=model[:999]), 3, "standard input: not an ONNX model"),
+        (piped(*patch, model=files()["e.onnx"]), 2, "external data, which - cannot carry"),
+        (piped("patch", "e.onnx", "--beta", "1", "-o", "-"), 2, "external data, which - cannot"),
+        (piped(*patch, "--check", model=model), 2, "it does not go with -"),
+        (piped(*patch, model=model, stdout=other), 2, "a terminal: name a file with -o"),
+        (no_room, 2, "standard output cannot be written: No space left on device"),
+    ]
+    os.close(other)
+    os.close(terminal)
+    for (code, out, err), expected, line in results:
+        assert (code, out or b"", err.count("\n")) == (expected, b"", 1), err
+        assert line in err
+
+
+def test_a_progress_bar_is_for_terminals_only(run):
+    onnx.save(onnx.load("digits.onnx"), "e.onnx", save_as_external_data=True, location="w")
+    terminal, other = os.openpty()
+    for folder, stderr in ("a", subprocess.PIPE), ("b", other):
+        os.mkdir(folder)
+        command = [sys.executable, "-m", "ctonnx", "patch", "e.onnx", "--beta", "1"]
+        done = subprocess.run(
+            [*command, "-o", f"{folder}/m.onnx"], stdout=subprocess.PIPE, stderr=stderr
+        )
+        assert done.stdout == f"wrote {folder}/m.onnx: 7 steered, 0 skipped at beta 1\n".encode()
+        assert done.stderr in (b"", None)
+    os.close(other)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert "copying data" in shown
+    assert "100%" in shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

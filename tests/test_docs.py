@@ -16,7 +16,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-PAGES = ["README.md", "samples/digits/README.md", "CONTRIBUTING.md"]
+PAGES = [
+    "README.md",
+    "samples/digits/README.md",
+    "samples/graphsurgeon/README.md",
+    "CONTRIBUTING.md",
+]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -1,11 +1,16 @@
 """Model files: external data, and nothing half-written."""
 
 import os
+import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnx
 import pytest
 from conftest import parsed
+from onnx import AttributeProto, TensorProto, helper
 
 import ctonnx
 from ctonnx import files
@@ -25,6 +30,33 @@ def external(tmp_path):
     path = tmp_path / "in" / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     return path
+
+
+def _attribute(model, **fields):
+    model.graph.node[0].attribute.add(name="extra", **fields)
+    return model.graph.node[0].attribute[0]
+
+
+def _function(model):
+    model.functions.add(name="F", domain="f").node.add(op_type="Constant")
+    return model.functions[0]
+
+
+# Where else than in the graph's initializers a model can hold a tensor: how to add one there.
+PLACES = {
+    "initializer": lambda model: model.graph.initializer[0],
+    "sparse values": lambda model: model.graph.sparse_initializer.add().values,
+    "sparse indices": lambda model: model.graph.sparse_initializer.add().indices,
+    "attribute": lambda model: _attribute(model, type=AttributeProto.TENSOR).t,
+    "attribute list": lambda model: _attribute(model, type=AttributeProto.TENSORS).tensors.add(),
+    "sparse attribute": lambda model: (
+        _attribute(model, type=AttributeProto.SPARSE_TENSOR).sparse_tensor.values
+    ),
+    "body": lambda model: _attribute(model, type=AttributeProto.GRAPH).g.initializer.add(),
+    "function": lambda model: _function(model).node[0].attribute.add(name="value", type=4).t,
+    "default": lambda model: _function(model).attribute_proto.add(name="a", type=4).t,
+    "training": lambda model: model.training_info.add().algorithm.initializer.add(),
+}
 
 
 def run(path):
@@ -70,24 +102,93 @@ def test_external_data_are_copied_to_another_folder(external, tmp_path):
         ({"location": "loop"}, "external data of 'w'"),
         ({"location": "a\0b"}, "external data of 'w'"),
         ({"location": "x" * 300}, "external data of 'w'"),
+        ({"location": ""}, "unsafe external data location"),
+        ({"location": "."}, "no regular file"),
+        ({"location": "sub/../weights.bin"}, "unsafe external data location"),
+        ({"location": "*/_ORT_MEM_ADDR_/*"}, "unsafe external data location"),
+        ({"location": "/dev/zero"}, "unsafe external data location"),
+        ({"offset": str(2**63 - 1)}, "too short"),
+        ({"offset": str(2**64)}, "too short"),
+        ({"offset": str(-(2**63))}, "too short"),
+        ({"offset": "9" * 5000}, "external data of 'w'"),
+        ({"length": str(2**63 - 1)}, "too short"),
+        ({"length": "-1"}, "too short"),
     ],
+    ids=str,
 )
-def test_unsafe_external_data_are_refused(external, tmp_path, change, message):
+@pytest.mark.parametrize("place", PLACES)
+def test_unsafe_external_data_are_refused(external, tmp_path, change, message, place):
     (tmp_path / "outside.bin").write_bytes(bytes(16))
     (external.parent / "link.bin").symlink_to(tmp_path / "outside.bin")
     (external.parent / "loop").symlink_to(external.parent / "loop")
     os.mkfifo(external.parent / "pipe")
     model = onnx.load(external, load_external_data=False)
-    tensor = model.graph.initializer[0]
-    held = {e.key: e.value for e in tensor.external_data} | {"offset": "0", "length": "16"} | change
-    del tensor.external_data[:]
-    for key, value in held.items():
-        tensor.external_data.add(key=key, value=value)
+    tensor = PLACES[place](model)
+    tensor.CopyFrom(model.graph.initializer[0])
+    held = {"location": "weights.bin", "offset": "0", "length": "16"}
+    _set_external(tensor, held)
+    external.write_bytes(model.SerializeToString())
+    ctonnx.patch(external, 0.5, force=True)
+    _set_external(tensor, held | change)
     external.write_bytes(model.SerializeToString())
     before = sorted(os.listdir(external.parent))
-    with pytest.raises(ModelError, match=message):
-        ctonnx.patch(external, 0.5)
+    with pytest.raises(ModelError, match=message) as caught:
+        ctonnx.patch(external, 0.5, force=True)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
     assert sorted(os.listdir(external.parent)) == before
+
+
+def _set_external(tensor, entries):
+    del tensor.external_data[:]
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+
+
+@pytest.mark.parametrize("dims", [[-4], [-2, -2], [2**62], [2**63 - 1, 2**63 - 1], [5]])
+def test_external_data_of_impossible_dimensions_are_refused(external, dims):
+    model = onnx.load(external, load_external_data=False)
+    model.graph.initializer[0].dims[:] = dims
+    external.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"too short|a dimension is negative"):
+        ctonnx.patch(external, 0.5)
+
+
+def test_external_data_entries_with_a_key_twice_are_refused(external):
+    model = onnx.load(external, load_external_data=False)
+    model.graph.initializer[0].external_data.add(key="location", value="../weights.bin")
+    external.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="a key is given twice"):
+        ctonnx.patch(external, 0.5)
+
+
+def test_hard_links_and_links_that_stay_inside_are_fine(external, tmp_path):
+    (external.parent / "sub").mkdir()
+    os.rename(external.parent / "weights.bin", external.parent / "sub" / "kept.bin")
+    os.link(external.parent / "sub" / "kept.bin", external.parent / "hard.bin")
+    (external.parent / "weights.bin").symlink_to("sub/kept.bin")
+    for location in ("weights.bin", "hard.bin", "sub/kept.bin", "./sub//kept.bin"):
+        model = onnx.load(external, load_external_data=False)
+        _set_external(model.graph.initializer[0], {"location": location})
+        external.write_bytes(model.SerializeToString())
+        out = tmp_path / location.replace("/", "_")
+        out.mkdir()
+        assert ctonnx.patch(external, 0.5, force=True).exists()
+        steered = ctonnx.patch(external, 1.0, output=out / "m.onnx")
+        assert not (out / location).is_symlink()
+        np.testing.assert_allclose(run(steered), [[0, 2, 4, 6]], atol=1e-5)
+
+
+def test_the_walk_over_tensors_knows_every_place_for_one():
+    kinds = onnx.onnx_ml_pb2.DESCRIPTOR.message_types_by_name
+    holding = {"TensorProto"}
+    for _ in kinds:
+        holding |= {
+            name
+            for name, kind in kinds.items()
+            if any(f.message_type and f.message_type.name in holding for f in kind.fields)
+        }
+    assert holding == files._HOLDING_TENSORS
 
 
 def test_a_failing_edit_leaves_nothing_and_changes_nothing(external, tmp_path):
@@ -123,3 +224,288 @@ def test_an_unreadable_file_is_an_error(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ModelError, match="no regular file"):
         files.load(tmp_path / "pipe")
+
+
+def limited(program, *arguments):
+    """The CPU seconds and MiB of running `work`, which the code `program` makes of `sys.argv`.
+
+    The memory is VmHWM: ru_maxrss would begin at that of the process that runs the tests.
+    """
+    code = (
+        "import re, sys, time\nfrom ctonnx import api, files\n"
+        f"{program}\nstart = time.process_time()\nwork()\n"
+        "print(time.process_time() - start)\n"
+        "status = open('/proc/self/status').read()\n"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+) kB', status)[1]) / 1024)"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return map(float, done.stdout.split())
+
+
+PATCH = "work = lambda: api.patch(sys.argv[1], 0.85, output=sys.argv[2])"
+READ_AND_WRITE = """
+def fail(*arguments):
+    raise OSError(38, "Function not implemented")
+files.os.copy_file_range = fail
+"""
+
+
+def large_model(folder, size):
+    """A model of 48 layers whose `size` bytes of weights are a hole in a file."""
+    folder.mkdir()
+    with open(folder / "weights.bin", "wb") as stream:
+        stream.truncate(size)
+    if (folder / "weights.bin").stat().st_blocks:
+        pytest.skip("the file system knows no holes, so the weights would take up the disk")
+    layers = "".join(f"h{i} = MatMul(y{i}, w{i})\n y{i + 1} = Relu(h{i})\n" for i in range(48))
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]>\n'
+        f"g (float[N, 4096] y0) => (float[N, 4096] y48) {{ {layers} }}"
+    )
+    each = size // 48
+    for i in range(48):
+        tensor = model.graph.initializer.add(name=f"w{i}", data_type=TensorProto.FLOAT)
+        tensor.dims[:] = [4096, each // 4 // 4096]
+        tensor.data_location = TensorProto.EXTERNAL
+        _set_external(
+            tensor, {"location": "weights.bin", "offset": str(i * each), "length": str(each)}
+        )
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx"
+
+
+def test_six_gigabytes_in_the_same_folder(tmp_path):
+    """Within 200 MiB and two seconds."""
+    path = large_model(tmp_path / "in", 6 << 30)
+    seconds, memory = limited(PATCH, path, tmp_path / "in" / "steered.onnx")
+    assert seconds < 2
+    assert memory < 200
+    assert (tmp_path / "in" / "weights.bin").stat().st_blocks == 0
+    assert len(os.listdir(tmp_path / "in")) == 3
+
+
+@pytest.mark.parametrize("without", ["", READ_AND_WRITE], ids=["in the kernel", "read and write"])
+def test_data_go_to_another_folder_in_constant_memory(tmp_path, without):
+    """A gigabyte of weights within 200 MiB, copied, and compared when they are there already."""
+    size = 48 * 4096 * 4 * 1024
+    if shutil.disk_usage(tmp_path).free < 3 * size:
+        pytest.skip("the disk has no room for two gigabytes")
+    path = large_model(tmp_path / "in", size)
+    (tmp_path / "out").mkdir()
+    for name in "first.onnx", "second.onnx":
+        _, memory = limited(without + PATCH, path, tmp_path / "out" / name)
+        assert memory < 200
+    assert (tmp_path / "out" / "weights.bin").stat().st_size == size
+    assert len(os.listdir(tmp_path / "out")) == 3
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_twenty_thousand_activations(tmp_path):
+    """Five seconds; quadratic time would take longer. Every other one has a slope of its own, and
+    initializers are inputs too, as of IR 3."""
+    model = onnx.parser.parse_model(WEIGHTED.replace("8", "3").replace("17", "9"))
+    del model.graph.node[:], model.graph.output[:]
+    last = "x"
+    for i in range(20_000):
+        model.graph.node.add(op_type="Add", input=[last, f"w{i}"], output=[f"h{i}"])
+        node = model.graph.node.add(op_type="Relu", input=[f"h{i}"], output=[f"y{i}"])
+        if i % 2:
+            node.op_type = "LeakyRelu"
+            node.attribute.append(helper.make_attribute("alpha", i / 20_000))
+        model.graph.initializer.append(helper.make_tensor(f"w{i}", TensorProto.FLOAT, [], [1]))
+        model.graph.input.append(helper.make_tensor_value_info(f"w{i}", TensorProto.FLOAT, []))
+        last = f"y{i}"
+    model.graph.output.add(name=last)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    seconds, _ = limited(PATCH, tmp_path / "m.onnx", tmp_path / "o.onnx")
+    assert seconds < 5
+    seconds, _ = limited(
+        "work = lambda: api.unpatch(sys.argv[1], sys.argv[2])", tmp_path / "o.onnx", tmp_path / "b"
+    )
+    assert seconds < 5
+    assert onnx.load(tmp_path / "b") == model
+
+
+@pytest.mark.parametrize("kind", ["bodies", "functions"])
+def test_thousands_of_bodies_and_functions(kind):
+    """Less than a second; what takes quadratic time here takes more than ten."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17, "f" : 1]>\n'
+        "g (bool c, float[4] y0) => (float[4] y1) { }"
+    )
+    for i in range(2000):
+        node = model.graph.node.add(input=[f"y{i}"], output=[f"y{i + 1}"])
+        relu = helper.make_node("Relu", ["a"], ["b"])
+        if kind == "functions":
+            node.domain, node.op_type = "f", f"F{i}"
+            imports = [helper.make_opsetid("", 17)]
+            function = helper.make_function("f", f"F{i}", ["a"], ["b"], [relu], imports)
+            model.functions.append(function)
+        else:
+            node.op_type, node.input[0], relu.input[0] = "If", "c", f"y{i}"
+            for branch in "then_branch", "else_branch":
+                body = helper.make_graph([relu], "g", [], [onnx.ValueInfoProto(name="b")])
+                node.attribute.append(helper.make_attribute(branch, body))
+    start = time.process_time()
+    ctonnx.patch(model, 0.5)
+    assert time.process_time() - start < 5
+
+
+def test_a_model_larger_than_protobuf_holds_is_one_line(tmp_path, monkeypatch):
+    with open(tmp_path / "huge.onnx", "wb") as stream:
+        stream.truncate(2**31)
+    with pytest.raises(ModelError, match=r"huge\.onnx: larger than the 2 GiB .* external data$"):
+        files.load(tmp_path / "huge.onnx")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(parsed(WEIGHTED.replace("w)", "x)")).SerializeToString())
+    monkeypatch.setattr(files, "_LARGEST", path.stat().st_size)
+    with pytest.raises(ModelError, match=r"model\.ct\.onnx: larger than the 2 GiB"):
+        ctonnx.patch(path, 0.5)
+    assert sorted(os.listdir(tmp_path)) == ["huge.onnx", "model.onnx"]
+
+
+def test_progress_tells_every_byte_once(external, tmp_path):
+    class Bar:
+        def __init__(self, total):
+            self.total, self.done = total, []
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, count):
+            self.done.append(count)
+
+    bars = []
+    (tmp_path / "out").mkdir()
+    for name in "a", "b":
+        files.edit(external, lambda m: None, tmp_path / "out" / name, progress=Bar)
+    files.edit(external, lambda m: None, external.parent / "c", progress=Bar)
+    (bar,) = bars
+    assert bar.total == sum(bar.done) == 16
+
+
+def test_bytes_do_not_depend_on_the_run(tmp_path):
+    """Sets are in no order that lasts: Python's hashes differ from run to run."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
+g (float[4] x, float16[4] z) => (float[4] y, float16[4] v) {
+  a = LeakyRelu<alpha = 0.1>(x)  y = f.F(a)  b = Relu(z)  v = LeakyRelu<alpha = 0.2>(b)
+}
+<domain: "f", opset_import: ["" : 17]> F (x) => (y) { a = Relu(x) y = LeakyRelu(a) }""")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    written = set()
+    for seed in "1", "2", "3":
+        output = tmp_path / f"{seed}.onnx"
+        program = f"import sys\nfrom ctonnx import api\n{PATCH}\nwork()"
+        subprocess.run(
+            [sys.executable, "-c", program, tmp_path / "m.onnx", output],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+        )
+        written.add(output.read_bytes())
+    assert len(written) == 1
+
+
+def test_an_output_that_would_be_in_the_way_of_data_is_refused(external, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="where data of the model go"):
+        ctonnx.patch(external, 0.5, output=tmp_path / "out" / "weights.bin")
+    model = onnx.load(external, load_external_data=False)
+    (external.parent / "sub").mkdir()
+    os.rename(external.parent / "weights.bin", external.parent / "sub" / "w")
+    _set_external(model.graph.initializer[0], {"location": "sub/w"})
+    external.write_bytes(model.SerializeToString())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="leaves its folder through a link"):
+        ctonnx.patch(external, 0.5, output=tmp_path / "out" / "m.onnx")
+    assert os.listdir(tmp_path / "out") == ["sub"]
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+# Imports once, then forks a writer for each kill: it writes in place and, with the data, to ever
+# new folders, until it is killed. Prints how many kills left something behind.
+KILLS = """
+import os, random, shutil, signal, sys, time
+from itertools import count
+from pathlib import Path
+from ctonnx import api, files, rewrite
+
+source, work, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+data = (source.parent / "weights.bin").read_bytes()
+original = source.read_bytes()
+api.patch(source, 0.5, output=source.parent / "steered.onnx")
+steered = source.parent / "steered.onnx"
+
+def set_(beta):
+    files.edit(steered, lambda model: rewrite.set_beta(model, beta), steered, force=True)
+
+def once(i):
+    set_((0.5, 0.7)[i % 2])
+    (work / str(i)).mkdir()
+    api.patch(source, 0.5, output=work / str(i) / "m.onnx")
+
+patched = steered.read_bytes()
+set_(0.7)
+valid = {patched, steered.read_bytes()}
+begin = time.perf_counter()
+once(0)
+typical = time.perf_counter() - begin
+shutil.rmtree(work / "0")
+
+def leftovers(folder, known):
+    for file in folder.iterdir():
+        if file.name not in known:
+            assert file.name.startswith(".ctonnx-") and file.suffix != ".onnx", file
+            yield file
+
+interrupted, seen = 0, set()
+for _ in range(kills):
+    child = os.fork()
+    if not child:
+        for i in count():
+            once(i)
+    time.sleep(random.uniform(0.2, 3) * typical)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+    assert source.read_bytes() == original
+    assert (source.parent / "weights.bin").read_bytes() == data
+    seen.add(steered.read_bytes())
+    assert seen <= valid
+    left = list(leftovers(source.parent, ("model.onnx", "steered.onnx", "weights.bin")))
+    for folder in work.iterdir():
+        left += leftovers(folder, ("m.onnx", "weights.bin"))
+        if (folder / "weights.bin").exists():
+            assert (folder / "weights.bin").read_bytes() == data
+        if (folder / "m.onnx").exists():
+            assert (folder / "m.onnx").read_bytes() == patched
+            assert (folder / "weights.bin").exists()
+        shutil.rmtree(folder)
+    interrupted += bool(left)
+    for file in left:
+        if file.is_file():
+            file.unlink()
+assert seen == valid
+print(interrupted)
+"""
+
+
+def test_sigkill_at_any_moment_damages_nothing(external, tmp_path):
+    model = onnx.load(external, load_external_data=False)
+    (external.parent / "weights.bin").write_bytes(np.random.default_rng(0).bytes(1 << 20))
+    model.doc_string = "long enough to be caught half-written " * 20_000
+    external.write_bytes(model.SerializeToString())
+    (tmp_path / "work").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, external, tmp_path / "work", "200"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # Kills that always came between two writes would show nothing.
+    assert int(done.stdout) > 20

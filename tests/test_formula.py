@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 from conftest import op_model
 from onnx import TensorProto
@@ -45,7 +46,18 @@ def test_oracle_special_values():
     np.testing.assert_array_equal(ctu.ctu(special, 0.5, slope=0.1), [np.nan, np.inf, -np.inf])
 
 
-@pytest.mark.parametrize("opset", range(7, 27))
+class Reference:
+    """onnx's own evaluator with the interface of Model."""
+
+    def __init__(self, model):
+        self._evaluator = onnx.reference.ReferenceEvaluator(model)
+
+    def run(self, inputs):
+        inputs = {n: v if n == "X" else v.reshape(()) for n, v in inputs.items()}
+        return {"Y": self._evaluator.run(None, inputs)[0]}
+
+
+@pytest.mark.parametrize("opset", range(1, 27))
 @pytest.mark.parametrize("sloped", [False, True])
 def test_function_at_every_opset(opset, sloped):
     """The body is valid at the opset, and computes the formula to what its docstring promises."""
@@ -54,7 +66,10 @@ def test_function_at_every_opset(opset, sloped):
     model = op_model(TensorProto.FLOAT, sloped, opset=opset, shape=["n"])
     onnx.checker.check_model(model, full_check=True)
     x = X.astype(np.float32)
-    session = Model(model.SerializeToString())
+    if opset < 6:
+        return  # Nothing runs the arithmetic of those.
+    # ONNX Runtime's begins at 7.
+    session = Model(model.SerializeToString()) if opset >= 7 else Reference(model)
     for beta in BETAS[1:]:
         feeds = {"X": x, "beta": np.float32([beta]), "coeff": np.float32([0.5])}
         slope = 0.0

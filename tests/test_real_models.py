@@ -9,7 +9,7 @@ from onnx import ModelProto, TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
 import ctonnx
-from ctonnx import ctu, layout, rewrite, validate
+from ctonnx import activations, ctu, layout, rewrite, validate
 from ctonnx.errors import NothingToDo
 from ctonnx.graph import node_label, scopes
 
@@ -37,8 +37,9 @@ def assert_steers(path, folder, inputs=None):
     model = onnx.load(path)
     for lowering in rewrite.LOWERINGS:
         changed, report = steered(model, lowering=lowering)
-        found = [a for a in (*report.replaced, *report.skipped) if a.op == "Relu"]
-        assert len(found) == len(relus(model))
+        listed = {(a.scope, a.name) for a in (*report.replaced, *report.skipped)}
+        assert listed == {(a.scope, a.name) for a in ctonnx.inspect(model)}
+        assert {node_label(node) for node in relus(model)} <= {name for _, name in listed}
         assert report.replaced
         assert all(a.reason for a in report.skipped)
         out = folder / f"{lowering}.onnx"
@@ -46,7 +47,9 @@ def assert_steers(path, folder, inputs=None):
         # At beta 1 the original, and the kernel equals the fallback.
         validate.check_steered(path, out, report, 0.85, lowering, inputs)
         if lowering != "primitives":
-            assert_changes_are_listed(model, changed, report)
+            # One that was fused becomes a node of its own, which undoing takes away again.
+            if not any(activations.unfused(n) for s in scopes(model) for n in s.body.node):
+                assert_changes_are_listed(model, changed, report)
             rewrite.unsteer(changed)
             assert changed == model
 
@@ -63,7 +66,7 @@ def assert_changes_are_listed(model, changed, report):
         (scope.path, node_label(node))
         for scope in scopes(changed)
         for node in scope.body.node
-        if ctu.is_ctu(node)
+        if ctu.is_ctu(node) and not (scope.function and ctu.is_ctu(scope.function))
     ]
     assert steered == [(a.scope, a.name) for a in report.replaced]
 

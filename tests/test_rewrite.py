@@ -6,7 +6,7 @@ import pytest
 from conftest import DIGITS, parsed, without_steering
 from onnx import ModelProto, TensorProto
 
-from ctonnx import ctu, rewrite
+from ctonnx import activations, ctu, rewrite
 from ctonnx.errors import ModelError, NothingToDo, UsageError
 from ctonnx.graph import node_label, scopes
 from ctonnx.validate import Model, compare
@@ -46,6 +46,19 @@ inner (X) => (Y) { h = Neg(X)  Y = LeakyRelu(h) }
 <domain: "my", opset_import: ["" : 17]>
 plain (X) => (Y) { Y = Neg(X) }"""
 
+CLIPS = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N, 4] x) => (float[N, 4] y, float[N, 4] z)
+<float zero = {0}, float six = {6}, float lo = {-0.5}, float hi = {0.5}>
+{ a = Clip(x, zero, six)  b = Clip(x, lo)  c = Clip(x, , hi)  d = Clip(x, zero)
+  top = Constant <value_float: float = 0.25> ()  e = Clip(x, lo, top)
+  f = HardSigmoid <alpha: float = 0.3> (x)  g = Max(zero, x)  h = Min(x, zero)  i = LeakyRelu(x)
+  y = Sum(a, b, c, d, e, f, g, h, i)  z = Concat <axis: int = 0> (a, b, c, d, e, f, g, h, i) }"""
+
+OLD_CLIPS = """<ir_version: 3, opset_import: ["" : 9]>
+g (float[N, 4] x) => (float[N, 4] y)
+{ a = Clip <min: float = 0.0, max: float = 6.0> (x)  b = Clip <min: float = -0.5> (x)
+  c = Clip <max: float = 0.5> (x)  d = Clip <min: float = 0.0> (x)  y = Sum(a, b, c, d) }"""
+
 SCAN = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[2] s, float[N, 2] x) => (float[2] t, float[N, 2] y)
 { t, y = Scan <num_scan_inputs: int = 1,
@@ -56,9 +69,18 @@ MIXED = """<ir_version: 8, opset_import: ["" : OPSET]>
 g (float[N, 4] x) => (float[N, 4] y, float16[N, 4] z)
 { y = Relu(x)  h = Cast <to: int = 10> (x)  z = Relu(h) }"""
 
-MODELS = {"plain": PLAIN, "bodies": BODIES, "functions": FUNCTIONS, "scan": SCAN}
+MODELS = {
+    "clips": CLIPS,
+    "old_clips": OLD_CLIPS,
+    "plain": PLAIN,
+    "bodies": BODIES,
+    "functions": FUNCTIONS,
+    "scan": SCAN,
+}
 
 INPUTS = {
+    "clips": {"x": np.float32([[-2, -0.1, 0.3, 7]])},
+    "old_clips": {"x": np.float32([[-2, -0.1, 0.3, 7]])},
     "plain": {"x": np.float32([[-2, -0.1, 0.3, 4]])},
     "bodies": {"x": np.float32([[-2, -0.1, 0.3, 4]]), "b": np.array(True)},
     "functions": {"x": np.float32([[-2, -0.1, 0.3, 4]]), "b": np.array(True)},
@@ -108,7 +130,7 @@ def test_every_lowering_in_every_place(name, lowering):
         assert all(c.ok for c in compare(*results))
     assert not all(c.ok for c in compare(original, results[0]))
     assert len(report.replaced) == sum(
-        node.op_type in ("Relu", "LeakyRelu", "PRelu") for _, node in all_nodes(model)
+        node.op_type in activations.STEERABLE for _, node in all_nodes(model)
     )
     if lowering == "primitives":
         assert all(e.domain != ctu.DOMAIN for e in at_half.opset_import)
@@ -121,6 +143,98 @@ def test_values_are_the_formula(lowering, beta):
     model, _ = steered(parsed(PLAIN), beta, lowering=lowering)
     y = outputs(model, INPUTS["plain"], library=lowering == "op")["y"]
     np.testing.assert_allclose(y, oracle(INPUTS["plain"]["x"], np.float32(beta)), atol=2e-6)
+
+
+@each_lowering
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.85, 1.0])
+def test_bounded_activations_are_the_formula(lowering, beta):
+    """What the issue of the method is: lo + CTU0(x - lo) - CTU0(x - hi), in float64."""
+    inputs = {"x": np.float32([[-100, -0.6, -0.5, 0], [0.1, 0.25, 5.9, 1e4]])}
+    model, report = steered(parsed(CLIPS), beta, lowering=lowering)
+    assert not report.skipped
+    z = outputs(model, inputs, library=lowering == "op")["z"]
+    x, beta = inputs["x"].astype(np.float64), np.float32(beta)
+
+    def clip(x, lo, hi):
+        return lo + ctu.ctu(x - lo, beta) - ctu.ctu(x - hi, beta)
+
+    expected = [
+        *(clip(x, 0, 6), -0.5 + ctu.ctu(x + 0.5, beta), x - ctu.ctu(x - 0.5, beta)),
+        *(ctu.ctu(x, beta), clip(x, -0.5, 0.25), clip(np.float32(0.3) * x + 0.5, 0, 1)),
+        *(ctu.ctu(x, beta), x - ctu.ctu(x, beta), ctu.ctu(x, beta, slope=np.float32(0.01))),
+    ]
+    expected = np.concatenate(expected)
+    np.testing.assert_allclose(z, expected, rtol=1e-5, atol=3e-6 if beta else 1e-3)
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_bounded_activations_at_infinity(library):
+    model, _ = steered(parsed(CLIPS), 0.85)
+    inputs = {"x": np.float32([[np.inf, -np.inf, np.nan, 0]])}
+    z = outputs(model, inputs, library)["z"]
+    bounds = [(0, 6), (-0.5, np.inf), (-np.inf, 0.5), (0, np.inf), (-0.5, 0.25), (0, 1)]
+    for row, (lo, hi) in zip(z, bounds, strict=False):
+        np.testing.assert_allclose(row[:3], [hi, lo, np.nan], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [
+        ('activation: string = "Relu"', lambda v: ctu.ctu(v, 0.5)),
+        (
+            'activation: string = "LeakyRelu", activation_params: floats = [0.25]',
+            lambda v: ctu.ctu(v, 0.5, slope=0.25),
+        ),
+        (
+            'activation: string = "Clip", activation_params: floats = [0.0, 6.0]',
+            lambda v: ctu.ctu(v, 0.5) - ctu.ctu(v - 6, 0.5),
+        ),
+    ],
+)
+@each_lowering
+def test_fused_activations_are_taken_out(activation, expected, lowering):
+    """Also inside a body, behind names that are taken; and put back by undo."""
+    text = f"""<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (float[1, 1, 2, 2] x, bool b) => (float[1, 1, 2, 2] y, float[1, 1, 2, 2] z)
+    <float[1, 1, 1, 1] w = {{-2}}>
+    {{ y = com.microsoft.FusedConv <{activation}> (x, w)
+      z = If (b) <
+        then_branch = t () => (float[1, 1, 2, 2] c)
+        {{ c = com.microsoft.FusedConv <{activation}> (y, w) }},
+        else_branch = e () => (float[1, 1, 2, 2] d) {{ d = Identity(x) }}> }}"""
+    model = onnx.parser.parse_model(text)
+    changed, report = steered(model, 0.5, lowering=lowering)
+    assert [a.scope for a in report.replaced] == ["", "z.then_branch"]
+    x = np.float32([[[[-5, -0.1], [0.3, 2]]]])
+    result = outputs(changed, {"x": x, "b": np.array(True)}, library=lowering == "op")
+    y = expected(-2 * x.astype(np.float64))
+    np.testing.assert_allclose(result["y"], y, atol=2e-6)
+    np.testing.assert_allclose(result["z"], expected(-2 * y), atol=4e-6)
+    if lowering != "primitives":
+        assert {a.op for a in rewrite.find(changed)} == {a.op for a in report.replaced}
+        rewrite.unsteer(changed)
+        assert changed == model
+
+
+def test_a_fused_gemm_becomes_a_gemm():
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (float[2, 2] x) => (float[2, 2] y)
+    { y = com.microsoft.FusedGemm <activation: string = "Relu", transB: int = 1> (x, x) }"""
+    model = onnx.parser.parse_model(text)
+    changed, _ = steered(model, 0.5)
+    x = np.float32([[1, -2], [3, 1]])
+    y = outputs(changed, {"x": x}, library=True)["y"]
+    np.testing.assert_allclose(y, ctu.ctu(x @ x.T, 0.5), atol=1e-5)
+    rewrite.unsteer(changed)
+    assert changed == model
+
+
+def test_a_calibrated_range_is_mentioned():
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[4] x) => (uint8[4] y) <float s = {0.1}, uint8 o = {0}>
+    { h = Relu(x)  y = QuantizeLinear(h, s, o) }"""
+    _, report = steered(parsed(text), 0.5)
+    assert any("1 feed QuantizeLinear" in note for note in report.notes)
 
 
 @each_model
@@ -239,17 +353,22 @@ def test_ops_include_exclude():
 
 def test_skipped_activations_have_a_reason():
     text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
-    g (float[N, 4] x, int32[4] k) => (float[N, 4] y, int32[4] m)
-    { a = Relu(x)  b = Sigmoid(a)  c = Clip(b)  d = ThresholdedRelu(c)  m = Relu(k)
-      y = com.microsoft.FusedGemm <activation: string = "Relu"> (d, d) }"""
+    g (float[N, 4] x, float r, int32[4] k) => (float[N, 4] y, int32[4] m)
+    <float tiny = {1e-12}, float zero = {0}, float one = {1}, float two = {2}>
+    { a = Relu(x)  b = Sigmoid(a)  c = ThresholdedRelu(b)  m = Relu(k)
+      d = com.microsoft.QuickGelu(c)  none = Clip(d)  runtime = Clip(none, r)
+      guard = Clip(runtime, tiny)  empty = Clip(guard, one, one)  y = Max(empty, two) }"""
     _, report = steered(onnx.parser.parse_model(text), 0.5)
-    reasons = {a.op: a.reason for a in report.skipped}
-    assert set(reasons) == {"Sigmoid", "Clip", "ThresholdedRelu", "Relu", "FusedGemm"}
-    assert "not piecewise affine" in reasons["Sigmoid"]
-    assert "int32" in reasons["Relu"]
-    assert "fused" in reasons["FusedGemm"]
-    assert "jump" in reasons["ThresholdedRelu"]
-    assert "not supported yet" in reasons["Clip"]
+    assert [a.name for a in report.replaced] == ["a"]
+    reasons = {a.name: a.reason for a in report.skipped}
+    expected = {
+        **{"b": "not piecewise affine", "c": "it jumps", "d": "not piecewise affine"},
+        **{"m": "int32", "none": "no bounds", "runtime": "at run time"},
+        **{"guard": "guards against numbers under 1e-12", "empty": "no room between"},
+    }
+    assert set(reasons) == set(expected)
+    for name, reason in expected.items():
+        assert reason in reasons[name]
 
 
 def test_mixed_element_types():
@@ -454,10 +573,39 @@ def test_refusals():
     assert model == before
 
 
-def test_old_opsets_are_refused():
-    text = RELU.replace('"" : 17', '"" : 6')
-    with pytest.raises(ModelError, match="opset is 6"):
-        rewrite.steer(parsed(text), 0.5)
+@pytest.mark.parametrize("opset", range(1, 7))
+def test_the_oldest_opsets(opset):
+    """ONNX Runtime has no arithmetic for them: the kernel runs, and what cannot is refused."""
+    text = f"""<ir_version: 3, opset_import: ["" : {opset}]>
+    g (float[N, 4] x, float[4] a) => (float[N, 4] y, float[N, 4] z, float[N, 4] v, float[N, 4] w)
+    <float[4] a = {{0.1, 0.2, 0.3, 0.4}}>
+    {{ y = LeakyRelu <alpha: float = 0.2> (x)  z = Relu(x)  v = PRelu(x, a)
+      w = Clip <min: float = 0.0, max: float = 6.0> (x) }}"""
+    model = parsed(text)
+    for lowering in rewrite.LOWERINGS:
+        changed, report = steered(model, 0.5, lowering=lowering)
+        onnx.checker.check_model(changed, full_check=lowering != "op")
+        assert [a.op for a in report.replaced] == ["LeakyRelu", "Relu"]
+        assert ["opset" in a.reason for a in report.skipped] == [True, True]
+        if lowering != "primitives":
+            rewrite.unsteer(changed)
+            assert changed == model
+    if opset == 6:
+        alone = parsed(
+            text.split("v = PRelu")[0].replace(", float[N, 4] v, float[N, 4] w", "") + "}"
+        )
+        changed, _ = steered(alone, 0.5)
+        x = np.float32([[-2, -0.1, 0.3, 4]])
+        result = outputs(changed, {"x": x}, library=True)
+        np.testing.assert_allclose(result["z"], ctu.ctu(x, 0.5), atol=1e-6)
+        np.testing.assert_allclose(result["y"], ctu.ctu(x, 0.5, slope=np.float32(0.2)), atol=1e-6)
+
+
+def test_a_model_without_an_opset_is_refused():
+    text = """<ir_version: 8, opset_import: ["other" : 1]>
+    g (float[4] x) => (float[4] y) { y = other.Op(x) }"""
+    with pytest.raises(ModelError, match="no opset"):
+        rewrite.steer(onnx.parser.parse_model(text), 0.5)
 
 
 def test_a_damaged_record_is_an_error():

@@ -1,0 +1,190 @@
+"""What the op costs beside ONNX Runtime's Relu on one CPU thread: verified first, then timed.
+
+    python benchmarks/kernels.py [--rounds 41] [--levels avx512,avx2,portable]
+
+The variants of a case are timed in turns in one process, in an order shuffled every round, without
+spinning threads; figures are medians. Large tensors take turns too, so that they come from memory.
+The choice of instructions is made once in a process, so each level has a process of its own.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+from network import naive_function, quiet_options
+from onnx import helper, numpy_helper
+
+import ctonnx
+from ctonnx import ctu
+
+LARGE = [16, 1024, 14, 14]
+BETA, COEFF = 0.85, 0.5
+PROVIDERS = ["CPUExecutionProvider"]
+CACHE = 64 << 20  # bytes that no cache holds
+TIMED = 50e-6  # seconds: shorter runs are repeated within one timing
+
+
+class Case(NamedTuple):
+    name: str
+    shape: list
+    parameters: tuple = ()  # their shape
+    dtype: type = np.float32
+    tolerance: float = 2.5e-7
+
+
+CASES = [
+    Case("3.2 M", [3211264]),
+    Case("16 K", [16384]),
+    Case("1x64x7x7", [1, 64, 7, 7]),
+    Case("1x64", [1, 64]),
+    Case("per channel 14x14, batch 16", LARGE, (1024, 1, 1)),
+    Case("per channel 14x14", [1, *LARGE[1:]], (1024, 1, 1)),
+    Case("per channel 112x112", [1, 64, 112, 112], (64, 1, 1)),
+    Case("per channel 7x7", [1, 512, 7, 7], (512, 1, 1)),
+    Case("last dimension", [4096, 768], (768,)),
+    Case("last dimension, cached", [16, 768], (768,)),
+    Case("3.2 M float16", [3211264], dtype=np.float16, tolerance=2**-11),
+    Case("3.2 M bfloat16", [3211264], dtype=ml_dtypes.bfloat16, tolerance=2**-8),
+    Case("3.2 M double", [3211264], dtype=np.float64, tolerance=4e-15),
+]
+
+
+def model(case, op, function=None):
+    """The bytes of a model of one node; `function` is its fallback."""
+    code = helper.np_dtype_to_tensor_dtype(np.dtype(case.dtype))
+    steered = op == ctu.OP_TYPE
+    values = {"beta": BETA, "coeff": COEFF} if steered else {}
+    graph = helper.make_graph(
+        [helper.make_node(op, ["X", *values], ["Y"], domain=ctu.DOMAIN if steered else "")],
+        "one_node",
+        [helper.make_tensor_value_info("X", code, case.shape)],
+        [helper.make_tensor_value_info("Y", code, case.shape)],
+        [
+            numpy_helper.from_array(np.full(case.parameters, value, np.float32), name)
+            for name, value in values.items()
+        ],
+    )
+    made = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(ctu.DOMAIN, ctu.VERSION)],
+        ir_version=8,
+    )
+    if function == "naive":
+        made.functions.append(naive_function(made))
+    elif function:
+        made.functions.append(ctu.function(17, {code}, sloped=False))
+    return made.SerializeToString()
+
+
+def sessions(case):
+    """Name -> session, of those that ONNX Runtime has kernels for; the op comes first."""
+    kernel = quiet_options(1)
+    ctonnx.register(kernel)
+    makers = {"op": (model(case, ctu.OP_TYPE), kernel)}
+    makers["Relu"] = (model(case, "Relu"), quiet_options(1))
+    makers["function"] = (model(case, ctu.OP_TYPE, "ours"), quiet_options(1))
+    if case.dtype == np.float32:
+        makers["naive"] = (model(case, ctu.OP_TYPE, "naive"), quiet_options(1))
+    opened = {}
+    for name, (data, options) in makers.items():
+        try:
+            opened[name] = ort.InferenceSession(data, options, PROVIDERS)
+        except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
+            if name == "op" or "NOT_IMPLEMENTED" not in str(error):
+                raise
+    return opened
+
+
+def bindings(session, inputs, outputs, case):
+    """An IO binding for each pair of arrays: nothing is allocated in a timed run."""
+    code = helper.np_dtype_to_tensor_dtype(np.dtype(case.dtype))
+    bound = []
+    for x, y in zip(inputs, outputs, strict=True):
+        binding = session.io_binding()
+        binding.bind_input("X", "cpu", 0, code, x.shape, x.ctypes.data)
+        binding.bind_output("Y", "cpu", 0, code, y.shape, y.ctypes.data)
+        bound.append(binding)
+    return bound
+
+
+def measure(case, rounds):
+    """Name -> median seconds of a run."""
+    opened = sessions(case)
+    rng = np.random.default_rng(0)
+    size = np.prod(case.shape) * np.dtype(case.dtype).itemsize
+    pairs = 1 if size < 1 << 20 else CACHE // (2 * size) + 1
+    inputs = [(2 * rng.normal(size=case.shape)).astype(case.dtype) for _ in range(pairs)]
+    outputs = [np.zeros(case.shape, case.dtype) for _ in range(pairs)]
+    bound = {name: bindings(s, inputs, outputs, case) for name, s in opened.items()}
+
+    opened["op"].run_with_iobinding(bound["op"][0])
+    exact = ctu.ctu(inputs[0].astype(np.float64), np.float32(BETA), np.float32(COEFF))
+    excess = np.abs(outputs[0] - exact) / np.maximum(1, np.abs(exact))
+    if not excess.max() <= case.tolerance:
+        sys.exit(f"{case.name}: wrong by {excess.max():.1e}")
+
+    def timed(name, count, first):
+        run, turns = opened[name].run_with_iobinding, bound[name]
+        start = time.perf_counter()
+        for i in range(first, first + count):
+            run(turns[i % pairs])
+        return (time.perf_counter() - start) / count
+
+    order = list(opened)
+    counts = {name: max(1, int(TIMED / timed(name, 3, 0))) for name in order}
+    times = {name: [] for name in order}
+    for i in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            times[name].append(timed(name, counts[name], i))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure_level(rounds):
+    """Print one line of JSON for each case."""
+    for case in CASES:
+        times = measure(case, rounds)
+        moved = 2 * int(np.prod(case.shape)) * np.dtype(case.dtype).itemsize
+        print(json.dumps([case.name, moved, times]), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--levels", default="avx512,avx2,portable")
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    random.seed(0)
+    if args.child:
+        return measure_level(args.rounds)
+
+    rows = []
+    for level in args.levels.split(","):
+        command = [sys.executable, __file__, "--child", "--rounds", str(args.rounds)]
+        environment = {**os.environ, "CTONNX_CPU": level}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{level}: failed, see above")
+        print(f"{level}: agrees with the formula, timed", file=sys.stderr)
+        rows += [(level, *json.loads(line)) for line in done.stdout.splitlines()]
+
+    others = ("Relu", "function", "naive")
+    print(f"{'level':9} {'case':28} {'us':>9} {'GB/s':>6}  time of the op by that of")
+    print(f"{'':55} {' '.join(f'{name:>9}' for name in others)}")
+    for level, case, moved, times in rows:
+        ratios = [f"{times['op'] / times[n]:9.2f}" if n in times else f"{'-':>9}" for n in others]
+        rate = moved / times["op"] / 1e9
+        print(f"{level:9} {case:28} {1e6 * times['op']:9.1f} {rate:6.1f} {' '.join(ratios)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Parameters per activation: files, names and patterns, channels."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import parsed
+from onnx import ModelProto
+
+from ctonnx import ctu, params, rewrite
+from ctonnx.errors import ModelError, NothingToDo, UsageError
+from ctonnx.validate import Model
+
+MODEL = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N, 3, 2, 2] x) => (float[N, 3, 2, 2] a, float[N, 12] b, float[N, 12] c, float[N, 2, 6] d)
+{ a = Relu(x)  f = Flatten(x)  b = LeakyRelu(f)  c = Relu(f)
+  s = Constant <value_ints: ints = [-1, 2, 6]> ()  r = Reshape(x, s)  d = Relu(r) }"""
+
+X = np.random.default_rng(0).normal(size=(2, 3, 2, 2)).astype(np.float32)
+
+
+def run(given, beta=None, coeff=0.5):
+    model = parsed(MODEL)
+    report = rewrite.steer(model, beta, coeff, params=given)
+    results = [Model(model.SerializeToString(), library).run({"x": X}) for library in (False, True)]
+    for name, y in results[0].items():
+        np.testing.assert_allclose(y, results[1][name], atol=1e-6)
+    return results[1], report
+
+
+def test_scalars_by_name_and_by_pattern():
+    y, report = run({"[abcd]": 0.5, "c": {"beta": 0.9, "coeff": 0.25}})
+    assert not report.skipped
+    flat = X.reshape(2, 12)
+    np.testing.assert_allclose(y["a"], ctu.ctu(X, 0.5), atol=1e-6)
+    np.testing.assert_allclose(y["b"], ctu.ctu(flat, 0.5, slope=np.float32(0.01)), atol=1e-6)
+    np.testing.assert_allclose(y["c"], ctu.ctu(flat, np.float32(0.9), 0.25), atol=1e-6)
+
+
+def test_those_without_parameters_get_the_common_beta_or_stay():
+    y, report = run({"c": 0.9}, beta=0.5)
+    np.testing.assert_allclose(y["a"], ctu.ctu(X, 0.5), atol=1e-6)
+    y, report = run({"c": 0.9})
+    assert [a.name for a in report.replaced] == ["c"]
+    assert {a.reason for a in report.skipped} == {"no beta is given for it"}
+    np.testing.assert_array_equal(y["a"], np.maximum(X, 0))
+    with pytest.raises(NothingToDo, match="no beta is given"):
+        run({"c": {"coeff": 0.5}})
+
+
+def test_one_value_per_channel():
+    """Dimension 1 of 4-D tensors, the last of 2-D and 3-D ones."""
+    rng = np.random.default_rng(1)
+    of_channels, of_flat, of_last = (rng.uniform(size=n).astype(np.float32) for n in (3, 12, 6))
+    y, _ = run(
+        {
+            "a": {"beta": of_channels, "coeff": of_channels[::-1]},
+            "b|c": {"beta": of_flat.tolist()},
+            "d": of_last,
+        }
+    )
+    shaped = of_channels.reshape(3, 1, 1)
+    np.testing.assert_allclose(y["a"], ctu.ctu(X, shaped, shaped[::-1]), atol=2e-6)
+    np.testing.assert_allclose(y["c"], ctu.ctu(X.reshape(2, 12), of_flat), atol=2e-6)
+    np.testing.assert_allclose(y["d"], ctu.ctu(X.reshape(2, 2, 6), of_last), atol=2e-6)
+
+
+def test_inspect_set_and_undo():
+    model, original = parsed(MODEL), parsed(MODEL)
+    rewrite.steer(model, 0.5, params={"a": [0.1, 0.2, 0.3], "c": 0.9})
+    betas = {a.name: a.beta for a in rewrite.find(model)}
+    assert betas == {"a": [[[0.1]], [[0.2]], [[0.3]]], "b": 0.5, "c": 0.9, "d": 0.5}
+    changed = ModelProto()
+    changed.CopyFrom(model)
+    rewrite.set_beta(changed, 0.75)
+    assert {a.beta for a in rewrite.find(changed)} == {0.75}
+    rewrite.unsteer(model)
+    assert model == original
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"nothing": 0.5}, "'nothing' matches no activation"),
+        ({"(": 0.5}, "neither a name nor a pattern"),
+        ({"a": 1.5}, r"beta of 'a' must lie in \[0, 1\]"),
+        ({"a": [0.5, float("nan"), 0.5]}, r"must lie in \[0, 1\]"),
+        ({"a": []}, r"must lie in \[0, 1\]"),
+        ({"a": "much"}, "not made of numbers"),
+        ({"a": {"gamma": 0.5}}, "gives 'gamma'"),
+        ({"a": [0.5, 0.5]}, "a: 2 values for 3 channels"),
+        ({"b": np.full((1, 1, 1), 0.5)}, "does not broadcast"),
+    ],
+)
+def test_mistakes(given, message):
+    with pytest.raises(UsageError, match=message):
+        run(given)
+
+
+def test_a_list_needs_a_known_shape():
+    with pytest.raises(UsageError, match="shape is unknown"):
+        params.per_channel(np.zeros(3, np.float32), None, "a")
+
+
+def test_beta_as_input_needs_a_common_beta():
+    with pytest.raises(UsageError, match="together with a value for beta"):
+        rewrite.steer(parsed(MODEL), params={"a": 0.5}, beta_as="input")
+
+
+def test_files(tmp_path):
+    given = {"a": {"beta": [0.1, 0.2, 0.3]}, "c.d": {"beta": 0.5, "coeff": 0.25}}
+    (tmp_path / "p.json").write_text(json.dumps(given))
+    assert params.load(tmp_path / "p.json") == given
+    arrays = {"a.beta": [0.1, 0.2, 0.3], "c.d.beta": 0.5, "c.d.coeff": 0.25}
+    np.savez(tmp_path / "p.npz", **arrays)
+    loaded = params.load(tmp_path / "p.npz")
+    assert {k: {n: v.tolist() for n, v in e.items()} for k, e in loaded.items()} == given
+    for name, data in {"a.json": b"[1]", "b.json": b"{", "c.npz": b"?", "d.npz": b""}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ModelError, match=name):
+            params.load(tmp_path / name)
+    np.savez(tmp_path / "e.npz", gamma=1)
+    with pytest.raises(ModelError, match=r"NAME\.beta"):
+        params.load(tmp_path / "e.npz")
+    with pytest.raises(ModelError, match="missing"):
+        params.load(tmp_path / "missing.json")
