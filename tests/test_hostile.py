@@ -1,5 +1,6 @@
 """What the fuzzers found, and models made to keep the rewriter busy: refused, or steered as is."""
 
+import numpy as np
 import onnx.parser
 import pytest
 from conftest import parsed
@@ -8,6 +9,7 @@ from onnx import ModelProto, TensorProto, helper
 import ctonnx
 from ctonnx import files, rewrite
 from ctonnx.errors import ModelError, NothingToDo, UsageError
+from ctonnx.validate import Model
 
 RELU = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[4] x) => (float[4] y) { y = Relu(x) }"""
@@ -88,8 +90,7 @@ def test_a_ctu_that_lacks_inputs():
     model = ctonnx.patch(relu(), 0.5)
     del model.graph.node[0].input[1:]
     assert [(a.status, a.beta, a.coeff) for a in rewrite.find(model)] == [("steered", None, None)]
-    with pytest.raises(UsageError, match="required input"):
-        rewrite.set_beta(model, 0.5)
+    rewrite.set_beta(model, 0.5)
 
 
 @pytest.mark.parametrize("values", [{}, {"float_data": [1, 2]}, {"raw_data": b"123"}])
@@ -115,6 +116,18 @@ def test_the_domain_ctonnx_in_a_function():
         model.functions.append(foreign)
         with pytest.raises(ModelError, match="something else"):
             rewrite.steer(model, 0.5)
+
+
+@pytest.mark.parametrize("lowering", ["portable", "op"])
+def test_the_domain_ctonnx_imported_and_not_used(lowering):
+    """As ONNX Runtime saves a model, once the op library is registered."""
+    model = relu()
+    model.opset_import.insert(0, helper.make_opsetid("ctonnx", 1000))
+    changed = ctonnx.patch(model, 0.5, lowering=lowering)
+    onnx.checker.check_model(changed)
+    assert Model(changed.SerializeToString(), library=True).run({"x": np.float32([0, 1, 2, 3])})
+    rewrite.unsteer(changed)
+    assert changed == model
 
 
 def test_a_standard_op_that_the_model_redefines():
