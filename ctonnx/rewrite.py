@@ -188,6 +188,8 @@ def steer(
     before = ModelProto()
     _raise_ir(model, 8 if any_function and lowering != "primitives" else 4, before, report)
     parameters = _Parameters(model)
+    if beta_as != "initializer" and not any(values["common"] for values in given):
+        raise UsageError("no activation would use the beta that is to be an input")
     if beta_as != "initializer":
         report.beta_name = parameters.add_input("beta", beta, beta_as)
         report.notes.append(f"beta is the graph's input {report.beta_name!r}")
