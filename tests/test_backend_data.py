@@ -33,7 +33,7 @@ BLIND = {}
 LIBRARY = {"portable": (False, True), "op": (True,), "primitives": (False,)}
 
 # How many models of each kind are steered, at least.
-KINDS = {"node": 10, "simple": 1, "pytorch-converted": 9, "pytorch-operator": 0}
+KINDS = {"node": 17, "simple": 1, "pytorch-converted": 9, "pytorch-operator": 1}
 
 
 def unit(x, slope=0.0):

@@ -108,6 +108,15 @@ def test_an_element_type_of_the_future():
         rewrite.steer(model, 0.5)
 
 
+@pytest.mark.parametrize("alpha", [[0.1, 0.2], ["a"], b"\xff", 3])
+def test_a_slope_of_another_type(alpha):
+    model = relu()
+    model.graph.node[0].CopyFrom(helper.make_node("LeakyRelu", ["x"], ["y"], alpha=alpha))
+    changed = ctonnx.patch(model, 0.5)
+    rewrite.unsteer(changed)
+    assert changed == model
+
+
 def test_the_domain_ctonnx_in_a_function():
     """As a function of that domain, or one that imports it: unpatching would drop either."""
     function = helper.make_function("ctonnx", "CTU", ["X"], ["Y"], [], [])
