@@ -72,16 +72,19 @@ def _leaky_relu(node, constant):
 
 
 def _prelu(node, constant):
-    return Steering(ctu.OP_TYPE, node.input[0], (node.input[1],))
+    # A single number broadcasts at every opset.
+    slope = constant(node.input[1])
+    return Steering(ctu.OP_TYPE, node.input[0], (node.input[1] if slope is None else slope,))
 
 
 def _clip(node, constant):
     bounds = _attributes(node)
+    operands = list(bounds)
     for index, name in enumerate(node.input[1:3]):
         if name:
-            bounds[index] = constant(name)
+            bounds[index], operands[index] = constant(name), name
             if bounds[index] is None:
-                return "its bounds are computed at run time: taken as arithmetic"
+                return "its bounds are computed at run time, or in another file"
     # Exporters write a bound that is not there as the largest number.
     lo, hi = (None if b is None or not abs(b) <= 3.4e38 else b for b in bounds)
     x = node.input[0]
@@ -92,10 +95,10 @@ def _clip(node, constant):
     if lo is not None and 0 < lo < 1e-3:
         return f"it guards against numbers under {lo:g}: taken as arithmetic"
     if hi is None:
-        return Steering(ctu.OP_TYPE, x) if lo == 0 else Steering("CTUMax", x, (lo,))
+        return Steering(ctu.OP_TYPE, x) if lo == 0 else Steering("CTUMax", x, (operands[0],))
     if lo is None:
-        return Steering("CTUMin", x, (hi,))
-    return Steering("CTUClip", x, (lo, hi))
+        return Steering("CTUMin", x, (operands[1],))
+    return Steering("CTUClip", x, tuple(operands))
 
 
 def _max(node, constant):

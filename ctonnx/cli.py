@@ -62,7 +62,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "params_file",
     metavar="FILE",
     type=str,
-    help="Beta and coeff of single nodes, per channel where wanted: .json or .npz.",
+    help="Beta and coeff by node name or regular expression, per channel too: .json or .npz.",
 )
 @click.option(
     "--check",
@@ -126,7 +126,7 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
         worst = max(c.max_rel for c in comparisons)
         _say(f"check passed: {name}, largest relative difference {worst:.1e}")
     count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
-    at = "per activation" if beta is None else f"{beta:.12g}"
+    at = f"{beta:.12g}" if given is None else "per activation"
     done = "would write" if dry_run else "wrote"
     _echo(output, f"{done} {output}: {count} at beta {at}")
 
@@ -173,10 +173,14 @@ def _detail(activation):
         return activation.reason
     if activation.status == "steerable":
         return ""
-    beta = activation.beta
-    if isinstance(beta, list):
-        return "beta per channel"
-    return f"beta {'fed' if beta is None else format(beta, '.12g')}"
+    coeff = "" if activation.coeff in (None, 0.5) else f", c {_number(activation.coeff)}"
+    return f"beta {_number(activation.beta)}{coeff}"
+
+
+def _number(value):
+    if isinstance(value, list):
+        return "per channel"
+    return "fed" if value is None else format(value, ".12g")
 
 
 @cli.command("set")
@@ -189,13 +193,15 @@ def set_(model, beta, output, force, as_json):
     """Change the beta of a steered MODEL, in place or into OUTPUT; - is standard input."""
     from . import files, rewrite
 
-    _, written = files.edit(
+    held, written = files.edit(
         model,
         lambda proto: rewrite.set_beta(proto, beta),
         model if output is None else output,
         force or output is None,
         progress=_progress(),
     )
+    if held > 1:
+        _say(f"all activations have it now, in place of {held} betas")
     if as_json:
         _print_json(written, beta=beta)
     else:

@@ -30,6 +30,8 @@ def load(path):
         if path.suffix == ".npz":
             return _from_arrays(path)
         document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
     except Exception as error:  # Whatever the parsers raise for a damaged file.
         raise ModelError(f"{path}: cannot be read as parameters: {error}") from None
     if not isinstance(document, dict):
@@ -53,8 +55,8 @@ def resolve(params, beta, coeff, activations):
 
     Args:
         params: as `load` gives it; values may be NumPy arrays. A key that is an activation's name,
-            or scope/name, stands for that; any other is a regular expression searched in
-            scope/name. Of several that match one activation the last decides.
+            scope/name or PyTorch module stands for that; any other is a regular expression searched
+            in scope/name. A name outweighs a pattern, and a later pattern an earlier one.
         beta, coeff: for what `params` does not give; beta may be None.
 
     Returns:
@@ -65,11 +67,14 @@ def resolve(params, beta, coeff, activations):
         UsageError: a key matches nothing, or a value is not in [0, 1].
     """
     resolved = [{"beta": beta, "coeff": coeff, "common": True} for _ in activations]
-    for key, given in (params or {}).items():
-        values = _values(key, given)
-        matched = _matches(key, activations)
+    matches = {key: _matches(key, activations) for key in params or {}}
+    # Names after patterns, as the last decides.
+    for key in sorted(matches, key=lambda key: matches[key][0]):
+        values, (_, matched) = _values(key, params[key]), matches[key]
         if not matched:
-            raise UsageError(f"params: {key!r} matches no activation that is steered")
+            raise UsageError(
+                f"params: {key!r} matches no activation that is steered, see `ctonnx inspect`"
+            )
         for index in matched:
             resolved[index].update(values)
             resolved[index]["common"] &= "beta" not in values
@@ -88,6 +93,8 @@ def _values(key, given):
         raise UsageError(f"params: {key!r} gives {sorted(unknown)[0]!r}, expected beta and coeff")
     for name, value in given.items():
         try:
+            if isinstance(value, str):
+                raise ValueError
             array = np.asarray(value, np.float32)
         except (TypeError, ValueError):
             raise UsageError(f"params: {name} of {key!r} is not made of numbers") from None
@@ -98,15 +105,16 @@ def _values(key, given):
 
 
 def _matches(key, activations):
+    """Whether a key is a name, and the indices of the activations that it stands for."""
     paths = [f"{a.scope}/{a.name}" if a.scope else a.name for a in activations]
-    exact = [i for i, a in enumerate(activations) if key in (a.name, paths[i])]
+    exact = [i for i, a in enumerate(activations) if key in (a.name, paths[i], a.module)]
     if exact:
-        return exact
+        return True, exact
     try:
         pattern = re.compile(key)
     except re.error as error:
         raise UsageError(f"params: {key!r} is neither a name nor a pattern: {error}") from None
-    return [i for i, path in enumerate(paths) if pattern.search(path)]
+    return False, [i for i, path in enumerate(paths) if pattern.search(path)]
 
 
 def per_channel(array, shape, name):

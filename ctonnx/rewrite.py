@@ -251,6 +251,10 @@ def set_beta(model, beta):
 
     An optional input gets it as its default.
 
+    Returns:
+        how many initializers held a beta: more than one where activations had parameters of their
+        own.
+
     Raises:
         UsageError: beta is not in [0, 1], or is a required input, which has no value to set.
         NothingToDo: the model holds no CTU.
@@ -270,6 +274,7 @@ def set_beta(model, beta):
     for entry in model.metadata_props:
         if entry.key == "ctonnx.beta":
             entry.value = repr(beta)
+    return len(held)
 
 
 def fill_beta(model, names, beta):
@@ -430,7 +435,7 @@ def _pattern(option, text):
 
 def _too_old(site, opset):
     """Why the ops of `opset` cannot make up the fallback of a _Site, or None."""
-    if opset < 7 and site.activation.op == "PRelu":
+    if opset < 7 and site.steering.sloped and isinstance(site.steering.operands[0], str):
         return "its slope broadcasts otherwise before opset 7"
     return None
 

@@ -3,9 +3,10 @@
 import json
 
 import numpy as np
+import onnx
 import onnx.parser
 import pytest
-from conftest import parsed
+from conftest import DIGITS, parsed
 from onnx import ModelProto
 
 from ctonnx import ctu, params, rewrite
@@ -36,6 +37,24 @@ def test_scalars_by_name_and_by_pattern():
     np.testing.assert_allclose(y["a"], ctu.ctu(X, 0.5), atol=1e-6)
     np.testing.assert_allclose(y["b"], ctu.ctu(flat, 0.5, slope=np.float32(0.01)), atol=1e-6)
     np.testing.assert_allclose(y["c"], ctu.ctu(flat, np.float32(0.9), 0.25), atol=1e-6)
+
+
+def test_a_name_outweighs_a_pattern():
+    for given in ({"c": 0.9, "[abcd]": 0.5}, {"[abcd]": 0.5, "c": 0.9}):
+        model = parsed(MODEL)
+        rewrite.steer(model, params=given)
+        assert {a.name: a.beta for a in rewrite.find(model)} == {
+            "a": 0.5,
+            "b": 0.5,
+            "c": 0.9,
+            "d": 0.5,
+        }
+
+
+def test_a_module_is_a_name():
+    model = onnx.load(DIGITS / "digits.onnx")
+    report = rewrite.steer(model, params={"block1.relu": 0.9})
+    assert [a.name for a in report.replaced] == ["node_relu_1", "node_relu_2"]
 
 
 def test_those_without_parameters_get_the_common_beta_or_stay():
@@ -73,7 +92,7 @@ def test_inspect_set_and_undo():
     assert betas == {"a": [[[0.1]], [[0.2]], [[0.3]]], "b": 0.5, "c": 0.9, "d": 0.5}
     changed = ModelProto()
     changed.CopyFrom(model)
-    rewrite.set_beta(changed, 0.75)
+    assert rewrite.set_beta(changed, 0.75) == 3
     assert {a.beta for a in rewrite.find(changed)} == {0.75}
     rewrite.unsteer(model)
     assert model == original
@@ -88,6 +107,7 @@ def test_inspect_set_and_undo():
         ({"a": [0.5, float("nan"), 0.5]}, r"must lie in \[0, 1\]"),
         ({"a": []}, r"must lie in \[0, 1\]"),
         ({"a": "much"}, "not made of numbers"),
+        ({"a": "0.5"}, "not made of numbers"),
         ({"a": {"gamma": 0.5}}, "gives 'gamma'"),
         ({"a": [0.5, 0.5]}, "a: 2 values for 3 channels"),
         ({"b": np.full((1, 1, 1), 0.5)}, "does not broadcast"),
