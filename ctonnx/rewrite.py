@@ -137,38 +137,11 @@ def steer(
     _check_choice("lowering", lowering, LOWERINGS)
     _check_choice("beta_as", beta_as, BETA_AS)
     selected = _selector(ops, include, exclude)
-    check_names(model)
-    if _is_steered(model):
-        raise UsageError(
-            "the model is already steered: change its beta with `ctonnx set`, or steer its original"
-        )
-    # Not the model's own imports: ONNX Runtime writes ours into what it saves, once it has seen it.
-    imports = [entry for function in model.functions for entry in function.opset_import]
-    nodes = [node for scope in scopes(model) for node in scope.body.node]
-    if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions, *nodes)):
-        raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
-    if any(function.domain in activations.DEFAULT_DOMAINS for function in model.functions):
-        # Its Relu need not be a ReLU, and would end up inside the CTU's own function.
-        raise ModelError("the model defines functions in the domain of the standard ops")
+    _check_unsteered(model)
     opset = _opset(model)
 
     report = Report()
-    candidates = []
-    with_function = lowering != "op"
-    for site in _survey(model, {}):
-        reason = site.activation.reason or selected(site.activation)
-        if not reason:
-            reason = _too_old(site, opset)
-        if reason:
-            report.skip(site.activation, reason)
-            continue
-        candidates.append(site)
-        if site.scope.function is not None and not with_function:
-            with_function = True
-            report.notes.append(
-                "wrote the op's function too: without it ONNX Runtime cannot infer the types in "
-                "the model-local functions that hold activations"
-            )
+    candidates, with_function = _candidates(model, selected, opset, lowering, report)
     usual = _usual_type(model, candidates)
     unknown = sum(not site.dtypes for site in candidates)
     if unknown:
@@ -182,14 +155,14 @@ def steer(
         raise UsageError("params: one value per channel needs opset 7")
     if not sites:
         raise NothingToDo(_nothing_matched(report.skipped))
+    if beta_as != "initializer" and not any(values["common"] for values in given):
+        raise UsageError("no activation would use the beta that is to be an input")
 
     # Functions came with IR 8; before IR 4 every initializer had to be listed as an input as well.
     any_function = with_function or any(s.steering.op_type != ctu.OP_TYPE for s in sites)
     before = ModelProto()
     _raise_ir(model, 8 if any_function and lowering != "primitives" else 4, before, report)
     parameters = _Parameters(model)
-    if beta_as != "initializer" and not any(values["common"] for values in given):
-        raise UsageError("no activation would use the beta that is to be an input")
     if beta_as != "initializer":
         report.beta_name = parameters.add_input("beta", beta, beta_as)
         report.notes.append(f"beta is the graph's input {report.beta_name!r}")
@@ -210,32 +183,12 @@ def steer(
         _steer_node(site, [*held, *operands], parameters)
         report.replaced.append(replace(site.activation, status="steered"))
     _insert_activations(model, sites)
-    quantized = {
-        name
-        for scope in scopes(model)
-        for node in scope.body.node
-        if node.op_type == "QuantizeLinear"
-        for name in node.input[:1]
-    }
-    count = sum(bool(quantized.intersection((site.inner or site.node).output)) for site in sites)
-    if count:
-        report.notes.append(
-            f"{count} feed QuantizeLinear, with a range that was calibrated without steering"
-        )
-
+    _note_calibrated(model, sites, report)
     _pass_into_functions(model, parameters.names)
     _import_domain(model, before)
     if before.ByteSize():
         _record(model, before)
-    if with_function:
-        unknown = {TensorProto.UNDEFINED}
-        dtypes = set().union(*(site.dtypes or unknown for site in sites))
-        model.functions.append(ctu.function(opset, dtypes, sloped))
-    # These have no kernel: wherever they stand their function is what runs.
-    ours = {site.steering.op_type for site in sites} - {ctu.OP_TYPE}
-    if "CTUHardSigmoid" in ours:
-        ours.add("CTUClip")
-    model.functions.extend(activations.function(op, opset, sloped) for op in sorted(ours))
+    _add_functions(model, sites, opset, with_function, sloped)
     if lowering == "primitives":
         _inline(model)
     from . import __version__
@@ -395,6 +348,44 @@ def _module(node):
         return next((s for s in reversed(ast.literal_eval(text)[:-1]) if s), None)
     except (SyntaxError, TypeError, ValueError):
         return None  # There is none, or another exporter's.
+
+
+def _check_unsteered(model):
+    """Raise UsageError or ModelError where steering `model` would go wrong."""
+    check_names(model)
+    if _is_steered(model):
+        raise UsageError(
+            "the model is already steered: change its beta with `ctonnx set`, or steer its original"
+        )
+    # Not the model's own imports: ONNX Runtime writes ours into what it saves, once it has seen it.
+    imports = [entry for function in model.functions for entry in function.opset_import]
+    nodes = [node for scope in scopes(model) for node in scope.body.node]
+    if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions, *nodes)):
+        raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
+    if any(function.domain in activations.DEFAULT_DOMAINS for function in model.functions):
+        # Its Relu need not be a ReLU, and would end up inside the CTU's own function.
+        raise ModelError("the model defines functions in the domain of the standard ops")
+
+
+def _candidates(model, selected, opset, lowering, report):
+    """The _Sites that can be steered and are selected, and whether the op's function is needed."""
+    candidates = []
+    with_function = lowering != "op"
+    for site in _survey(model, {}):
+        reason = site.activation.reason or selected(site.activation)
+        if not reason:
+            reason = _too_old(site, opset)
+        if reason:
+            report.skip(site.activation, reason)
+            continue
+        candidates.append(site)
+        if site.scope.function is not None and not with_function:
+            with_function = True
+            report.notes.append(
+                "wrote the op's function too: without it ONNX Runtime cannot infer the types in "
+                "the model-local functions that hold activations"
+            )
+    return candidates, with_function
 
 
 def _selector(ops, include, exclude):
@@ -606,6 +597,34 @@ def _insert_activations(model, sites):
         copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
         del scope.body.node[:]
         scope.body.node.extend(copies)
+
+
+def _note_calibrated(model, sites, report):
+    quantized = {
+        name
+        for scope in scopes(model)
+        for node in scope.body.node
+        if node.op_type == "QuantizeLinear"
+        for name in node.input[:1]
+    }
+    count = sum(bool(quantized.intersection((site.inner or site.node).output)) for site in sites)
+    if count:
+        report.notes.append(
+            f"{count} feed QuantizeLinear, with a range that was calibrated without steering"
+        )
+
+
+def _add_functions(model, sites, opset, with_function, sloped):
+    """Add the functions that the steered sites call, or fall back on."""
+    if with_function:
+        unknown = {TensorProto.UNDEFINED}
+        dtypes = set().union(*(site.dtypes or unknown for site in sites))
+        model.functions.append(ctu.function(opset, dtypes, sloped))
+    # These have no kernel: wherever they stand their function is what runs.
+    ours = {site.steering.op_type for site in sites} - {ctu.OP_TYPE}
+    if "CTUHardSigmoid" in ours:
+        ours.add("CTUClip")
+    model.functions.extend(activations.function(op, opset, sloped) for op in sorted(ours))
 
 
 class _Parameters:
