@@ -159,7 +159,7 @@ def judge(node, dtypes, constant):
         Steering, the reason why there is none, or None where the node is no activation.
     """
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
-    if not node.output:
+    if not node.output or not node.output[0]:
         return None
     if (domain, node.op_type) in LEFT_ALONE:
         return LEFT_ALONE[domain, node.op_type]
