@@ -18,7 +18,7 @@ def lint(session):
 def tests(session):
     session.install("torch==2.13.0")  # first, so that nothing asks for another build of it
     session.install(".[test]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "--numprocesses", "2", "--dist", "worksteal", *session.posargs)
 
 
 @nox.session

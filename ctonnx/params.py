@@ -124,18 +124,18 @@ def per_channel(array, shape, name):
         if not shape:
             raise UsageError(f"params: {name}: the tensor's shape is unknown, give [[[b]], ...]")
         axis = 1 if len(shape) >= 4 else len(shape) - 1
-        if len(shape) == 3 and shape[1] == array.size:
-            # Sequences have their channels last, one-dimensional convolutions first.
-            if not isinstance(shape[2], int) or shape[2] == array.size:
-                raise UsageError(
-                    f"params: {name}: either of the last two dimensions may be the channels: "
-                    "give [[b], ...] or [[b, ...]]"
-                )
+        # Sequences have their channels last, one-dimensional convolutions first.
+        first = len(shape) == 3 and shape[1] == array.size
+        if first and (not isinstance(shape[2], int) or shape[2] == array.size):
+            raise UsageError(
+                f"params: {name}: either of the last two dimensions may be the channels: "
+                "give [[b], ...] or [[b, ...]]"
+            )
         if isinstance(shape[axis], int) and shape[axis] != array.size:
             raise UsageError(f"params: {name}: {array.size} values for {shape[axis]} channels")
         return array.reshape(-1, *[1] * (len(shape) - axis - 1))
     pairs = zip(reversed(array.shape), reversed(shape or []), strict=False)
     fits = all(have in (1, want) or not isinstance(want, int) for have, want in pairs)
-    if shape is not None and ((array.ndim > len(shape) and array.size > 1) or not fits):
+    if shape is not None and (array.ndim > max(len(shape), 1) or not fits):
         raise UsageError(f"params: {name}: {list(array.shape)} does not broadcast to {shape}")
     return array

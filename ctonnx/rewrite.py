@@ -188,6 +188,8 @@ def steer(
     before = ModelProto()
     _raise_ir(model, 8 if any_function and lowering != "primitives" else 4, before, report)
     parameters = _Parameters(model)
+    if beta_as != "initializer" and not any(values["common"] for values in given):
+        raise UsageError("no activation would use the beta that is to be an input")
     if beta_as != "initializer":
         report.beta_name = parameters.add_input("beta", beta, beta_as)
         report.notes.append(f"beta is the graph's input {report.beta_name!r}")
@@ -262,7 +264,7 @@ def set_beta(model, beta):
         if ctu.is_ctu(node)
         for name in node.input[1:2]
     }
-    if not held.issubset(tensor.name for tensor in model.graph.initializer):
+    if not held or not held.issubset(tensor.name for tensor in model.graph.initializer):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
     fill_beta(model, held, beta)
     for entry in model.metadata_props:
@@ -565,7 +567,7 @@ def _steer_node(site, inputs, parameters):
     """Make the site's node, or the one fused into it, an op of ours with `inputs` behind X."""
     node = site.node
     if site.inner is not None:
-        _record(node, _copy_of(node, "metadata_props", "doc_string", "name"))
+        _record_node(node, output=True)
         before = parameters.free_name(f"{node.output[0]}_before_activation")
         site.inner.name = node.name and f"{node.name}_activation"
         activations.take_out(node, before)
@@ -573,7 +575,7 @@ def _steer_node(site, inputs, parameters):
         _record(node, NodeProto(op_type=node.op_type))
         x = before
     else:
-        _record(node, _copy_of(node, "metadata_props", "doc_string", "name", "output"))
+        _record_node(node)
         x = site.steering.x
     node.op_type, node.domain = site.steering.op_type, ctu.DOMAIN
     del node.attribute[:], node.input[:]
@@ -683,7 +685,7 @@ def _pass_into_functions(model, parameters):
     arity = {key: len(function.input) for key, function in functions.items()}
     for node, key in list(callees(scopes(model))):
         if needs[key]:
-            _record(node, _copy_of(node, "metadata_props", "doc_string", "name", "output"))
+            _record_node(node)
             node.input.extend([""] * (arity[key] - len(node.input)))
             node.input.extend(name for name in parameters if name in needs[key])
     for key, function in functions.items():
@@ -730,18 +732,16 @@ def _record(proto, before):
     proto.metadata_props.add(key=ORIGINAL, value=value)
 
 
-def _copy_of(node, *without):
-    """A copy of a NodeProto less some of its fields."""
-    copy = NodeProto()
-    # Fields that this onnx does not know stay on the node, and would come back twice.
-    for field, value in node.ListFields():
-        if field.name in without:
-            continue
-        if isinstance(value, str):
-            setattr(copy, field.name, value)
-        else:
-            getattr(copy, field.name).extend(value)
-    return copy
+def _record_node(node, output=False):
+    """Keep what steering changes of a node, and its outputs where it changes those."""
+    # Nothing else: fields that this onnx does not know stay on the node, and would come twice.
+    before = NodeProto(input=node.input, attribute=node.attribute)
+    for name in "op_type", "domain":
+        if node.HasField(name):
+            setattr(before, name, getattr(node, name))
+    if output:
+        before.output.extend(node.output)
+    _record(node, before)
 
 
 def _decode(kind, text):

@@ -218,11 +218,10 @@ class CTU(OpRun):
 
 
 def in_reference(model, inputs, library=False):
-    if not library:
-        return reference(model, inputs)
     # The ReferenceEvaluator forgets new_ops in functions.
     others = [(f.domain, f.name) for f in model.functions if f.name != ctu.OP_TYPE]
-    return reference(inliner.inline_selected_functions(model, others), inputs, [CTU])
+    model = inliner.inline_selected_functions(model, others) if others else model
+    return reference(model, inputs, [CTU] if library else [])
 
 
 def in_onnxruntime(model, inputs, library=False):

@@ -3,13 +3,14 @@
 import json
 
 import numpy as np
+import onnx.parser
 import pytest
 from conftest import parsed
 from onnx import ModelProto
 
 from ctonnx import ctu, params, rewrite
 from ctonnx.errors import ModelError, NothingToDo, UsageError
-from ctonnx.validate import Model
+from ctonnx.validate import Model, check_steered
 
 MODEL = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 3, 2, 2] x) => (float[N, 3, 2, 2] a, float[N, 12] b, float[N, 12] c, float[N, 2, 6] d)
@@ -90,6 +91,8 @@ def test_inspect_set_and_undo():
         ({"a": {"gamma": 0.5}}, "gives 'gamma'"),
         ({"a": [0.5, 0.5]}, "a: 2 values for 3 channels"),
         ({"b": np.full((1, 1, 1), 0.5)}, "does not broadcast"),
+        ({"a": np.full((4, 1, 1), 0.5)}, "does not broadcast"),
+        ({"d": [0.5, 0.5]}, "d: 2 values for 6 channels"),
     ],
 )
 def test_mistakes(given, message):
@@ -97,9 +100,55 @@ def test_mistakes(given, message):
         run(given)
 
 
+def test_a_beta_that_no_activation_uses():
+    """It is not written, and cannot be an input."""
+    model, original = parsed(MODEL), parsed(MODEL)
+    rewrite.steer(model, 0.5, params={"": 0.25})
+    assert {a.beta for a in rewrite.find(model)} == {0.25}
+    rewrite.unsteer(model)
+    assert model == original
+    with pytest.raises(UsageError, match="no activation would use"):
+        rewrite.steer(parsed(MODEL), 0.5, params={"": 0.25}, beta_as="input")
+
+
+def test_set_needs_every_beta_to_be_there():
+    model = parsed(MODEL)
+    rewrite.steer(model, 0.5, params={"a": 0.25}, beta_as="required-input")
+    before = model.SerializeToString(deterministic=True)
+    with pytest.raises(UsageError, match="required input"):
+        rewrite.set_beta(model, 0.75)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_check_leaves_an_input_of_the_models_own_alone(tmp_path):
+    """One that is called beta, where every activation has parameters."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[3] beta) => (float[3] y) { y = Relu(beta) }"""
+    (tmp_path / "m.onnx").write_bytes(parsed(text).SerializeToString())
+    model = parsed(text)
+    report = rewrite.steer(model, params={"y": 0.5})
+    path = tmp_path / "s.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert len(check_steered(tmp_path / "m.onnx", path, report, None, "portable")) == 2
+
+
+def test_channels_of_a_fused_convolution_in_blocks():
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft.nchwc" : 1]>
+    g (float[1, 8, 2, 2] x) => (float[1, 8, 2, 2] y) <float[8, 8, 1, 1] w = {}>
+    { y = com.microsoft.nchwc.Conv <activation: string = "Relu"> (x, w) }"""
+    model = onnx.parser.parse_model(text.replace("<float[8, 8, 1, 1] w = {}>", ""))
+    with pytest.raises(UsageError, match="its channels are not dimension 1"):
+        rewrite.steer(model, params={"y": np.full((8, 1, 1), 0.5)})
+
+
 def test_a_list_needs_a_known_shape():
     with pytest.raises(UsageError, match="shape is unknown"):
         params.per_channel(np.zeros(3, np.float32), None, "a")
+    # Of a sequence the last dimension, of a one-dimensional convolution the other.
+    for shape in ([1, 3, 3], [1, 3, "length"]):
+        with pytest.raises(UsageError, match="either of the last two dimensions"):
+            params.per_channel(np.zeros(3, np.float32), shape, "a")
+    assert params.per_channel(np.zeros(3, np.float32), [1, "length", 3], "a").shape == (3,)
 
 
 def test_beta_as_input_needs_a_common_beta():
@@ -115,7 +164,11 @@ def test_files(tmp_path):
     np.savez(tmp_path / "p.npz", **arrays)
     loaded = params.load(tmp_path / "p.npz")
     assert {k: {n: v.tolist() for n, v in e.items()} for k, e in loaded.items()} == given
-    for name, data in {"a.json": b"[1]", "b.json": b"{", "c.npz": b"?", "d.npz": b""}.items():
+    damaged = bytearray((tmp_path / "p.npz").read_bytes())
+    damaged[60] ^= 255
+    bad = {"a.json": b"[1]", "b.json": b"{", "c.npz": b"?", "d.npz": b"", "f.npz": bytes(damaged)}
+    bad["g.json"] = b"[" * 100_000
+    for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ModelError, match=name):
             params.load(tmp_path / name)

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import LIGHT, LIGHT_MODELS, vary_weights, without_steering
+from conftest import LIGHT, LIGHT_MODELS, without_steering
 from onnx import ModelProto, TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
@@ -111,18 +111,9 @@ def test_silero_vad(fetched, tmp_path, name):
 @pytest.mark.parametrize("name", LIGHT_MODELS)
 def test_light(tmp_path, name):
     path = LIGHT / f"light_{name}.onnx"
-    change = assert_steers(path, tmp_path)
-    if change > ENOUGH:
-        return
-    # Its weights are all alike, and its output the same whatever the activations do: give its
-    # convolutions real ones, and look at the last activation.
-    model = onnx.load(path)
-    vary_weights(model)
-    last = relus(model)[-1].output[0]
-    model.graph.output.append(helper.make_tensor_value_info(last, TensorProto.FLOAT, None))
-    varied = tmp_path / "varied.onnx"
-    varied.write_bytes(model.SerializeToString())
-    assert assert_steers(varied, tmp_path) > ENOUGH
+    # Its weights are all alike, and its output hardly depends on the activations:
+    # test_backend_data.py gives it others, and compares values.
+    assert_steers(path, tmp_path)
 
 
 def test_session_creation_is_not_slowed_by_many_sites(tmp_path):
