@@ -96,7 +96,7 @@ def digest(number, data, folder):
 
 
 def edit_in_memory(number, data):
-    """Patch, set, inspect and unpatch, in every lowering."""
+    """Patch, set, inspect and unpatch, in one lowering: the file that is written has another."""
     model = ModelProto.FromString(data)
     for change in rewrite.unsteer, lambda copy: rewrite.set_beta(copy, 0.5):
         copy = ModelProto.FromString(data)
@@ -104,20 +104,20 @@ def edit_in_memory(number, data):
             change(copy)
             rewrite.find(copy)
     beta_as = rewrite.BETA_AS[number // 3 % 3]
-    for lowering in rewrite.LOWERINGS:
-        try:
-            changed = ctonnx.patch(model, 0.85, beta_as=beta_as, lowering=lowering)
-        except CtonnxError:
-            continue
-        assert any(a.status == "steered" for a in rewrite.find(changed))
-        if lowering == "primitives":
-            continue
-        try:
-            rewrite.set_beta(changed, 0.5)
-        except UsageError:
-            assert beta_as == "required-input"
-        rewrite.unsteer(changed)
-        assert changed == model, "unpatch does not give back the original"
+    lowering = rewrite.LOWERINGS[(number + 1) % 3]
+    try:
+        changed = ctonnx.patch(model, 0.85, beta_as=beta_as, lowering=lowering)
+    except CtonnxError:
+        return
+    assert any(a.status == "steered" for a in rewrite.find(changed))
+    if lowering == "primitives":
+        return
+    try:
+        rewrite.set_beta(changed, 0.5)
+    except UsageError:
+        assert beta_as == "required-input"
+    rewrite.unsteer(changed)
+    assert changed == model, "unpatch does not give back the original"
 
 
 def assert_refused_by_the_command_line(number, path):

@@ -63,6 +63,14 @@ def test_records_where_nothing_is_steered(key, place):
             ctonnx.patch(model, 0.5, lowering=lowering)
 
 
+def test_an_activation_whose_output_has_no_name():
+    model = relu()
+    model.graph.node[0].output[0] = ""
+    assert rewrite.find(model) == []
+    with pytest.raises(NothingToDo):
+        ctonnx.patch(model, 0.5, lowering="primitives")
+
+
 def test_an_activation_that_holds_a_graph():
     """What is in there would be steered and then lost with it."""
     model = relu()
