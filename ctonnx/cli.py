@@ -61,7 +61,6 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "--params",
     "params_file",
     metavar="FILE",
-    type=str,
     help="Beta and coeff by node name or regular expression, per channel too: .json or .npz.",
 )
 @click.option(

@@ -214,13 +214,7 @@ def set_beta(model, beta):
     """
     beta = ctu.check_unit_interval("beta", beta)
     check_names(model)
-    held = {
-        name
-        for scope in _steered(model)
-        for node in scope.body.node
-        if ctu.is_ctu(node)
-        for name in node.input[1:2]
-    }
+    held = _inputs_of_ctus(_steered(model), 1, 2)
     if not held or not held.issubset(tensor.name for tensor in model.graph.initializer):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
     fill_beta(model, held, beta)
@@ -535,6 +529,7 @@ def _steered(model):
 
 
 def _import_domain(model, before):
+    """Import our domain, and put into `before` an import that is there already."""
     held = [entry for entry in model.opset_import if entry.domain == ctu.DOMAIN]
     before.opset_import.extend(held)
     if not held:
@@ -600,6 +595,7 @@ def _insert_activations(model, sites):
 
 
 def _note_calibrated(model, sites, report):
+    """Note how many sites feed a quantization, whose range does not know of steering."""
     quantized = {
         name
         for scope in scopes(model)
@@ -795,14 +791,19 @@ def _original_op(node):
 
 def _parameter_values(model):
     """name -> value of the initializers that hold a beta or coeff, as Activation has them."""
-    used = {
+    used = _inputs_of_ctus(scopes(model), 1, 3)
+    return {t.name: _decimal(t) for t in model.graph.initializer if t.name in used}
+
+
+def _inputs_of_ctus(found, start, stop):
+    """The names of the inputs from `start` to before `stop` of every CTU in the Scopes `found`."""
+    return {
         name
-        for scope in scopes(model)
+        for scope in found
         for node in scope.body.node
         if ctu.is_ctu(node)
-        for name in node.input[1:3]
+        for name in node.input[start:stop]
     }
-    return {t.name: _decimal(t) for t in model.graph.initializer if t.name in used}
 
 
 def _decimal(tensor):

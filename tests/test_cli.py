@@ -399,6 +399,13 @@ def test_interruption(run, monkeypatch):
     assert list(files()) == ["digits.onnx"]
 
 
+def test_the_choices_are_those_of_the_rewrite():
+    """They are written out in cli.py, for --help must not wait for onnx."""
+    options = {option.name: option.type for option in cli.patch.params}
+    assert tuple(options["lowering"].choices) == rewrite.LOWERINGS
+    assert tuple(options["beta_as"].choices) == rewrite.BETA_AS
+
+
 def test_help_and_version(run):
     code, out, _ = run("--help")
     assert code == 0
