@@ -114,7 +114,7 @@ def edit(path, change, output, force=False, verify=None, progress=None, write=Tr
     if STDIO in (path, output):
         if verify is not None:
             raise UsageError("what a check compares are files: it does not go with -")
-        if any(map(_is_external, _tensors(model))):
+        if has_external_data(model):
             raise UsageError("the model has external data, which - cannot carry: name files")
     if output == STDIO:
         if write:
@@ -291,6 +291,11 @@ def check_output(path, force=False):
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
     return path
+
+
+def has_external_data(model):
+    """Whether any tensor of a ModelProto is kept in another file."""
+    return any(map(_is_external, _tensors(model)))
 
 
 def check_external_data(model, folder):

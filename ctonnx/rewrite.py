@@ -214,7 +214,7 @@ def set_beta(model, beta):
     """
     beta = ctu.check_unit_interval("beta", beta)
     check_names(model)
-    held = _inputs_of_ctus(_steered(model), 1, 2)
+    held = beta_names(model)
     if not held or not held.issubset(tensor.name for tensor in model.graph.initializer):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
     fill_beta(model, held, beta)
@@ -222,6 +222,15 @@ def set_beta(model, beta):
         if entry.key == "ctonnx.beta":
             entry.value = repr(beta)
     return len(held)
+
+
+def beta_names(model):
+    """The names of the initializers and inputs of a steered ModelProto that hold a beta.
+
+    Raises:
+        NothingToDo: the model holds no CTU.
+    """
+    return _inputs_of_ctus(_steered(model), 1, 2)
 
 
 def fill_beta(model, names, beta):

@@ -366,10 +366,10 @@ def test_standard_output_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_failing_check_writes_nothing(run, monkeypatch):
-    from ctonnx import validate
+    from ctonnx import compare
 
-    monkeypatch.setattr(validate, "_DEFAULT_TOLERANCE", 0.0)
-    monkeypatch.setattr(validate, "_NOISE", 0.0)
+    monkeypatch.setattr(compare, "_TOLERANCE", 0.0)
+    monkeypatch.setattr(compare, "_NOISE", 0.0)
     code, out, err = run("patch", "digits.onnx", "--beta", "0.85", "--check")
     assert (code, out) == (1, "")
     assert "at beta 1 against the original: output 'logits' differs by" in err

@@ -56,7 +56,7 @@ def assert_steers(path, folder, inputs=None):
     reference = validate.Model(path)
     inputs = inputs or validate.random_inputs(reference)
     runs = reference.run(inputs), validate.Model(folder / "portable.onnx").run(inputs)
-    return max(c.max_rel for c in validate.compare(*runs, tolerance=np.inf))
+    return max(c.max_rel for c in validate.compare(*runs, rtol=np.inf))
 
 
 def assert_changes_are_listed(model, changed, report):
