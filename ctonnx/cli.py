@@ -336,15 +336,9 @@ def _measurements(run):
         worst = min(outputs, key=lambda o: (o.ok, -o.max_rel))
         outputs = [replace(worst, name=f"{worst.name}, the worst of {len(outputs)}")]
     for o in outputs:
-        top1 = "" if o.top1 is None else f"{o.top1:.1%}"
-        yield (
-            o.name,
-            f"{o.max_abs:.1e}",
-            f"{o.max_rel:.1e}",
-            f"{o.ulp:.1f}",
-            f"{o.cosine:.9f}",
-            top1,
-        )
+        numbers = o.max_abs, o.max_rel, o.ulp, o.cosine, o.top1
+        cells = zip(("{:.1e}", "{:.1e}", "{:.1f}", "{:.9f}", "{:.1%}"), numbers, strict=True)
+        yield o.name, *("" if value is None else form.format(value) for form, value in cells)
 
 
 @cli.command()

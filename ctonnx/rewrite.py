@@ -194,7 +194,10 @@ def steer(
     from . import __version__
 
     beta = "per activation" if beta is None else repr(beta)
-    for key, value in ("version", __version__), ("beta", beta), ("coeff", repr(coeff)):
+    entries = {"version": __version__, "beta": beta, "coeff": repr(coeff)}
+    if report.beta_name:
+        entries["beta_input"] = report.beta_name
+    for key, value in entries.items():
         model.metadata_props.add(key=f"ctonnx.{key}", value=value)
     return report
 
@@ -214,7 +217,7 @@ def set_beta(model, beta):
     """
     beta = ctu.check_unit_interval("beta", beta)
     check_names(model)
-    held = beta_names(model)
+    held = _inputs_of_ctus(_steered(model), 1, 2)
     if not held or not held.issubset(tensor.name for tensor in model.graph.initializer):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
     fill_beta(model, held, beta)
@@ -228,9 +231,15 @@ def beta_names(model):
     """The names of the initializers and inputs of a steered ModelProto that hold a beta.
 
     Raises:
-        NothingToDo: the model holds no CTU.
+        NothingToDo: the model holds no CTU, and no input for beta either.
     """
-    return _inputs_of_ctus(_steered(model), 1, 2)
+    name = _metadata(model, "ctonnx.beta_input")
+    try:
+        return _inputs_of_ctus(_steered(model), 1, 2)
+    except NothingToDo:
+        if name is None:
+            raise
+        return {name}  # Lowered to primitives it holds no CTU, but may have this input.
 
 
 def fill_beta(model, names, beta):

@@ -172,8 +172,8 @@ def random_inputs(model, shapes=None, given=None, seed=0):
         except Exception as caught:  # As above: here for a size that does not fit.
             error = caught
     raise CheckFailed(
-        "the check found no random input that the original runs on, which says nothing of the "
-        f"steered model: {first_line(error)}"
+        "found no random input that the model runs on, which says nothing of its steering: "
+        f"{first_line(error)}"
     )
 
 

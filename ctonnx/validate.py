@@ -10,7 +10,7 @@ from onnx import ModelProto, ValueInfoProto
 
 from . import ctu, files, layout, rewrite, runtime
 from .compare import Comparison, compare
-from .errors import CheckFailed, ModelError, UsageError
+from .errors import CheckFailed, ModelError, NothingToDo, UsageError
 from .graph import key_of, node_label, scopes
 from .runs import CPU, Model, load_inputs, random_inputs, variant
 from .units import Units
@@ -90,7 +90,7 @@ def validate(
         expected = _Way("", Path(against), files.load(against))
         names = rewrite.beta_names(model)
         rewrite.fill_beta(model, names, 1.0)
-        betas = dict.fromkeys(names & _required(model), np.float32(1.0))
+        betas = dict.fromkeys(names & _required(model), np.array(1.0, np.float32))
     ways = _ways(path, model, providers, notes)
     first = ways[0].open()
     inputs = random_inputs(first, shapes, betas) if inputs is None else load_inputs(inputs, first)
@@ -131,7 +131,7 @@ class _Way:
             if not self.blocked:
                 return Model(opened, self.library, self.provider)
             options = runtime.import_onnxruntime().SessionOptions()
-            options.intra_op_num_threads = 1
+            options.intra_op_num_threads, options.log_severity_level = 1, 4
             runtime.register(options)
             session, reason = layout.open_session(opened, [CPU], options)
             if session is None:
@@ -183,14 +183,14 @@ def _fed_betas(model):
     Raises:
         UsageError: the model does not hold it.
     """
-    names = rewrite.beta_names(model) & _required(model)
-    value = next((e.value for e in model.metadata_props if e.key == "ctonnx.beta"), None)
-    try:
-        return dict.fromkeys(names, np.float32(float(value))) if names else {}
-    except (TypeError, ValueError):
-        raise UsageError(
-            "the model does not tell which beta to feed: give it in --inputs"
-        ) from None
+    with suppress(NothingToDo):
+        names = rewrite.beta_names(model) & _required(model)
+        value = next((e.value for e in model.metadata_props if e.key == "ctonnx.beta"), None)
+        try:
+            return {name: np.array(value, np.float32) for name in names}
+        except (TypeError, ValueError):
+            raise UsageError("the model does not tell which beta to feed: use --inputs") from None
+    return {}
 
 
 def _with_outputs(model, names):

@@ -193,6 +193,8 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
     assert "no C++ compiler was found" in err
 
 
+VALIDATE = ("validate", "steered.onnx", "--against", "digits.onnx")
+
 # Arguments, exit code, what the one line says.
 MISTAKES = [
     (["patch", "missing.onnx", "--beta", "0.5"], 3, "missing.onnx: no such file"),
@@ -228,6 +230,16 @@ MISTAKES = [
     (["unpatch", "digits.onnx", "-o", "x.onnx"], 1, "no CTU"),
     (["unpatch", "missing.onnx"], 3, "no such file"),
     (["unpatch", "steered.onnx"], 2, "does not end in .ct.onnx"),
+    (["validate", "missing.onnx"], 3, "no such file"),
+    (["validate", "random.onnx"], 3, "not an ONNX model, or truncated"),
+    (["validate", "digits.onnx", "--against", "digits.onnx"], 1, "no CTU"),
+    (["validate", "steered.onnx", "--against", "missing.onnx"], 3, "missing.onnx: no such file"),
+    (["validate", "steered.onnx", "--shape", "8x8"], 2, "not of the form image=1x3x224x224"),
+    ([*VALIDATE, "--shape", "x=1"], 2, "no input 'x': choose among image"),
+    ([*VALIDATE, "--shape", "image=1x3x8x8"], 2, "'image' is batchx1x8x8, got 1x3x8x8"),
+    ([*VALIDATE, "--inputs", "missing.npz"], 3, "missing.npz: no such file"),
+    ([*VALIDATE, "--inputs", "taken.onnx"], 3, "cannot be read as an .npz file"),
+    ([*VALIDATE, "--providers", "None"], 4, "None is not available: choose among"),
     (["frobnicate"], 2, "No such command 'frobnicate'"),
 ]
 
@@ -256,6 +268,30 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
     assert err.startswith("ctonnx: ")
     assert line in err
     assert files() == before
+
+
+def test_validate_passes_and_fails(run):
+    """Tables or one document, and an exit code; a failure says where, in a line each."""
+    assert run("patch", "digits.onnx", "--beta", "0.85")[0] == 0
+    arguments = ("validate", "digits.ct.onnx", "--against", "digits.onnx")
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("compared with digits.onnx in ONNX Runtime, at beta 1\n")
+    assert "CPUExecutionProvider with the op library: passed\n  OUTPUT  MAX ABS" in out
+    document = json.loads(run(*arguments, "--json")[1])
+    assert (document["schema_version"], document["ok"], document["diverges"]) == (1, True, {})
+    first = document["outputs"][0]
+    assert first["run"] == "CPUExecutionProvider with the op library"
+    assert (first["name"], first["ok"], first["reason"], first["top1"]) == ("logits", True, None, 1)
+    assert all(first[key] >= 0 for key in ("max_abs", "max_rel", "ulp", "cosine"))
+
+    np.savez("nan.npz", image=np.full((1, 1, 8, 8), np.nan, np.float32))
+    code, out, err = run(*arguments, "--inputs", "nan.npz")
+    assert (code, out.count("FAILED")) == (1, 3)
+    assert "with the op library: 'logits' NaN\n" in err
+    assert "with the op library: the first activation to differ is node_relu\n" in err
+    code, out, _ = run(*arguments, "--inputs", "nan.npz", "--json")
+    assert (code, json.loads(out, parse_constant=pytest.fail)["outputs"][0]["ulp"]) == (1, None)
 
 
 def test_links_are_followed_and_modes_kept(run):
