@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import files, rewrite, runtime
-from .errors import CheckFailed, CtonnxError, ModelError
+from .errors import CheckFailed, CtonnxError, ModelError, first_line
+from .reference import arrays
 
 # Differences below this are noise: at beta 1 a CTU differs from ReLU by up to 7e-7 around 0.
 _NOISE = 1e-6
@@ -104,7 +105,7 @@ class Model:
         try:
             self._session = runtime.open_session(path, options, ["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
-            raise ModelError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+            raise ModelError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
         self.inputs = self._session.get_inputs()
         self.names = {i.name for i in self.inputs}
 
@@ -113,20 +114,8 @@ class Model:
         names = [output.name for output in self._session.get_outputs()]
         result = {}
         for name, value in zip(names, self._session.run(names, inputs), strict=True):
-            result.update(_arrays(name, value))
+            result.update(arrays(name, value))
         return result
-
-
-def _arrays(name, value):
-    """The arrays that an output holds, sequences and maps included, by name."""
-    if isinstance(value, list):
-        for i, element in enumerate(value):
-            yield from _arrays(f"{name}[{i}]", element)
-    elif isinstance(value, dict):
-        for key, element in value.items():
-            yield f"{name}[{key!r}]", np.asarray(element)
-    else:
-        yield name, value
 
 
 def random_inputs(model, seed=0):
@@ -162,7 +151,7 @@ def random_inputs(model, seed=0):
             error = caught
     raise CheckFailed(
         "the check found no random input that the original runs on, which says nothing of the "
-        f"steered model: {_first_line(error)}"
+        f"steered model: {first_line(error)}"
     )
 
 
@@ -224,7 +213,3 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
             if not comparison.ok:
                 raise CheckFailed(f"{check}: output {comparison.name!r} {comparison.reason}")
     return results
-
-
-def _first_line(error):
-    return str(error).partition("\n")[0][:300]
