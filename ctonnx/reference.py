@@ -25,9 +25,6 @@ _FLOAT_BY_DEFAULT = {
     "MelWeightMatrix": "output_datatype",
 }
 
-# Before it the operands of arithmetic broadcast by attributes, which the evaluator passes over.
-_MIN_OPSET = 7
-
 
 class Evaluator(ReferenceEvaluator):
     """onnx's evaluator in float64, with the ops of `reference_ops`. It changes what it is given.
@@ -85,8 +82,8 @@ class Reference:
 
     Raises:
         EnvironmentLacks: PyTorch is not installed.
-        ModelError: the model cannot be read, is of an opset before 7, holds an op that is not
-            known, or is a ModelProto with external data.
+        ModelError: the model cannot be read, holds an op that is not known, or is a ModelProto
+            with external data.
     """
 
     def __init__(self, model):
@@ -176,9 +173,7 @@ def _prepared(model):
         path = Path(model)
         copy = files.load(path)
     _name_default_domain(copy)
-    opset = next((entry.version for entry in copy.opset_import if not entry.domain), None)
-    if opset is not None and opset < _MIN_OPSET:
-        raise ModelError(f"the reference run needs opset {_MIN_OPSET}: the model's is {opset}")
+    _check_broadcast(copy)
     kept = [f for f in copy.functions if (f.domain, f.name) != (ctu.DOMAIN, ctu.OP_TYPE)]
     del copy.functions[:]
     copy.functions.extend(kept)
@@ -191,6 +186,18 @@ def _prepared(model):
     elif files.has_external_data(copy):
         raise ModelError("the model's external data are not at hand: give its path")
     return copy
+
+
+def _check_broadcast(model):
+    """Raise ModelError where operands broadcast as they did before opset 7."""
+    for scope in scopes(model):
+        for node in scope.body.node:
+            if {"axis", "broadcast"} <= {attribute.name for attribute in node.attribute}:
+                # The evaluator would pass over it.
+                raise ModelError(
+                    f"the reference run does not know the attribute axis of {node.op_type}, "
+                    "which went with opset 7: convert the model to a newer opset"
+                )
 
 
 def _name_default_domain(model):

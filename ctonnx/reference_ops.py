@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from onnx import defs
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops.op_resize import Resize as _Resize
+from onnx.reference.ops.op_loop import Loop
+from onnx.reference.ops.op_resize import Resize
 from torch.nn import functional
 
 from . import ctu
@@ -278,7 +279,7 @@ def _affine_grid(self, theta, size, *, align_corners):
     return functional.affine_grid(theta, size.tolist(), bool(align_corners))
 
 
-class _OldResize(_Op, _Resize):
+class _OldResize(_Op, Resize):
     """Before opset 11 there is no choice of coordinates, and Upsample is another name."""
 
     def _run(self, x, *inputs, **attributes):
@@ -292,6 +293,32 @@ class _OldResize(_Op, _Resize):
 
 # Wrong before opset 11: the evaluator knows the newest inputs and attributes only.
 _op("Upsample", "Resize", base=_OldResize)(None)
+
+
+# Unknown: it is the name of ScatterElements before opset 11.
+@_op("Scatter")
+def _scatter(self, x, indices, updates, *, axis):
+    return x.scatter(axis, indices, updates)
+
+
+class _Loop(Loop):
+    def _run(self, most, goes_on, *carried, context=None, attributes=None, bindings=None, **_):
+        goes_on = np.array(True) if goes_on is None else goes_on
+        count, step, scanned = len(carried), 0, []
+        while goes_on and (most is None or step < most):
+            inputs = dict(
+                zip(self.body.input_names, (np.int64(step), goes_on, *carried), strict=True)
+            )
+            outputs = self._run_body(context | inputs, attributes=attributes, bindings=bindings)
+            goes_on, carried = outputs[0], outputs[1 : 1 + count]
+            scanned.append(outputs[1 + count :])
+            step += 1
+        none = [np.zeros(0)] * (len(self.onnx_node.output) - count)
+        return (*carried, *(map(np.stack, zip(*scanned, strict=True)) if scanned else none))
+
+
+# Wrong: it adds no axis to what is gathered, and takes a condition left out for a false one.
+_op("Loop", base=_Loop)(None)
 
 
 # name: (function of x, alpha and beta; the default of alpha, of beta)
