@@ -286,9 +286,14 @@ class _OldResize(_Op, Resize):
         if self.version > 10:
             return super()._run(x, *inputs, **attributes)
         # An attribute before opset 9.
-        scales = np.float64(inputs[0] if inputs else attributes["scales"])
-        rules = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-        return super()._run(x, None, scales, mode=attributes["mode"], **rules)
+        for axis, scale in enumerate(inputs[0] if inputs else attributes["scales"]):
+            scales = np.ones(x.ndim)
+            scales[axis] = scale
+            # The docs say nothing of the pixel: this is what ONNX Runtime takes.
+            rules = {"nearest_mode": "ceil" if scale < 1 else "floor"}
+            rules["coordinate_transformation_mode"] = "asymmetric"
+            (x,) = super()._run(x, None, scales, mode=attributes["mode"], **rules)
+        return (x,)
 
 
 # Wrong before opset 11: the evaluator knows the newest inputs and attributes only.
@@ -344,15 +349,14 @@ _RECURRENT = {
 }
 
 
-def _activations(names, alphas, betas, clip):
+def _activations(names, alphas, betas):
     """The functions of these names; each takes what it needs of `alphas` and `betas` in turn."""
     alphas, betas = iter(alphas or []), iter(betas or [])
-    bound = math.inf if clip is None else clip
 
     def made(name):
         function, *defaults = _ACTIVATIONS[name]
         held = [next(v, default) for v, default in zip((alphas, betas), defaults, strict=False)]
-        return lambda x: function(x.clamp(-bound, bound), *held)
+        return lambda x: function(x, *held)
 
     return [made(name) for name in names]
 
@@ -396,10 +400,13 @@ def _recurrent(
         peepholes = x.new_zeros(directions, 3 * hidden)
     per = len(_RECURRENT[kind])
     names = activations or _RECURRENT[kind] * directions
-    functions = _activations(names, activation_alpha, activation_beta, clip)
+    functions = _activations(names, activation_alpha, activation_beta)
+    bound = math.inf if clip is None else clip
 
     def run(which, backwards):
-        functions_here = functions[which * per : (which + 1) * per]
+        gates = functions[which * per : (which + 1) * per]
+        # Not before the third, of the cell's state: so does ONNX Runtime, the docs say nothing.
+        gates[:2] = [lambda x, f=f: f(x.clamp(-bound, bound)) for f in gates[:2]]
         recurrence, (wb, rb) = r[which], b[which].chunk(2)
         projected = x @ w[which].T + wb
         state = x.new_zeros(batch, hidden)
@@ -413,7 +420,7 @@ def _recurrent(
                 c,
                 recurrence,
                 rb,
-                functions_here,
+                gates,
                 peepholes=peepholes[which].chunk(3),
                 linear=linear_before_reset,
                 coupled=input_forget,
