@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from . import ctu, files
 from .activations import DEFAULT_DOMAINS
 from .errors import EnvironmentLacks, ModelError, UsageError, first_line
-from .graph import scopes, typed_scopes
+from .graph import functions_of, key_of, scopes, typed_scopes
 
 # Attributes that name the element type of an output, or of what is computed with.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype", "output_dtype", "softmax_precision")
@@ -33,13 +33,11 @@ class Evaluator(ReferenceEvaluator):
     as functions among them: so each widens its own nodes, and gets the ops.
     """
 
-    more_ops = ()
-
-    def __init__(self, proto, **options):
+    def __init__(self, proto, new_ops=None, **options):
         from .reference_ops import OPS
 
         _widen(proto.graph if isinstance(proto, ModelProto) else proto)
-        super().__init__(proto, **{**options, "new_ops": [*self.more_ops, *OPS]})
+        super().__init__(proto, new_ops=[*(new_ops or ()), *OPS], **options)
 
 
 def _widen(body):
@@ -131,7 +129,10 @@ class Reference:
             with np.errstate(all="ignore"):
                 values = self._evaluator.run(names, feeds)
         except Exception as error:  # As above.
-            raise ModelError(f"the reference run failed: {first_line(error)}") from error
+            cause = error
+            while cause.__cause__ is not None:  # The evaluator wraps them, and says less.
+                cause = cause.__cause__
+            raise ModelError(f"the reference run failed: {first_line(cause)}") from error
         result = {}
         for name, value in zip(names, values, strict=True):
             result.update(arrays(name, _widened(value)))
@@ -178,14 +179,26 @@ def _prepared(model):
     del copy.functions[:]
     copy.functions.extend(kept)
     if kept:
-        # The evaluator knows no overloads of functions, nor inputs and attributes left out.
         typed_scopes(copy)  # refuses functions that call each other without end
+        # The evaluator knows no overloads of functions, nor inputs and attributes left out.
+        _give_defaults(copy)
         copy = inliner.inline_local_functions(copy)
     if path is not None:
         files.read_external_data(copy, path.parent)
     elif files.has_external_data(copy):
         raise ModelError("the model's external data are not at hand: give its path")
     return copy
+
+
+def _give_defaults(model):
+    """Write the defaults of functions into the calls that leave out an attribute, which the
+    inliner takes for absent."""
+    functions = functions_of(model)
+    for scope in scopes(model):
+        for node in scope.body.node:
+            if (function := functions.get(key_of(node))) is not None:
+                given = {attribute.name for attribute in node.attribute}
+                node.attribute.extend(a for a in function.attribute_proto if a.name not in given)
 
 
 def _check_broadcast(model):

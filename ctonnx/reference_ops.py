@@ -176,18 +176,18 @@ def _max_pool(
     padded = _pad(x.double(), _extended(pairs, beyond), -math.inf)
     pool = _for_rank("max_pool", x)
     y, at = pool(padded, kernel_shape, strides, dilation=dilations, return_indices=True)
-    # From an index into the padded axes to one into all of x.
-    place = torch.unravel_index(at, padded.shape[2:])
-    weights = torch.tensor(sizes).flip(0).cumprod(0).roll(1).index_fill(0, torch.tensor([0]), 1)
-    if storage_order:
-        weights = torch.tensor(sizes).cumprod(0).roll(1).index_fill(0, torch.tensor([0]), 1)
-    else:
-        weights = weights.flip(0)
-    batch = torch.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *[1] * len(sizes))
-    index = batch * math.prod(sizes)
-    for axis, (begin, _) in enumerate(pairs):
-        index = index + (place[axis] - begin) * weights[axis]
-    return y.to(x.dtype), index
+    # From an index into the padded axes of an image to one into all of x.
+    coordinates = []
+    for size, (begin, _) in reversed(list(zip(padded.shape[2:], pairs, strict=True))):
+        coordinates.append(at % size - begin)
+        at = at // size
+    index, stride = 0, 1
+    axes = list(zip(coordinates, reversed(sizes), strict=True))
+    for coordinate, size in reversed(axes) if storage_order else axes:
+        index = index + coordinate * stride
+        stride *= size
+    images = torch.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *[1] * len(sizes))
+    return y.to(x.dtype), index + images * stride
 
 
 # Slow, and wrong for ceil_mode: it pads at the beginning too.
@@ -257,7 +257,9 @@ def _softmax(self, x, *, axis):
     function = torch.softmax if self.op_type == "Softmax" else torch.log_softmax
     if self.version >= 13:
         return function(x, axis)
-    return function(x.flatten(axis), axis if axis >= 0 else axis + x.ndim).reshape(x.shape)
+    axis += x.ndim if axis < 0 else 0
+    rows = x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+    return function(rows, 1).reshape(x.shape)
 
 
 # In float32, and slow.
