@@ -293,11 +293,6 @@ def check_output(path, force=False):
     return path
 
 
-def has_external_data(model):
-    """Whether any tensor of a ModelProto is kept in another file."""
-    return any(map(_is_external, _tensors(model)))
-
-
 def check_external_data(model, folder):
     """The external data files of `model`: a dict from location, without detours, to Path.
 
@@ -324,6 +319,27 @@ def check_external_data(model, folder):
             raise ModelError(f"external data of {tensor.name!r}: {error}") from None
     # `a` and `./a` are one file.
     return {os.path.normpath(location): folder / location for location in sizes}
+
+
+def has_external_data(model):
+    """Whether some tensor of `model` has its data in another file."""
+    return any(map(_is_external, _tensors(model)))
+
+
+def read_external_data(model, folder):
+    """Bring the external data in `folder` into `model`.
+
+    Raises:
+        ModelError: as `check_external_data`.
+    """
+    check_external_data(model, folder)
+    for tensor in filter(_is_external, _tensors(model)):
+        entry = {item.key: item.value for item in tensor.external_data}
+        with open(folder / entry["location"], "rb") as stream:
+            stream.seek(int(entry.get("offset", 0)))
+            tensor.raw_data = stream.read(_byte_size(tensor))
+        tensor.ClearField("data_location")
+        del tensor.external_data[:]
 
 
 def _checked_size(folder, location):
