@@ -140,13 +140,14 @@ def _measure(expected, actual, kind):
     difference = np.abs(actual - expected)
     max_abs = float(difference.max(initial=0.0))
     largest = float(np.abs(expected).max(initial=0.0))
-    lengths = float(np.linalg.norm(expected) * np.linalg.norm(actual))
+    # Divided by the largest, for squares can overflow. Two vectors of zeros are alike.
+    one, other = expected / (largest or 1.0), actual / (np.abs(actual).max(initial=0.0) or 1.0)
+    lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
     return {
         "max_abs": max_abs,
         "max_rel": max_abs / largest if largest else (0.0 if max_abs == 0.0 else float("inf")),
         "ulp": float((difference / _unit(expected, kind)).max(initial=0.0)),
-        # Two vectors of zeros are alike.
-        "cosine": float(expected @ actual) / lengths if lengths else float(max_abs == 0.0),
+        "cosine": float(one @ other) / lengths if lengths else float(max_abs == 0.0),
     }
 
 
