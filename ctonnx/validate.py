@@ -93,7 +93,15 @@ def validate(
         betas = dict.fromkeys(names & _required(model), np.array(1.0, np.float32))
     ways = _ways(path, model, providers, notes)
     first = ways[0].open()
-    inputs = random_inputs(first, shapes, betas) if inputs is None else load_inputs(inputs, first)
+    if inputs is None:
+        try:
+            inputs = random_inputs(first, shapes, betas)
+        except CheckFailed as error:
+            raise CheckFailed(
+                f"{error}: give sizes with --shape, or values with --inputs"
+            ) from None
+    else:
+        inputs = load_inputs(inputs, first)
     if against is not None:
         inputs.update(betas)
     wanted = expected.run({n: v for n, v in inputs.items() if against is None or n not in betas})
