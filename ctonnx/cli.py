@@ -61,7 +61,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "--params",
     "params_file",
     metavar="FILE",
-    help="Beta and coeff by node name or regular expression, per channel too: .json or .npz.",
+    help="Beta and coeff by node name or regular expression, per channel too: .json or .npz; or of "
+    "a T-CT state dict: .pth.",
 )
 @click.option(
     "--check",
@@ -230,6 +231,49 @@ def unpatch(model, output, force, as_json):
         _print_json(written)
     else:
         _echo(written, f"wrote {written}: the original")
+
+
+@cli.command()
+@click.argument("model", metavar="PKG:FACTORY")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="SHAPE",
+    help="Shape of an input, like 1x3x224x224; once for each, in order.",
+)
+@click.option("--beta", type=float, help="Curvature in [0, 1] of all activations.")
+@click.option(
+    "--coeff", type=float, default=0.5, show_default=True, help="The paper's c, in [0, 1]."
+)
+@click.option("--checkpoint", metavar="FILE", help="State dict of the T-CT model: .pth.")
+@click.option("-o", "--output", required=True, help="Where to write; - for standard output.")
+@_force
+@_json
+def export(model, inputs, output, as_json, **choices):
+    """Export a PyTorch model as a steered ONNX model.
+
+    FACTORY is a function without arguments, in a package or module that can be imported from the
+    current folder, and gives the nn.Module. A .pt2 file of torch.export.save can take its place.
+    """
+    shapes = [_shape(text) for text in inputs]
+    from . import factory
+
+    report, written = factory.export(model, shapes, output, **choices)
+    if as_json:
+        replaced = [_as_json(a, "module") for a in report.replaced]
+        skipped = [_as_json(a, "reason") for a in report.skipped]
+        _print_json(written, replaced=replaced, skipped=skipped, notes=report.notes)
+    else:
+        count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
+        _echo(written, f"wrote {written}: {count}")
+
+
+def _shape(text):
+    sizes = text.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise click.UsageError(f"--input {text}: expected sizes like 1x3x224x224")
+    return [int(size) for size in sizes]
 
 
 @cli.command()
