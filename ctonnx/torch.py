@@ -521,6 +521,10 @@ def _replace(model, new):
         for name, child in parent._modules.items():
             if child in new:
                 parent._modules[name] = new[child]
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    parent.activation_relu_or_gelu = (
+                        0  # Its fused inference path has a ReLU inside.
+                    )
     return new.get(model, model)
 
 
