@@ -79,9 +79,13 @@ class Trained(dict):
 
     def _module(self, name):
         """The key that a name like "/layer1/layer1.0/relu_1/Relu" stands for, None for none."""
-        module = ""
+        parts = [""]
         for part in name.split("/")[1:-1]:
-            module = part if not module or part.startswith(f"{module}.") else f"{module}.{part}"
+            # What a container holds is named with the container's own name.
+            if not part.startswith(f"{parts[-1]}."):
+                parts.append("")
+            parts[-1] = part
+        module = ".".join(parts[1:])
         # A number is that of a module's second and further calls.
         return next((key for key in (module, re.sub(r"_\d+$", "", module)) if key in self), None)
 
