@@ -62,7 +62,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "--params",
     "params_file",
     metavar="FILE",
-    help="Beta and coeff by node name or regular expression, per channel too: .json or .npz.",
+    help="Beta and coeff by node name or regular expression, per channel too: .json or .npz; or of "
+    "a T-CT state dict: .pth.",
 )
 @click.option(
     "--check",
@@ -245,6 +246,12 @@ def unpatch(model, output, force, as_json):
     metavar="ORIGINAL",
     help="Compare with this unsteered model, at beta 1. [default: a float64 run with PyTorch]",
 )
+@click.option(
+    "--torch",
+    "module",
+    metavar="PKG:FACTORY",
+    help="Compare with this PyTorch model, as for `ctonnx export`, steered alike.",
+)
 @click.option("--inputs", metavar="FILE", help="An .npz file of inputs. [default: random ones]")
 @click.option(
     "--shape",
@@ -273,7 +280,7 @@ def validate(model, shapes, providers, as_json, **options):
 
     result = validate(
         model,
-        shapes=dict(map(_shape, shapes)),
+        shapes=dict(map(_named_sizes, shapes)),
         providers=[name.strip() for name in providers.split(",")],
         **options,
     )
@@ -307,13 +314,19 @@ def validate(model, shapes, providers, as_json, **options):
         sys.exit(CheckFailed.exit_code)
 
 
-def _shape(text):
-    """The name and sizes in `image=1x3x224x224`."""
-    name, equals, dims = text.rpartition("=")
-    sizes = dims.split("x")
-    if not equals or not all(size.isdecimal() for size in sizes):
-        raise click.UsageError(f"--shape: {text!r} is not of the form image=1x3x224x224")
-    return name, [int(size) for size in sizes]
+def _sizes(option, text):
+    sizes = text.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise click.UsageError(f"--{option} {text}: expected sizes like 1x3x224x224")
+    return [int(size) for size in sizes]
+
+
+def _named_sizes(text):
+    """The name and the sizes in `image=1x3x224x224`."""
+    name, equals, sizes = text.rpartition("=")
+    if not equals:
+        raise click.UsageError(f"--shape {text}: expected an input's name and =1x3x224x224")
+    return name, _sizes("shape", sizes)
 
 
 # So many rows of a run are shown; of more, the worst and how many there are.
@@ -339,6 +352,41 @@ def _measurements(run):
         numbers = o.max_abs, o.max_rel, o.ulp, o.cosine, o.top1
         cells = zip(("{:.1e}", "{:.1e}", "{:.1f}", "{:.9f}", "{:.1%}"), numbers, strict=True)
         yield o.name, *("" if value is None else form.format(value) for form, value in cells)
+
+
+@click.argument("model", metavar="PKG:FACTORY")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="SHAPE",
+    help="Shape of an input, like 1x3x224x224; once for each, in order.",
+)
+@click.option("--beta", type=float, help="Curvature in [0, 1] of all activations.")
+@click.option(
+    "--coeff", type=float, default=0.5, show_default=True, help="The paper's c, in [0, 1]."
+)
+@click.option("--checkpoint", metavar="FILE", help="State dict of the T-CT model: .pth.")
+@click.option("-o", "--output", required=True, help="Where to write; - for standard output.")
+@_force
+@_json
+def export(model, inputs, output, as_json, **choices):
+    """Export a PyTorch model as a steered ONNX model.
+
+    FACTORY is a function without arguments, in a package or module that can be imported from the
+    current folder, and gives the nn.Module. A .pt2 file of torch.export.save can take its place.
+    """
+    shapes = [_sizes("input", text) for text in inputs]
+    from . import factory
+
+    report, written = factory.export(model, shapes, output, **choices)
+    if as_json:
+        replaced = [_as_json(a, "module") for a in report.replaced]
+        skipped = [_as_json(a, "reason") for a in report.skipped]
+        _print_json(written, replaced=replaced, skipped=skipped, notes=report.notes)
+    else:
+        count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
+        _echo(written, f"wrote {written}: {count}")
 
 
 @cli.command()

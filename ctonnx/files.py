@@ -146,6 +146,33 @@ def edit(path, change, output, force=False, verify=None, progress=None, write=Tr
     return result, output
 
 
+def save(model, output, force=False):
+    """Write a ModelProto that holds its data itself, under its name only once it is complete.
+
+    Returns:
+        The Path, or `-`, that was written.
+
+    Raises:
+        UsageError: as for `check_output`.
+        ModelError: it is larger than a model can be.
+    """
+    output = check_output(output, force)
+    serialized = _serialized(model, output)
+    if output == STDIO:
+        _write_standard_output(serialized)
+        return output
+    target = output.resolve()
+    try:
+        with _staging(target, {}, None) as (_, temporary):
+            _write(serialized, temporary)
+            if target.exists():
+                shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+    except OSError as error:
+        raise UsageError(f"{output}: cannot be written: {error.strerror}") from None
+    return output
+
+
 def _data_to_copy(model, folder, target):
     """Location -> file of the external data in `folder`; none where a model at `target` has them.
 

@@ -270,29 +270,29 @@ def unsteer(model):
     for scope in scopes(model):
         # PRelu's slope is the model's own: what restored nodes still use is no parameter of ours.
         if isinstance(scope.body, FunctionProto):
-            _keep(scope.body.input, lambda name: name not in parameters)
+            keep(scope.body.input, lambda name: name not in parameters)
         for node in scope.body.node:
             if _metadata(node, ORIGINAL) is not None:
                 _restore(node)
         if inserted:
-            _keep(scope.body.node, lambda node: node.op_type)
+            keep(scope.body.node, lambda node: node.op_type)
     for i in reversed(range(len(model.functions))):
         if ctu.is_ctu(model.functions[i]):
             del model.functions[i]
     original = _metadata(model, ORIGINAL)
     before = _decode(ModelProto, original) if original is not None else ModelProto()
     if not before.opset_import:
-        _keep(model.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+        keep(model.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
     for function in model.functions:
-        _keep(function.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
-    _keep(model.graph.initializer, lambda tensor: tensor.name not in parameters)
-    _keep(model.graph.input, lambda value: value.name not in parameters)
+        keep(function.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+    keep(model.graph.initializer, lambda tensor: tensor.name not in parameters)
+    keep(model.graph.input, lambda value: value.name not in parameters)
     if before.ir_version:
         model.ir_version = before.ir_version
     if before.graph.input:
         del model.graph.input[:]
         model.graph.input.extend(before.graph.input)
-    _keep(model.metadata_props, lambda entry: not entry.key.startswith("ctonnx."))
+    keep(model.metadata_props, lambda entry: not entry.key.startswith("ctonnx."))
 
 
 # --- finding
@@ -565,7 +565,7 @@ def _raise_ir(model, minimum, before, report):
         # Runtime from folding and fusing it.
         constants = {tensor.name for tensor in model.graph.initializer}
         before.graph.input.extend(model.graph.input)
-        _keep(model.graph.input, lambda value: value.name not in constants)
+        keep(model.graph.input, lambda value: value.name not in constants)
         report.notes.append(
             "initializers are no longer listed as inputs, as that IR version has it"
         )
@@ -754,7 +754,7 @@ def _inline(model):
             if op_type is not None:
                 node.metadata_props.add(key=LOWERED, value=op_type)
     for owner in (model, *model.functions):
-        _keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+        keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
 
 
 # --- records
@@ -799,7 +799,7 @@ def _restore(node):
     if before.output:
         node.ClearField("output")
     node.MergeFrom(before)
-    _keep(node.metadata_props, lambda entry: entry.key != ORIGINAL)
+    keep(node.metadata_props, lambda entry: entry.key != ORIGINAL)
 
 
 def _original_op(node):
@@ -838,7 +838,7 @@ def _decimal(tensor):
     return np.reshape([float(str(value)) for value in array.ravel()], array.shape).tolist()
 
 
-def _keep(repeated, wanted):
+def keep(repeated, wanted):
     """Drop the elements of a repeated field that are not `wanted`."""
     for i in reversed(range(len(repeated))):
         if not wanted(repeated[i]):
