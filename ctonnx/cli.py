@@ -244,7 +244,7 @@ def unpatch(model, output, force, as_json):
 @click.option(
     "--against",
     metavar="ORIGINAL",
-    help="Compare with this unsteered model, at beta 1. [default: a float64 run with PyTorch]",
+    help="Compare with this unsteered model, at beta 1. [default: with a float64 run]",
 )
 @click.option(
     "--torch",
@@ -354,6 +354,7 @@ def _measurements(run):
         yield o.name, *("" if value is None else form.format(value) for form, value in cells)
 
 
+@cli.command()
 @click.argument("model", metavar="PKG:FACTORY")
 @click.option(
     "--input",

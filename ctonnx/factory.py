@@ -8,7 +8,15 @@ import warnings
 
 from . import files, rewrite
 from .errors import CtonnxError, ModelError, NothingToDo, UsageError
-from .torch import read_checkpoint, restore, steer, torch  # torch, or the error that it is missing
+from .runs import arrays
+from .torch import (  # torch, or the error that it is missing
+    CTU,
+    is_steered,
+    read_checkpoint,
+    restore,
+    steer,
+    torch,
+)
 from .torch_export import exported, resteer
 
 
@@ -66,6 +74,66 @@ def _line(error):
         error = error.__cause__
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+class _Record(torch.overrides.TorchFunctionMode):
+    """Keeps what every CT unit gives, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "ctu":
+            self.values.append(result.detach().clone())
+        return result
+
+
+def run(target, inputs, names, beta=None, coeff=None):
+    """Run the model that `target` names, steered.
+
+    Args:
+        target: as for `load`, but of a function.
+        inputs: arrays, in the order of its arguments.
+        names: of its outputs, in order; one more is called "output N".
+        beta, coeff: numbers to steer it with, where it holds no CT units of its own.
+
+    Returns:
+        dict from name to array of the outputs, and the list of what its CT units gave.
+
+    Raises:
+        UsageError: as for `load`; it fails with these inputs, or holds no CT units and beta is
+            None.
+        ModelError: as for `load`.
+    """
+    model = load(target)
+    if isinstance(model, torch.export.ExportedProgram):
+        raise UsageError(f"{target}: is a graph, which cannot be steered: name a PKG:FACTORY")
+    if not is_steered(model) and not any(isinstance(m, CTU) for m in model.modules()):
+        if beta is None:
+            raise UsageError(
+                f"{target}: holds no CT units, and those of the ONNX model have no beta in common "
+                "to steer it with"
+            )
+        steer(model, beta, coeff)
+    record = _Record()
+    try:
+        with torch.no_grad(), record:
+            result = model(*map(torch.from_numpy, inputs))
+    except Exception as error:  # Whatever the user's module raises.
+        raise UsageError(f"{target}: fails with the model's inputs: {_line(error)}") from error
+    values = list(result.values() if isinstance(result, dict) else _flat(result))
+    names = [*names, *(f"output {i}" for i in range(len(names), len(values)))]
+    outputs = arrays((name, value.numpy()) for name, value in zip(names, values, strict=False))
+    return outputs, [value.numpy() for value in record.values]
+
+
+def _flat(result):
+    """The tensors in nested tuples and lists."""
+    if isinstance(result, tuple | list):
+        return [tensor for part in result for tensor in _flat(part)]
+    return [result]
 
 
 def export(target, shapes, output, *, beta=None, coeff=0.5, checkpoint=None, force=False):

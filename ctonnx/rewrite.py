@@ -44,6 +44,9 @@ ORIGINAL = "ctonnx.original"
 # and empty on those inside that would look like activations themselves.
 LOWERED = "ctonnx.lowered"
 
+# What stands for beta or coeff in the model's metadata where it is not one number.
+PER_ACTIVATION = "per activation"
+
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
 
@@ -193,13 +196,21 @@ def steer(
         _inline(model)
     from . import __version__
 
-    beta = "per activation" if beta is None else repr(beta)
-    entries = {"version": __version__, "beta": beta, "coeff": repr(coeff)}
+    entries = {"version": __version__}
+    entries |= {key: _in_common([values[key] for values in given]) for key in ("beta", "coeff")}
     if report.beta_name:
         entries["beta_input"] = report.beta_name
     for key, value in entries.items():
         model.metadata_props.add(key=f"ctonnx.{key}", value=value)
     return report
+
+
+def _in_common(arrays):
+    """The number that all the float32 arrays are, as text, or "per activation"."""
+    numbers = {str(array[()]) for array in arrays if not array.ndim}
+    return (
+        numbers.pop() if len(numbers) == 1 and not any(a.ndim for a in arrays) else PER_ACTIVATION
+    )
 
 
 def set_beta(model, beta):

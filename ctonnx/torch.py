@@ -366,7 +366,7 @@ def steer(model, beta, coeff=0.5):
     """
     beta, coeff = check_unit_interval("beta", beta), check_unit_interval("coeff", coeff)
     _check_plain(model)
-    if any(isinstance(module, _Steered) for module in model.modules()):
+    if is_steered(model):
         raise UsageError("the model is already steered: remove the handle of that first")
     # As the ONNX op has them.
     held = torch.tensor(beta, dtype=torch.float32), torch.tensor(coeff, dtype=torch.float32)
@@ -382,6 +382,11 @@ def steer(model, beta, coeff=0.5):
     body = {"__call__": call, "__prepare_scriptable__": refuse, "__module__": original.__module__}
     model.__class__ = type(original.__name__, (_Steered, original), body)
     return _Handle(model, original)
+
+
+def is_steered(model):
+    """Whether `steer` has changed the model or a part of it."""
+    return any(isinstance(module, _Steered) for module in model.modules())
 
 
 def _check_plain(model):

@@ -47,7 +47,15 @@ class Validation:
 
 
 def validate(
-    path, *, against=None, inputs=None, shapes=None, providers=(CPU,), rtol=None, atol=None
+    path,
+    *,
+    against=None,
+    module=None,
+    inputs=None,
+    shapes=None,
+    providers=(CPU,),
+    rtol=None,
+    atol=None,
 ):
     """Compare what a model gives in ONNX Runtime with what it must give.
 
@@ -58,8 +66,10 @@ def validate(
 
     Args:
         path: the model's path.
-        against: path of the original, which the model at beta 1 is compared with. Where None, the
-            expected outputs are those of the model run by PyTorch in float64.
+        against: path of the original, which the model at beta 1 is compared with.
+        module: "PKG:FACTORY" of a PyTorch model to compare with, steered as the ONNX model is where
+            it holds no CT units. Where both are None, the expected outputs are those of the ONNX
+            model run with PyTorch in float64.
         inputs: path of an .npz file with an array for each input; random ones where None.
         shapes: input name -> list of sizes, for the random inputs.
         providers: names of execution providers.
@@ -74,52 +84,48 @@ def validate(
             model has no fallback.
         ModelError: the model or the inputs cannot be read or run.
         NothingToDo: there is no beta to set to 1 for `against`.
-        UsageError: shapes or inputs do not fit the model, or one that is needed is not given.
+        UsageError: shapes or inputs do not fit the model, one that is needed is not given, or the
+            PyTorch model cannot be made, steered or run.
     """
+    if against is not None and module is not None:
+        raise UsageError("against and torch are two things to compare with: give one")
     path = Path(path)
     model = files.load(path)
     files.check_external_data(model, path.parent)
     notes = []
-    if against is None:
-        from .reference import Reference
-
-        what, expected = "PyTorch in float64", Reference(path)
-        betas = _fed_betas(model)
+    if against is not None:
+        side = _Original(Path(against), model)
+    elif module is not None:
+        side = _Module(module, model)
     else:
-        what = f"{against} in ONNX Runtime, at beta 1"
-        expected = _Way("", Path(against), files.load(against))
-        names = rewrite.beta_names(model)
-        rewrite.fill_beta(model, names, 1.0)
-        betas = dict.fromkeys(names & _required(model), np.array(1.0, np.float32))
+        side = _Reference(path, model)
     ways = _ways(path, model, providers, notes)
     first = ways[0].open()
     if inputs is None:
         try:
-            inputs = random_inputs(first, shapes, betas)
+            inputs = random_inputs(first, shapes, side.fed)
         except CheckFailed as error:
             raise CheckFailed(
                 f"{error}: give sizes with --shape, or values with --inputs"
             ) from None
     else:
-        inputs = load_inputs(inputs, first)
-    if against is not None:
-        inputs.update(betas)
-    wanted = expected.run({n: v for n, v in inputs.items() if against is None or n not in betas})
-    check = partial(compare, rtol=rtol, atol=atol, reference=against is None)
+        inputs = side.fed | load_inputs(inputs, first)
+    wanted = side.run(inputs)
+    check = partial(compare, rtol=rtol, atol=atol, reference=side.exact)
     runs = []
     for way in ways:
         outputs = check(wanted, way.run(inputs))
         diverges = None
         if not all(output.ok for output in outputs):
-            diverges = _first_to_diverge(model, inputs, expected, way, check)
+            diverges = _first_to_diverge(model, inputs, side, way, check)
         runs.append(Run(way.name, outputs, diverges))
-    if against is None:
+    if side.exact:
         units = Units(model, inputs)
         for way in ways:
             if units and not way.blocked:
                 outputs = units.compare(way.open, way.library)
                 runs.append(Run(f"each CTU by itself, {way.name}", outputs))
-    return Validation(what, runs, notes)
+    return Validation(side.what, runs, notes)
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,72 @@ def _ways(path, model, providers, notes):
     return ways
 
 
+# --- what the runs are compared with: `run` gives the outputs, or the tensors `names` of the graph,
+# `fed` is what is fed for a beta without default, and `exact` tells float64 apart
+
+
+class _Reference:
+    what, exact = "PyTorch in float64", True
+
+    def __init__(self, path, model):
+        from .reference import Reference
+
+        self.run, self.fed = Reference(path).run, _fed_betas(model)
+
+
+class _Original:
+    """The original in ONNX Runtime; `model` is set to beta 1."""
+
+    exact = False
+
+    def __init__(self, path, model):
+        self.what = f"{path} in ONNX Runtime, at beta 1"
+        self._way = _Way("", path, files.load(path))
+        names = rewrite.beta_names(model)
+        rewrite.fill_beta(model, names, 1.0)
+        self.fed = dict.fromkeys(names & _required(model), np.array(1.0, np.float32))
+
+    def run(self, inputs, names=None):
+        own = {value.name for value in self._way.model.graph.input}
+        return self._way.run({n: v for n, v in inputs.items() if n in own}, names)
+
+
+class _Module:
+    """A PyTorch model, steered as `model` is."""
+
+    exact = False
+
+    def __init__(self, target, model):
+        self.what, self._target, self._model = f"{target} in PyTorch", target, model
+        self.fed = _fed_betas(model)
+
+    def run(self, inputs, names=None):
+        from . import factory
+
+        betas = set()
+        with suppress(NothingToDo):
+            betas = rewrite.beta_names(self._model)
+        beta = next((float(inputs[n]) for n in betas & inputs.keys()), self._number("beta"))
+        graph = self._model.graph
+        order = [v.name for v in graph.input if v.name in inputs and v.name not in betas]
+        outputs, activations = factory.run(
+            self._target,
+            [inputs[name] for name in order],
+            [value.name for value in graph.output],
+            beta,
+            self._number("coeff"),
+        )
+        return outputs if names is None else dict(zip(names, activations, strict=False))
+
+    def _number(self, key):
+        """What the model was steered with, None where that differs by activation."""
+        value = next((e.value for e in self._model.metadata_props if e.key == f"ctonnx.{key}"), "")
+        try:
+            return float(value)
+        except ValueError:
+            return None
+
+
 def _required(model):
     """The names of the graph's inputs that have no default."""
     defaults = {tensor.name for tensor in model.graph.initializer}
@@ -211,11 +283,11 @@ def _with_outputs(model, names):
     return copy
 
 
-def _first_to_diverge(model, inputs, expected, way, check):
+def _first_to_diverge(model, inputs, side, way, check):
     """The name of the first activation whose output differs, or None."""
     labels = _activations_by_output(model)
     try:
-        wanted, got = (side.run(inputs, list(labels)) for side in (expected, way))
+        wanted, got = (run(inputs, list(labels)) for run in (side.run, way.run))
     except (
         Exception
     ):  # One of the sides cannot give these tensors; the difference is reported anyway.

@@ -259,3 +259,70 @@ def test_inputs_and_shapes_that_do_not_fit(tmp_path):
     (tmp_path / "inputs.npz").write_bytes(b"no archive")
     with pytest.raises(ModelError, match="cannot be read as an"):
         validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
+
+
+NETWORKS = """
+import torch
+from torch import nn
+from ctonnx.torch import trainable
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU6(), nn.Flatten(),
+        nn.Linear(64, 8), nn.LeakyReLU(0.1), nn.Linear(8, 3),
+    )
+
+def more_outputs():
+    class Two(nn.Module):
+        inner = net()
+        def forward(self, x):
+            return self.inner(x), x
+    return Two()
+
+def tuned():
+    model = trainable(net(), torch.zeros(1, 1, 8, 8))
+    for name, parameter in model.named_parameters():
+        if "_raw" in name:
+            nn.init.normal_(parameter)
+    return model
+"""
+
+
+def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
+    """Steered as the ONNX model is; one activation that is not fails, and is named."""
+    pytest.importorskip("onnxscript")
+    from ctonnx import factory
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "networks_to_compare.py").write_text(NETWORKS)
+    name = "networks_to_compare:{}".format
+    path = tmp_path / "net.ct.onnx"
+    factory.export(name("net"), [[1, 1, 8, 8]], path, beta=0.85, coeff=0.3)
+    result = validate.validate(path, module=name("net"))
+    assert result.ok
+    assert result.against == "networks_to_compare:net in PyTorch"
+
+    result = validate.validate(path, module=name("more_outputs"))
+    assert [o.reason for o in result.runs[0].outputs] == [None, "missing in one of the runs"]
+
+    original = files.load(path)
+    rewrite.unsteer(original)
+    names = [a.name for a in rewrite.find(original)]
+    for beta_as in ("initializer", "required-input"):
+        model = files.load(path)
+        rewrite.unsteer(model)
+        rewrite.steer(model, 0.85, 0.3, exclude=f"^{names[1]}$", beta_as=beta_as)
+        path.write_bytes(model.SerializeToString())
+        result = validate.validate(path, module=name("net"))
+        assert failed(result) == {WITH, WITHOUT, BLOCKED}
+        assert {run.diverges for run in result.runs} == {names[1]}
+        assert result.notes == [f"not steered, though it could be: {names[1]}"]
+
+    factory.export(name("tuned"), [[1, 1, 8, 8]], path, force=True)
+    assert validate.validate(path, module=name("tuned")).ok
+    with pytest.raises(UsageError, match="have no beta in common"):
+        validate.validate(path, module=name("net"))
+    with pytest.raises(UsageError, match="give one"):
+        validate.validate(path, module=name("net"), against=path)
