@@ -1,6 +1,7 @@
 """What the tests share: small models as ONNX text, and real models from published packages."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from onnx.backend.test.loader import load_model_tests
 
 from ctonnx import activations, ctu, rewrite
 from ctonnx.graph import scopes
+
+# The tests run in several processes, where PyTorch's threads would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "samples" / "digits"
