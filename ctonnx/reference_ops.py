@@ -34,7 +34,9 @@ class _TorchOp(_Op):
     """An op whose `body` takes inputs as tensors, and attributes, and gives a tensor or several."""
 
     def _run(self, *inputs, **attributes):
-        outputs = self.body(*map(_tensor, inputs), **attributes)
+        # float32 numbers would make float32 of what is computed of them.
+        exact = {k: float(v) if isinstance(v, np.floating) else v for k, v in attributes.items()}
+        outputs = self.body(*map(_tensor, inputs), **exact)
         return tuple(t.numpy() for t in (outputs if isinstance(outputs, tuple) else [outputs]))
 
 
