@@ -16,7 +16,6 @@ import onnx
 import onnx.parser
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from onnx.backend.test.loader import load_model_tests
 
 from ctonnx import activations, ctu, rewrite
 from ctonnx.graph import scopes
@@ -55,6 +54,8 @@ class Case(NamedTuple):
 def backend_cases(kind):
     """Yield the Cases of the backend test data of a kind. The wheel lacks the folder of the kind
     "node", whose cases are made by onnx.backend.test.case."""
+    from onnx.backend.test.loader import load_model_tests
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = load_model_tests(kind=kind)
