@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
 from . import activations, ctu, files, runtime
@@ -172,7 +171,7 @@ def _load_weights(model, path):
     folder = Path(path).parent
     data = files.check_external_data(model, folder).values()
     _check_size(model.ByteSize() + sum(file.stat().st_size for file in data))
-    onnx.load_external_data_for_model(model, str(folder))
+    files.read_external_data(model, folder)
 
 
 def _check_size(size):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from onnx import defs
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops import load_op
 from onnx.reference.ops.op_loop import Loop
 from onnx.reference.ops.op_resize import Resize
 from torch.nn import functional
@@ -33,7 +34,9 @@ class _TorchOp(_Op):
     """An op whose `body` takes inputs as tensors, and attributes, and gives a tensor or several."""
 
     def _run(self, *inputs, **attributes):
-        outputs = self.body(*map(_tensor, inputs), **attributes)
+        # float32 numbers would make float32 of what is computed of them.
+        exact = {k: float(v) if isinstance(v, np.floating) else v for k, v in attributes.items()}
+        outputs = self.body(*map(_tensor, inputs), **exact)
         return tuple(t.numpy() for t in (outputs if isinstance(outputs, tuple) else [outputs]))
 
 
@@ -326,6 +329,18 @@ class _Loop(Loop):
 
 # Wrong: it adds no axis to what is gathered, and takes a condition left out for a false one.
 _op("Loop", base=_Loop)(None)
+
+
+class _Dequantize(OpRun):
+    _run = None  # abstract otherwise
+
+    def __new__(cls, node, run_params):
+        newest = load_op("", node.op_type, max(19, run_params["opsets"][""]))
+        return newest(node, run_params)
+
+
+# Unknown before opset 19, though it is the same.
+_op("DequantizeLinear", base=_Dequantize)(None)
 
 
 # name: (function of x, alpha and beta; the default of alpha, of beta)

@@ -1,6 +1,7 @@
 """What the tests share: small models as ONNX text, and real models from published packages."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import onnx
 import onnx.parser
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from onnx.backend.test.loader import load_model_tests
 
 from ctonnx import activations, ctu, rewrite
 from ctonnx.graph import scopes
+
+# The tests run in several processes, where PyTorch's threads would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "samples" / "digits"
@@ -51,6 +54,8 @@ class Case(NamedTuple):
 def backend_cases(kind):
     """Yield the Cases of the backend test data of a kind. The wheel lacks the folder of the kind
     "node", whose cases are made by onnx.backend.test.case."""
+    from onnx.backend.test.loader import load_model_tests
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = load_model_tests(kind=kind)

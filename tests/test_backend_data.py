@@ -21,6 +21,8 @@ from ctonnx.validate import Model, compare, random_inputs
 
 pytest.importorskip("torch")
 
+from ctonnx.reference_ops import OPS
+
 BETA = np.float32(0.85)
 # Not one half, which is blind to c and 1 - c swapped.
 COEFF = np.float32(0.3)
@@ -30,6 +32,9 @@ BLIND = {}
 
 # Whether the op library is registered, by lowering.
 LIBRARY = {"portable": (False, True), "op": (True,), "primitives": (False,)}
+
+# Hundreds of megabytes of weights, and no op that the other light models lack.
+HEAVY = ("bvlc_alexnet", "vgg19", "zfnet512")
 
 # How many models of each kind are steered, at least.
 KINDS = {"node": 17, "simple": 1, "pytorch-converted": 9, "pytorch-operator": 1}
@@ -133,7 +138,9 @@ def in_reference(model, inputs, library=False):
     # The ReferenceEvaluator forgets new_ops in functions.
     others = [(f.domain, f.name) for f in model.functions if f.name != ctu.OP_TYPE]
     model = inliner.inline_selected_functions(model, others) if others else model
-    return evaluated(ReferenceEvaluator(model, new_ops=[CTU] if library else []), inputs)
+    # onnx's Loop is wrong; the others that are, are not in these models.
+    ops = [op for op in OPS if op.__name__ == "Loop"]
+    return evaluated(ReferenceEvaluator(model, new_ops=[CTU, *ops] if library else ops), inputs)
 
 
 def in_onnxruntime(model, inputs, library=False):
@@ -208,10 +215,10 @@ def test_every_light_model_follows_the_oracle(name):
     shape = in_onnxruntime(model, inputs)[last].shape
     model.graph.output[-1].CopyFrom(helper.make_tensor_value_info(last, TensorProto.FLOAT, shape))
     assert assert_follows_the_oracle(model, inputs)
-    # The reference run, too, gives what ONNX Runtime does.
-    for beta in 1.0, BETA:
-        changed, _ = steered(model, beta, "portable")
-        assert not wrong(Reference(changed).run(inputs), in_onnxruntime(changed, inputs))
+    if name not in HEAVY:
+        # The reference run, too, gives what ONNX Runtime does.
+        for proto in model, steered(model, BETA, "portable")[0]:
+            assert not wrong(Reference(proto).run(inputs), in_onnxruntime(proto, inputs))
 
 
 EVERY_PLACE = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>

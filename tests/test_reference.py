@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ctonnx import ctu, rewrite
 from ctonnx.errors import EnvironmentLacks, ModelError, UsageError
-from ctonnx.reference import Reference
+from ctonnx.reference import Evaluator, Reference
 from ctonnx.runs import arrays
 from ctonnx.validate import Model, compare
 
@@ -190,6 +190,7 @@ AGAINST_ONNXRUNTIME = [
         (16,),
     ),
     ("Erf (x)", [(3, 50)], (9, 13)),
+    ("DequantizeLinear (quantized, scale)", [()], (10, 13, 19, 21)),
 ]
 
 CONSTANTS = {
@@ -197,6 +198,7 @@ CONSTANTS = {
     "grown": np.float32([1, 1, 1.6, 2]),
     "indices": np.array([[2, 0]]),
     "lengths": np.int32([2, 5]),
+    "quantized": np.int8([-3, 0, 7]),
 }
 
 OUTPUTS = {"MaxPool": "float[] y, int64[] i"}
@@ -228,6 +230,19 @@ def test_ops_give_what_onnxruntime_gives(row):
         expected = Model(model.SerializeToString()).run(inputs)
         differing = wrong(expected, Reference(model).run(inputs))
         assert not differing, (opset, differing)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6])
+def test_lrn_of_any_size(size):
+    """ONNX Runtime takes no even one. The formula is that of the ONNX docs."""
+    text = f"""<ir_version: 8, opset_import: ["" : 13]> g (float[2, 7, 3, 3] x)
+        => (float[2, 7, 3, 3] y) {{ y = LRN <size = {size}, alpha = 0.5, beta = 0.5> (x) }}"""
+    x = np.random.default_rng(0).normal(size=(2, 7, 3, 3)).astype(np.float32)
+    squares = x.astype(np.float64) ** 2
+    below, above = (size - 1) // 2, -(-(size - 1) // 2)
+    sums = [squares[:, max(0, c - below) : c + above + 1].sum(1) for c in range(7)]
+    expected = x / np.sqrt(1 + 0.5 / size * np.stack(sums, 1))
+    np.testing.assert_allclose(Reference(parsed(text)).run({"x": x})["y"], expected, rtol=1e-14)
 
 
 SPECIAL = np.array([-np.inf, -1e4, -30.0, -1.0, -1e-7, 0.0, 1e-7, 0.5, 40.0, 1e4, np.inf, np.nan])
@@ -320,6 +335,7 @@ g (float[3] x, float16[3] z, int64 n) => (double[3] y, bool[3] above)
   b = Constant <value_floats = [0.1, 0.7, 0.3]> ()
   c = Constant <value = bfloat16[1] {15821}> ()
   d = ConstantOfShape (three)
+  dw = Add (d, w)
   e = ConstantOfShape <value = float[1] {0.1}> (three)
   f = Cast <to = 10> (w)
   k = Cast <to = 1> (n)
@@ -330,7 +346,7 @@ g (float[3] x, float16[3] z, int64 n) => (double[3] y, bool[3] above)
   }>
   j = my.g (w)
   w64 = Cast <to = 11> (w)  v64 = Cast <to = 11> (v)  c64 = Cast <to = 11> (c)
-  a64 = Cast <to = 11> (a)  b64 = Cast <to = 11> (b)  d64 = Cast <to = 11> (d)
+  a64 = Cast <to = 11> (a)  b64 = Cast <to = 11> (b)  d64 = Cast <to = 11> (dw)
   e64 = Cast <to = 11> (e)  f64 = Cast <to = 11> (f)  k64 = Cast <to = 11> (k)
   h64 = Cast <to = 11> (h)  j64 = Cast <to = 11> (j)  x64 = Cast <to = 11> (x)
   z64 = Cast <to = 11> (z)
@@ -357,11 +373,12 @@ def test_everything_is_float64():
     half = wide(0.1, dtype=np.float16)
     bfloat = numpy_helper.to_array(helper.make_tensor("", TensorProto.BFLOAT16, [1], [0.1]))
     terms = [
-        *(w, half, bfloat.astype(np.float64), tenth, wide(0.1, 0.7, 0.3), 0.0, tenth, w, 2.0),
+        *(w, half, bfloat.astype(np.float64), tenth, wide(0.1, 0.7, 0.3), w, tenth, w, 2.0),
         *(w / tenth / tenth, w * wide(0.7), x.astype(np.float64), z.astype(np.float64)),
     ]
     np.testing.assert_allclose(values["y"], sum(terms) / 3.0, rtol=1e-15)
-    kinds = {name: value.dtype.name for name, value in values.items()}
+    widened = Evaluator(model).run(names, {**inputs, "x": np.float64(x), "z": np.float64(z)})
+    kinds = {name: value.dtype.name for name, value in zip(names, widened, strict=True)}
     assert {name for name, kind in kinds.items() if kind != "float64"} == {"yes", "above"}
 
 
