@@ -227,6 +227,9 @@ def test_trained_pairs_are_what_is_exported_and_what_a_checkpoint_brings(dynamo,
     proto = export(model, x, dynamo=dynamo)
     assert furthest(proto, x, want).max() < 1e-5
     assert furthest(proto, x, made()[0](*x)).min() > 1e-2
+    # What makes a pair of the raw one is not in the file.
+    assert not any("_raw_" in tensor.name for tensor in proto.graph.initializer)
+    assert not any(node.op_type == "Sigmoid" for node in proto.graph.node)
 
     torch.save(model.state_dict(), tmp_path / "t.pth")
     (tmp_path / "m.onnx").write_bytes(plain(dynamo))
@@ -288,6 +291,36 @@ def test_one_part_steered_and_units_by_hand():
         assert furthest(proto, (x,), (model(x),)) < 1e-6
     found = [(a.status, a.beta) for a in ctonnx.inspect(proto)]
     assert found == [("steerable", None), ("steered", 0.7), ("steered", 0.5), ("steerable", None)]
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.units = nn.ModuleList([CTU(0.6), CTU(0.9, 0.2, slope=0.1, trainable=True)])
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, self.units[0], self.units[1], (x,))
+
+
+def test_units_in_branches():
+    model, x = Branches().eval(), torch.randn(2, 3).abs()
+    proto = export(model, x)
+    assert [a.scope != "" for a in ctonnx.inspect(proto)] == [True, True]
+    for sign in 1, -1:
+        assert furthest(proto, (sign * x,), (model(sign * x),)) < 1e-6
+
+
+def test_a_unit_that_would_be_lost_is_refused():
+    """By the op itself, as CTU takes no such bound."""
+
+    class Guarding(nn.Module):
+        def forward(self, x):
+            pair = torch.full((), 0.5), torch.full((), 0.5)
+            y = torch.ops.ctonnx.ctu(x, *pair)
+            return torch.ops.ctonnx.ctu(y, *pair, None, 1e-6, None)
+
+    with pytest.raises(ctonnx.UsageError, match="'/CTUMax' matches no activation"):
+        export(Guarding(), torch.randn(3), dynamo=False)
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):

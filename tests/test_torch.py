@@ -181,6 +181,8 @@ def test_the_state_dict_keeps_the_authors_parameters():
         (lambda: CTU(coeff="half"), "coeff must be made of numbers, got 'half'"),
         (lambda: CTU(lower=2.0, upper=1.0), "leave no room"),
         (lambda: CTU(slope=0.1, upper=1.0), "slope and bounds do not go together"),
+        (lambda: CTU(slope=torch.zeros(2)), "slope must be a number or an nn.Parameter"),
+        (lambda: steer(nn.DataParallel(nn.ReLU()), 0.8), "take its `module`"),
         (lambda: steer(nn.ReLU(), 2.0), "beta must lie in [0, 1]"),
         (lambda: steer(torch.relu, 0.8), "expected an nn.Module"),
         (lambda: steer(torch.jit.script(nn.ReLU()), 0.8), "is compiled: steer it before"),
