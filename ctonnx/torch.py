@@ -12,6 +12,7 @@ apart for everything else: autograd, torch.compile, devices.
 
 import itertools
 import math
+import numbers
 import warnings
 from contextlib import ExitStack
 from typing import Final
@@ -238,7 +239,7 @@ def _hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False, out=None):
 
 
 def _clamp(input, min=None, max=None, *, out=None):
-    if any(b is not None and type(b) not in (int, float) for b in (min, max)):
+    if not all(b is None or isinstance(b, numbers.Real) for b in (min, max)):
         return None  # Computed at run time.
     kept = bounds_that_bend(*(None if b is None else float(b) for b in (min, max)))
     if isinstance(kept, str):

@@ -241,6 +241,7 @@ SPELLINGS = {
     "torch.clamp max": (lambda x: torch.clamp(input=x, max=1.0), {"upper": 1.0}),
     "torch.clip": (lambda x: torch.clip(x, min=0), {}),
     "x.clip_": (lambda x: x.clip_(-1, 1), {"lower": -1.0, "upper": 1.0}),
+    "x.clamp NumPy": (lambda x: x.clamp(max=np.float32(0.5)), {"upper": 0.5}),
     "x.clamp_min": (lambda x: x.clamp_min(-0.5), {"lower": -0.5}),
     "torch.clamp_max_": (lambda x: torch.clamp_max_(x, 0.5), {"upper": 0.5}),
     "torch.clamp out": (lambda x: torch.clamp(x, min=0, out=torch.empty_like(x)), {}),
