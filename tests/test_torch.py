@@ -440,6 +440,22 @@ def test_training_moves_the_pairs_and_restore_brings_them_back():
     assert torch.equal(again(x), model(x))
 
 
+def test_a_state_dict_of_the_papers_code_means_what_it_means_there():
+    """Parameters of the input's rank, in the paper's formula, which overflows only beyond these."""
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()).double(),
+        torch.randn(2, 3, 8, 8).double(),
+    )
+    raw_beta, raw_coeff = torch.randn(2, 1, 6, 1, 1, dtype=torch.float64)
+    y, b, c = model[0](x), torch.sigmoid(raw_beta), torch.sigmoid(raw_coeff)
+    want = c * torch.sigmoid(b * y / (1 - b)) * y + (1 - c) * F.softplus(y / (1 - b)) * (1 - b)
+    state = {**model.state_dict(), "1._raw_beta": raw_beta, "1._raw_coeff": raw_coeff}
+    got = restore(model, state)(x)
+    # But for its epsilon, and float32 parameters here.
+    assert abs(got - want).max() < 1e-5
+    assert abs(got - F.relu(y)).max() > 1e-2
+
+
 def test_trainable_tells_what_it_cannot_do():
     class Twice(nn.Module):
         def __init__(self):
