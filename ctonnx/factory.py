@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import redirect_stdout
 
 from . import files, rewrite
 from .errors import CtonnxError, ModelError, NothingToDo, UsageError
@@ -156,6 +157,13 @@ def export(target, shapes, output, *, beta=None, coeff=0.5, checkpoint=None, for
         EnvironmentLacks: onnxscript is missing.
     """
     output = files.check_output(output, force)
+    with redirect_stdout(sys.stderr):  # What the user's code prints is no result.
+        report, proto = _built(target, shapes, beta, coeff, checkpoint)
+    return report, files.save(proto, output, force)
+
+
+def _built(target, shapes, beta, coeff, checkpoint):
+    """What `export` writes: rewrite.Report and ModelProto."""
     # PyTorch's log and warnings are of its own inner life, and errors come as exceptions.
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     model = load(target)
@@ -176,10 +184,10 @@ def export(target, shapes, output, *, beta=None, coeff=0.5, checkpoint=None, for
         raise
     except Exception as error:  # Whatever the exporter raises, or the model when it runs.
         raise ModelError(f"{target}: cannot be exported: {_line(error)}") from error
+    if program and beta is not None:
+        return rewrite.steer(proto, beta, coeff), proto
     try:
-        steered = program and beta is not None
-        report = rewrite.steer(proto, beta, coeff) if steered else resteer(proto)
+        return resteer(proto), proto
     except NothingToDo:
         lack = "no activation" if beta is not None else "no CT unit: give --beta or --checkpoint"
         raise NothingToDo(f"{target}: holds {lack}") from None
-    return report, files.save(proto, output, force)

@@ -12,6 +12,7 @@ apart for everything else: autograd, torch.compile, devices.
 
 import itertools
 import math
+import numbers
 import warnings
 from contextlib import ExitStack
 from typing import Final
@@ -103,7 +104,8 @@ class CTU(nn.Module):
         lower, upper: bounds in place of a slope: ReLU6 is CTU(lower=0, upper=6).
 
     Raises:
-        UsageError: beta or coeff is not in [0, 1], or slope and bounds make no activation.
+        UsageError: beta or coeff is not in [0, 1], slope is neither a number nor a Parameter, or
+            slope and bounds make no activation.
 
     >>> CTU(beta=1.0)(torch.tensor([-1.0, 2.0]))
     tensor([0., 2.])
@@ -123,8 +125,11 @@ class CTU(nn.Module):
                 self.register_parameter(f"_raw_{name}", nn.Parameter(torch.logit(value)))
             else:
                 self.register_buffer(f"_{name}", value)
-        weight = slope if isinstance(slope, Tensor) else None
-        self.slope = 0.0 if weight is not None else float(slope)
+        weight = slope if isinstance(slope, nn.Parameter) else None
+        try:
+            self.slope = 0.0 if weight is not None else float(slope)
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError("slope must be a number or an nn.Parameter") from None
         self.register_parameter("weight", weight)
         self.lower = self.upper = None
         if lower is not None or upper is not None:
@@ -234,7 +239,7 @@ def _hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False, out=None):
 
 
 def _clamp(input, min=None, max=None, *, out=None):
-    if any(b is not None and type(b) not in (int, float) for b in (min, max)):
+    if not all(b is None or isinstance(b, numbers.Real) for b in (min, max)):
         return None  # Computed at run time.
     kept = bounds_that_bend(*(None if b is None else float(b) for b in (min, max)))
     if isinstance(kept, str):
@@ -342,10 +347,10 @@ def steer(model, beta, coeff=0.5):
     """Steer what `model(...)` computes: every piecewise-affine activation in it, whether it is a
     module, a function or a method of a tensor, in place or not.
 
-    As in the ONNX model, clamps to tensors and to what guards against a small number are arithmetic
-    and stay. Weights and modules are not touched; calls go through a subclass of the model's class
-    until the handle is removed. Code that TorchScript compiled, and recomputation outside the call
-    (activation checkpointing), are out of reach.
+    Clamps to tensors and those that guard against small numbers are arithmetic and stay, as in the
+    ONNX model; so do `maximum` and `minimum`. Weights and modules are not touched: calls go through
+    a subclass of the model's class until the handle is removed. What runs outside the call or in
+    other threads, like the recomputation of activation checkpointing, is out of reach.
 
     Args:
         model: nn.Module, changed in place.
@@ -395,6 +400,8 @@ def _check_plain(model):
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule | torch._dynamo.OptimizedModule):
             raise UsageError("the model is compiled: steer it before torch.jit or torch.compile")
+        if isinstance(module, nn.DataParallel):
+            raise UsageError("DataParallel runs copies of the model: take its `module`")
 
 
 # --- T-CT
@@ -527,9 +534,8 @@ def _replace(model, new):
             if child in new:
                 parent._modules[name] = new[child]
                 if isinstance(parent, nn.TransformerEncoderLayer):
-                    parent.activation_relu_or_gelu = (
-                        0  # Its fused inference path has a ReLU inside.
-                    )
+                    # Its fused path of inference has a ReLU inside.
+                    parent.activation_relu_or_gelu = 0
     return new.get(model, model)
 
 

@@ -15,7 +15,7 @@ from onnx import GraphProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from . import ctu, files, graph, rewrite
-from .errors import EnvironmentLacks, ModelError, NothingToDo, UsageError
+from .errors import EnvironmentLacks, NothingToDo, UsageError
 
 # Where Clip has its bounds as inputs.
 _MIN_OPSET = 11
@@ -35,9 +35,10 @@ def export(model, args=(), path=None, *, dynamo=True, force=False, **options):
         The Path written, or an onnx.ModelProto where `path` is None.
 
     Raises:
-        UsageError: an existing output, or a beta or c that depends on the input.
+        UsageError: an existing output, a beta or c that depends on the input, or bounds that CTU
+            does not take.
         NothingToDo: the model holds no CT unit.
-        ModelError: what the exporter wrote cannot be steered, or is too large for one file.
+        ModelError: it is too large for one file.
         EnvironmentLacks: onnxscript is missing, which the newer exporter needs.
         What torch.onnx.export raises.
     """
@@ -157,11 +158,8 @@ def resteer(model):
         raise NothingToDo("the model holds no CT unit: steer it, or use ctonnx.torch.CTU in it")
     _drop_unused(model, released)
     rewrite.keep(model.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
-    report = rewrite.steer(model, params=given)
-    for activation in report.skipped:
-        if activation.name in given:
-            raise ModelError(f"the CT unit {activation.name} is lost: {activation.reason}")
-    return report
+    # It refuses to pass over one that is given.
+    return rewrite.steer(model, params=given)
 
 
 def _restore(node, constant):

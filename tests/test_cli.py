@@ -301,10 +301,11 @@ from torch import nn
 
 class Net(nn.Sequential):
     def __init__(self):
+        torch.manual_seed(0)
         super().__init__(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Sequential(nn.Flatten(), nn.ReLU()))
 
 def make():
-    torch.manual_seed(0)
+    print("made")
     return Net()
 
 def without():
@@ -329,8 +330,8 @@ def nets(run, monkeypatch):
     import nets
 
     x = torch.randn(1, 1, 5, 5)
-    torch.export.save(torch.export.export(nets.make().eval(), (x,)), "n.pt2")
-    model = trainable(nets.make(), x)
+    torch.export.save(torch.export.export(nets.Net().eval(), (x,)), "n.pt2")
+    model = trainable(nets.Net(), x)
     for name, parameter in model.named_parameters():
         if "_raw_" in name:
             torch.nn.init.normal_(parameter)
@@ -349,13 +350,13 @@ def test_export(run, nets):
     model, x = nets
     base = ("export", "nets:make", "--input", "1x1x5x5")
     code, out, err = run(*base, "--checkpoint", "t.pth", "-o", "t.onnx")
-    assert (code, out, err) == (0, "wrote t.onnx: 2 steered, 0 skipped\n", "")
+    assert (code, out, err) == (0, "wrote t.onnx: 2 steered, 0 skipped\n", "made\n")
     assert abs(outputs("t.onnx", x) - model(x).detach().numpy()).max() < 1e-6
     # In a process of its own, for PyTorch's progress and warnings are no part of what is printed.
     code, out, err = piped(*base, "--beta", "0.7", "--coeff", "0.4", "-o", "-", "--json")
     assert code == 0
     Path("b.onnx").write_bytes(out)
-    document = json.loads(err)
+    document = json.loads(err.removeprefix("made\n"))
     assert (document["output"], len(document["replaced"]), document["skipped"]) == ("-", 2, [])
     assert [a["module"] for a in document["replaced"]] == ["1", "2.1"]
     # The file of torch.export gives the same, and so does steering what PyTorch exports.
@@ -409,6 +410,7 @@ def test_mistakes_of_exports_are_one_line_and_write_nothing(run, nets):
     for arguments, code, line in EXPORT_MISTAKES:
         got, out, err = run(*arguments)
         assert (got, out) == (code, ""), (arguments, err)
+        err = err.removeprefix("made\n")
         assert err.count("\n") == 1, err
         assert err.startswith("ctonnx: ")
         assert line in err

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Block(nn.Module):
-    """A ResNet-18 block: one module for both of its ReLUs."""
+    """As in ResNet-18: one module for both ReLUs."""
 
     def __init__(self, width, out, stride):
         super().__init__()
@@ -48,8 +48,8 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
-        self.layer1 = nn.Sequential(Block(8, 8, 1), Block(8, 8, 1))
-        self.layer2 = nn.Sequential(Block(8, 12, 2), Block(12, 12, 1))
+        self.layer1 = nn.Sequential(Block(8, 8, 1))
+        self.layer2 = nn.Sequential(Block(8, 12, 2))
         self.fc = nn.Linear(12, 5)
 
     def forward(self, x):
@@ -87,13 +87,10 @@ class Transformer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([Attention(8), Attention(8)])
-        self.head = nn.Linear(8, 3)
+        self.block, self.head = Attention(8), nn.Linear(8, 3)
 
     def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        return self.head(self.block(x))
 
 
 class UNet(nn.Module):
@@ -227,6 +224,9 @@ def test_trained_pairs_are_what_is_exported_and_what_a_checkpoint_brings(dynamo,
     proto = export(model, x, dynamo=dynamo)
     assert furthest(proto, x, want).max() < 1e-5
     assert furthest(proto, x, made()[0](*x)).min() > 1e-2
+    # What makes a pair of the raw one is not in the file.
+    assert not any("_raw_" in tensor.name for tensor in proto.graph.initializer)
+    assert not any(node.op_type == "Sigmoid" for node in proto.graph.node)
 
     torch.save(model.state_dict(), tmp_path / "t.pth")
     (tmp_path / "m.onnx").write_bytes(plain(dynamo))
@@ -269,12 +269,12 @@ def test_element_types(dtype, dynamo):
 
 
 def test_dynamic_shapes_stay():
-    model, x = ResNet().eval(), torch.randn(ResNet.example)
+    model, x = UNet().eval(), torch.randn(UNet.example)
     batch = torch.export.Dim("batch")
     options = {"dynamic_shapes": {"x": {0: batch}}, "input_names": ["image"], "opset_version": 18}
     with steer(model, 0.7):
         proto = export(model, x, **options)
-        more = torch.randn(5, 3, 16, 16)
+        more = torch.randn(5, 1, 8, 8)
         assert furthest(proto, (more,), (model(more),)) < 1e-5
     assert proto.graph.input[0].name == "image"
 
@@ -288,6 +288,36 @@ def test_one_part_steered_and_units_by_hand():
         assert furthest(proto, (x,), (model(x),)) < 1e-6
     found = [(a.status, a.beta) for a in ctonnx.inspect(proto)]
     assert found == [("steerable", None), ("steered", 0.7), ("steered", 0.5), ("steerable", None)]
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.units = nn.ModuleList([CTU(0.6), CTU(0.9, 0.2, slope=0.1, trainable=True)])
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, self.units[0], self.units[1], (x,))
+
+
+def test_units_in_branches():
+    model, x = Branches().eval(), torch.randn(2, 3).abs()
+    proto = export(model, x)
+    assert [a.scope != "" for a in ctonnx.inspect(proto)] == [True, True]
+    for sign in 1, -1:
+        assert furthest(proto, (sign * x,), (model(sign * x),)) < 1e-6
+
+
+def test_a_unit_that_would_be_lost_is_refused():
+    """By the op itself, as CTU takes no such bound."""
+
+    class Guarding(nn.Module):
+        def forward(self, x):
+            pair = torch.full((), 0.5), torch.full((), 0.5)
+            y = torch.ops.ctonnx.ctu(x, *pair)
+            return torch.ops.ctonnx.ctu(y, *pair, None, 1e-6, None)
+
+    with pytest.raises(ctonnx.UsageError, match="'/CTUMax' matches no activation"):
+        export(Guarding(), torch.randn(3), dynamo=False)
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
