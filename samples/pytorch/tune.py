@@ -16,6 +16,7 @@ from torch import nn
 
 import ctonnx
 from ctonnx.torch import export, trainable
+from ctonnx.validate import validate
 
 
 class Net(nn.Sequential):
@@ -89,6 +90,9 @@ def main():
     furthest = abs(logits - expected).max()
     assert furthest < 1e-5, furthest
     print("ONNX Runtime computes the same from tuned.ct.onnx")
+    # And what the method says, in every way to run it.
+    for run in validate("tuned.ct.onnx").runs:
+        print(f"{run.name}: {'passed' if run.ok else 'FAILED'}")
 
 
 if __name__ == "__main__":
