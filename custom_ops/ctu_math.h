@@ -149,6 +149,20 @@ struct Elementary<double> {
   }
 };
 
+// Bits may fall off the top, which is undefined for a signed scalar.
+template <class I>
+CTONNX_HOST_DEVICE inline I shifted_left(I value, int bits) {
+  return value << bits;
+}
+template <>
+CTONNX_HOST_DEVICE inline int32_t shifted_left(int32_t value, int bits) {
+  return static_cast<int32_t>(static_cast<uint32_t>(value) << bits);
+}
+template <>
+CTONNX_HOST_DEVICE inline int64_t shifted_left(int64_t value, int bits) {
+  return static_cast<int64_t>(static_cast<uint64_t>(value) << bits);
+}
+
 // exp(v + low) for |v| <= kExpLimit and |low| << 1.
 template <class F>
 CTONNX_HOST_DEVICE inline F exponential(F v, F low) {
@@ -158,7 +172,7 @@ CTONNX_HOST_DEVICE inline F exponential(F v, F low) {
   const F shifted = v * E::kLog2e + magic;
   const F n = shifted - magic;
   const F t = (v - n * E::kLn2High) + (low - n * E::kLn2Low);
-  const I power = (bits_as<I>(shifted) << E::kMantissaBits) + E::kOne;
+  const I power = shifted_left(bits_as<I>(shifted), E::kMantissaBits) + E::kOne;
   return E::exp_reduced(t) * bits_as<F>(power);
 }
 
