@@ -273,7 +273,9 @@ def typed_model(code, sloped):
 @pytest.fixture(scope="module")
 def contract():
     """test_op.py, whose rows and comparison these tests share."""
-    import test_op
+    import torch  # noqa: F401  before onnxruntime, for which it loads CUDA's libraries
+
+    import test_op  # isort: skip
 
     return test_op
 

@@ -1,8 +1,8 @@
 """The CPU kernels of every instruction set: alone, under sanitizers, and inside ONNX Runtime.
 
-`kernels_test.cc` holds all that needs no ONNX Runtime, `contract.h` the numeric contract's rows. That it
-fails for a wrong kernel is seen by spoiling one: set k_lo to 0 in ctu_math.h, or lower kDegree, or
-end the loop of for_each_vector an element early in ctu_kernels.cc.
+`kernels_test.cc` holds all that needs no ONNX Runtime, `contract.h` the numeric contract's rows.
+That they fail for a wrong kernel is seen by spoiling one: set k_lo to 0 in ctu_math.h, or lower
+kDegree, or end the loop of for_each_vector an element early in ctu_kernels.cc.
 """
 
 import ctypes
