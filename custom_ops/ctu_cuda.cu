@@ -62,7 +62,8 @@ __device__ __forceinline__ void narrow(const float (&from)[kLanes], T (&to)[kLan
 namespace {
 
 template <class T, int kLanes, bool kGrid>
-__global__ void __launch_bounds__(kThreads, kGrid ? 2 : 4) ctu_kernel(const __grid_constant__ Work<T> work) {
+__global__ void __launch_bounds__(kThreads, kGrid ? 2 : 4)
+    ctu_kernel(const __grid_constant__ Work<T> work) {
   run_thread<kLanes, kGrid, Approximate>(work, blockIdx.x, gridDim.x, threadIdx.x);
 }
 

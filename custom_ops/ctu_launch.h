@@ -55,7 +55,8 @@ bool make_work(const T* x, T* y, uint64_t count, const Grid<T>& grid, Work<T>* w
   work->aligned = address(x) % bytes == address(y) % bytes;
   work->packets = (work->shift + count + lanes - 1) / lanes;
   work->whole_begin = work->shift > 0;
-  work->whole_count = std::max((work->shift + count) / lanes, work->whole_begin) - work->whole_begin;
+  work->whole_count =
+      std::max((work->shift + count) / lanes, work->whole_begin) - work->whole_begin;
   work->per_thread = std::clamp<uint64_t>(work->packets / (kThreads * kEnoughBlocks), 1,
                                           kMaxPerThread);
   work->origin = work->shift == 0 ? 0 : work->points * work->inner - work->shift;

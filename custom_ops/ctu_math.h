@@ -277,8 +277,8 @@ CTONNX_HOST_DEVICE inline F ctu(F x, const Unit<P>& unit) {
 constexpr float kFastFromBeta = 0.5f;
 
 // The CT unit in float32 by functions `M` that may err: exp2 and reciprocal by a factor of
-// 1 +- 2^-22 and 1 +- 2^-23, log2 of [1, 2] by 2^-22, as PTX documents its .approx.ftz instructions.
-// tests/cuda_test.cc holds it to the contract with functions that err so much.
+// 1 +- 2^-22 and 1 +- 2^-23, log2 of [1, 2] by 2^-22, which is what PTX's .approx.ftz instructions
+// may. tests/cuda_test.cc holds it to the contract with functions that err so much.
 template <class M>
 struct FastUnit {
   float slope;

@@ -5,6 +5,9 @@
 //            coeff   float32, broadcastable to X, values in [0, 1]
 //            slope   optional, type of X, broadcastable to X
 //   output   Y       type and shape of X
+//
+// A beta or coeff outside [0, 1], or NaN, is an error on the CPU. On CUDA, where they are not read
+// back, it gives NaN.
 #include <algorithm>
 #include <deque>
 #include <exception>
@@ -229,7 +232,7 @@ class CpuKernel {
 };
 
 #if defined(CTONNX_CUDA)
-// Reads no parameter and keeps nothing: a captured CUDA graph replays with whatever is then in them.
+// Reads no parameter and keeps nothing: a captured CUDA graph replays with what they then hold.
 template <class T>
 class CudaKernel {
  public:
@@ -340,9 +343,10 @@ Op make_op(const char* provider) {
 
 template <template <class> class Kernel>
 void add_ops(ort::OpDomain* domain, const char* provider) {
-  // For the life of the process, as the domain: ONNX Runtime keeps pointers to them in every session.
+  // For the life of the process, as the domain: ONNX Runtime keeps pointers to them in sessions.
   static std::deque<Op>& ops = *new std::deque<Op>;
-  for (const Op& op : {make_op<float, Kernel<float>>(provider), make_op<Half, Kernel<Half>>(provider),
+  for (const Op& op : {make_op<float, Kernel<float>>(provider),
+                       make_op<Half, Kernel<Half>>(provider),
                        make_op<BFloat16, Kernel<BFloat16>>(provider),
                        make_op<double, Kernel<double>>(provider)}) {
     ops.push_back(op);

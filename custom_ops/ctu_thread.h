@@ -1,12 +1,12 @@
 // What the threads of a GPU do: which elements each handles, and by which unit. Nothing here needs
 // CUDA, so that tests/cuda_test.cc runs the same code on the host, thread by thread.
 //
-// The tensor is cut into packets of 16 bytes that begin where Y is aligned, so that the first and the
-// last may be partial; a thread handles every kThreads-th packet of a tile. Where parameters change
-// within 16 bytes a packet is a single element instead.
+// The tensor is cut into packets of 16 bytes that begin where Y is aligned, so that the first and
+// the last may be partial; a thread handles every kThreads-th packet of a tile. Where parameters
+// change within 16 bytes a packet is a single element instead.
 //
-// cub::DeviceTransform was considered and left: it hands a functor no index that keeps 16-byte
-// accesses, which per-channel parameters need, and its own arithmetic cannot be tested without a GPU.
+// cub::DeviceTransform was considered and left: with the index that per-channel parameters need, it
+// gives up 16-byte accesses, and its own arithmetic cannot be tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -41,8 +41,8 @@ struct Work {
   const float* coeff;
   const T* slope;  // null where it is 0
 
-  // As Grid (ctu_plan.h), neighbouring dimensions merged where every parameter allows. One point for
-  // one unit throughout.
+  // As Grid (ctu_plan.h), neighbouring dimensions merged where every parameter allows. One point
+  // for one unit throughout.
   uint64_t points, inner;
   size_t axes;
   uint64_t dims[kMaxAxes], beta_steps[kMaxAxes], coeff_steps[kMaxAxes], slope_steps[kMaxAxes];
@@ -54,8 +54,8 @@ struct Work {
   CTONNX_HOST_DEVICE uint64_t tile() const { return per_thread * kThreads; }  // packets
 };
 
-// The unit of a point, in the form that its beta asks for. A beta or c outside [0, 1], or NaN, gives
-// NaN: it is known on the GPU alone, where no error can be raised.
+// The unit of a point, in the form that its beta asks for. A beta or c outside [0, 1], or NaN,
+// gives NaN: it is known on the GPU alone, where no error can be raised.
 template <class A, class M>
 class AnyUnit {
  public:

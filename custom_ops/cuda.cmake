@@ -1,5 +1,5 @@
-# Adds the CUDA kernels to ctonnx_ops. As a missing compiler, an nvcc that is missing or does not work
-# is no error: the library is for the CPU alone then.
+# Adds the CUDA kernels to ctonnx_ops. As a missing compiler, an nvcc that is missing or does not
+# work is no error: the library is for the CPU alone then.
 if(NOT CTONNX_CUDA)
   return()
 endif()

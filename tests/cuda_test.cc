@@ -10,8 +10,8 @@
 
 namespace ctonnx {
 
-// What PTX allows its .approx.ftz instructions to err by, in the direction that each sign gives. The
-// two exponentials of FastUnit have arguments of different sign.
+// What PTX allows its .approx.ftz instructions to err by, in the direction that each sign gives.
+// The two exponentials of FastUnit have arguments of different sign.
 struct Approximate {
   static int falling, rising, log, reciprocals;
 
@@ -256,7 +256,7 @@ void test_grids() {
 void test_broadcast() {
   const std::vector<size_t> dims = {2, 3, 1, 4, 5};
   const std::vector<std::vector<size_t>> steps[] = {
-      // As read_parameter makes them: of the whole shape, of [3,1,1,1], [2,1,1,4,1], [5] and [3,1,4,1].
+      // As read_parameter makes them: of the whole shape, [3,1,1,1], [2,1,1,4,1], [5], [3,1,4,1].
       {{60, 20, 0, 5, 1}, {0, 1, 0, 0, 0}},
       {{4, 0, 0, 1, 0}, {0, 0, 0, 0, 1}},
       {{0, 4, 0, 1, 0}, {}},
