@@ -39,7 +39,11 @@ def leave(code, message):
 
 
 def shell(command, code, what, **options):
-    if subprocess.run([str(part) for part in command], **options).returncode:
+    try:
+        failed = subprocess.run([str(part) for part in command], **options).returncode
+    except FileNotFoundError:
+        leave(4, f"{command[0]} is not installed")
+    if failed:
         leave(code, f"{what} failed, see above")
 
 
