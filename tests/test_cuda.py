@@ -75,17 +75,27 @@ def test_threads_on_the_host(tmp_path, flags):
     assert done.stdout == "0 failures\n"
 
 
-@needs_nvcc
-def test_accesses_are_of_16_bytes_and_nothing_spills(tmp_path):
-    """Each kernel on packets moves them by one access, and none keeps anything in local memory."""
-    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas=-v", "--keep", "-c"]
-    command += [f"--keep-dir={tmp_path}", '-DCTONNX_CUDA_KERNELS=""', SOURCES / "ctu_cuda.cu"]
-    done = subprocess.run([*command, "-o", tmp_path / "o"], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The benchmark's library of the kernels for one architecture, what ptxas said, and the PTX."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("nvcc")
+    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas=-v", "--keep", "-shared"]
+    command += ["-Xcompiler=-fPIC", f"--keep-dir={folder}", '-DCTONNX_CUDA_KERNELS=""']
+    command += [ROOT / "benchmarks" / "cuda_kernel.cu", "-o", folder / "kernels.so"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", done.stderr)
+    (ptx,) = folder.glob("*.ptx")
+    return folder / "kernels.so", done.stderr, ptx.read_text()
+
+
+def test_accesses_are_of_16_bytes_and_nothing_spills(compiled):
+    """Each kernel on packets moves them by one access, and none keeps anything in local memory."""
+    _, said, ptx = compiled
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", said)
     assert spills == [("0", "0")] * 12
-    (ptx,) = tmp_path.glob("*.ptx")
-    kernels = ptx.read_text().split(".entry ")[1:]
+    kernels = ptx.split(".entry ")[1:]
     assert len(kernels) == 12
     wide = [kernel for kernel in kernels if "Li1E" not in kernel.partition("(")[0]]
     assert len(wide) == 8
@@ -93,6 +103,18 @@ def test_accesses_are_of_16_bytes_and_nothing_spills(tmp_path):
         # The first packet of a thread and those that follow; double's are two words of 8 bytes.
         assert len(re.findall(r"ld\.global\.(v4\.[ufb]32|v2\.[ufb]64)", kernel)) == 2
         assert len(re.findall(r"st\.global\.v4\.[ub]32", kernel)) == 1
+
+
+@pytest.mark.skipif(NO_GPU is None, reason="there is a GPU")
+def test_a_launch_that_fails_gives_cudas_message(compiled):
+    run = ctypes.CDLL(str(compiled[0])).run_ctu
+    run.restype, number = ctypes.c_char_p, ctypes.c_uint64
+    x = np.zeros(8, np.float64)
+    at = ctypes.c_void_p(x.ctypes.data)
+    for code in CODES.values():
+        for points in (1, 2):
+            message = run(code, at, at, number(8), at, at, number(points), number(1), None)
+            assert b"CUDA" in message
 
 
 def held_architectures(library):
