@@ -405,6 +405,8 @@ def doctor(as_json):
         click.echo(f"{'providers':20} {', '.join(report['providers']) or 'none'}")
         click.echo(f"{'op library':20} {report['library'] or 'not installed'}")
         click.echo(f"{'CPU kernels':20} {report['cpu_level'] or 'none'}")
+        click.echo(f"{'CUDA kernels':20} {report['cuda_kernels'] or 'none'}")
+        click.echo(f"{'CUDA':20} {report['cuda']}")
         for problem in report["problems"]:
             _say(f"problem: {problem}")
         click.echo("works" if report["ok"] else "the op library does not work, see above")

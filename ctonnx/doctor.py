@@ -1,9 +1,13 @@
 """What is installed around ctonnx, and whether the op library computes the right thing."""
 
 import ctypes
+import re
+import tempfile
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper
 
 from . import ctu, runtime
@@ -25,12 +29,15 @@ def examine():
 
     Returns:
         dict: `packages` (name -> version or None), `providers` (of ONNX Runtime), `library` (path
-            or None), `cpu_level` (the instruction set of its CPU kernels, or None), `problems`
-            (list of lines), `ok` (the op library runs and agrees with the formula).
+            or None), `cpu_level` (the instruction set of its CPU kernels, or None), `cuda_kernels`
+            (the GPU architectures that it holds code for, or None), `cuda` ("works", or a line that
+            says why the op does not run on a GPU here), `problems` (list of lines), `ok` (the op
+            library runs on the CPU and agrees with the formula).
     """
     packages = {name: _version(name) for name in _PACKAGES}
     report = {"packages": packages, "providers": [], "library": None, "cpu_level": None}
-    report |= {"problems": [], "ok": False}
+    report |= {"cuda_kernels": None, "cuda": "the op library does not run", "problems": []}
+    report["ok"] = False
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
         report["problems"].append(
             "onnxruntime and onnxruntime-gpu share one module: uninstall both, then install one"
@@ -39,6 +46,7 @@ def examine():
         report["providers"] = runtime.import_onnxruntime().get_available_providers()
         report["library"] = runtime.get_library_path()
         report["cpu_level"] = _cpu_level(report["library"])
+        report["cuda_kernels"] = _cuda_kernels(report["library"])
         error = _largest_error()
     except EnvironmentLacks as problem:
         report["problems"].append(str(problem))
@@ -49,6 +57,7 @@ def examine():
     report["ok"] = error < 1e-6
     if not report["ok"]:
         report["problems"].append(f"the op library is wrong by {error:.1e}: reinstall ctonnx")
+    report["cuda"] = _why_not_cuda(report["cuda_kernels"], report["providers"]) or "works"
     return report
 
 
@@ -60,6 +69,12 @@ def _cpu_level(library):
     return name and name.decode()
 
 
+def _cuda_kernels(library):
+    """What CTONNX_CUDA_KERNELS was when the library was compiled; None where it has none."""
+    found = re.search(rb"ctonnx CUDA kernels: ([^\0]+)\0", Path(library).read_bytes())
+    return found and found[1].decode()
+
+
 def _version(package):
     try:
         return metadata.version(package)
@@ -68,21 +83,65 @@ def _version(package):
 
 
 def _largest_error():
-    """How far the kernel is from the formula on a few numbers."""
-    x = np.linspace(-4, 4, 101, dtype=np.float32)
-    beta, coeff = np.float32(0.85), np.float32(0.5)
+    """How far the kernel is from the formula on a few numbers, on the CPU."""
+    session = runtime.session(_model().SerializeToString(), ["CPUExecutionProvider"])
+    return _error(session)
+
+
+def _why_not_cuda(kernels, available):
+    """A line that says why the op does not run on CUDA; None where it does."""
+    if kernels is None:
+        return "the op library holds no CUDA kernels: it was built without nvcc"
+    provider = next((name for name in runtime.CUDA_PROVIDERS if name in available), None)
+    if provider is None:
+        return "this onnxruntime has no CUDA provider: onnxruntime-gpu has"
+    ort = runtime.import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is said here
+    runtime.register(options)
+    try:
+        with tempfile.TemporaryDirectory(prefix="ctonnx-") as folder:
+            options.optimized_model_filepath = f"{folder}/optimised.onnx"
+            session = ort.InferenceSession(
+                _model().SerializeToString(), options, providers=[provider, "CPUExecutionProvider"]
+            )
+            if provider not in session.get_providers():
+                return f"ONNX Runtime cannot start {provider}: no GPU, driver, CUDA or cuDNN for it"
+            nodes = onnx.load(options.optimized_model_filepath).graph.node
+            error = _error(session)
+    except Exception as problem:  # ONNX Runtime has an exception type for each of its codes.
+        return f"{provider} does not run the op: {str(problem).strip().partition(chr(10))[0]}"
+    copies = sum(node.op_type.startswith("Memcpy") for node in nodes)
+    if copies:
+        return f"{provider} leaves the op to the CPU: {copies} Memcpy nodes around it"
+    return None if error < 1e-6 else f"the op is wrong by {error:.1e} on {provider}"
+
+
+_X = np.linspace(-4, 4, 101, dtype=np.float32)
+_BETA, _COEFF = np.float32(0.85), np.float32(0.5)
+
+
+def _model():
+    """A ModelProto of -CTU(-X): a copy between devices would show around the op."""
+    nodes = [
+        helper.make_node("Neg", ["X"], ["minus"]),
+        helper.make_node(ctu.OP_TYPE, ["minus", "beta", "coeff"], ["Z"], domain=ctu.DOMAIN),
+        helper.make_node("Neg", ["Z"], ["Y"]),
+    ]
     graph = helper.make_graph(
-        [helper.make_node(ctu.OP_TYPE, ["X", "beta", "coeff"], ["Y"], domain=ctu.DOMAIN)],
+        nodes,
         "doctor",
-        [helper.make_tensor_value_info("X", TensorProto.FLOAT, x.shape)],
-        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, _X.shape)],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, _X.shape)],
         [
-            helper.make_tensor("beta", TensorProto.FLOAT, [], [beta]),
-            helper.make_tensor("coeff", TensorProto.FLOAT, [], [coeff]),
+            helper.make_tensor("beta", TensorProto.FLOAT, [], [_BETA]),
+            helper.make_tensor("coeff", TensorProto.FLOAT, [], [_COEFF]),
         ],
     )
     imports = [helper.make_opsetid("", 17), helper.make_opsetid(ctu.DOMAIN, ctu.VERSION)]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=8)
-    session = runtime.session(model.SerializeToString(), ["CPUExecutionProvider"])
-    (y,) = session.run(None, {"X": x})
-    return float(np.abs(y - ctu.ctu(x, beta, coeff)).max())
+    return helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+def _error(session):
+    (y,) = session.run(None, {"X": _X})
+    return float(np.abs(y + ctu.ctu(-_X, _BETA, _COEFF)).max())

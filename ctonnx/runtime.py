@@ -13,6 +13,10 @@ from .errors import EnvironmentLacks, UsageError
 # The oldest ONNX Runtime whose C API has all that the library uses.
 MIN_ONNXRUNTIME = (1, 18)
 
+# What NVIDIA's providers are called, built into ONNX Runtime and as plug-ins.
+CUDA_PROVIDERS = ("CUDAExecutionProvider", "CudaPluginExecutionProvider")
+TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+
 _LIBRARY = "libctonnx_ops.so"
 _REGISTERED = "ctonnx.registered"
 
@@ -91,7 +95,7 @@ def session(path, providers=None, session_options=None, *, layout=True):
     """Open an onnxruntime.InferenceSession on a steered model, with the op library.
 
     Where the library is not installed a warning says so, and the model runs through the function it
-    carries.
+    carries. Where TensorRT is used before CUDA, the logger "ctonnx.runtime" says what that means.
 
     Args:
         path: the model's path, its bytes or an onnx.ModelProto.
@@ -131,7 +135,19 @@ def session(path, providers=None, session_options=None, *, layout=True):
             if opened is not None:
                 return opened
             _log.debug("plain layout: %s", reason)
-        return open_session(path, options, providers)
+        opened = open_session(path, options, providers)
+    if _tensorrt_first(opened.get_providers()):
+        _log.warning(
+            "TensorRT comes before CUDA in this session's providers, and each CTU node splits its "
+            "engine: for TensorRT, steer with --lowering primitives"
+        )
+    return opened
+
+
+def _tensorrt_first(providers):
+    """Whether TensorRT takes nodes before CUDA, which alone runs the op, has its turn."""
+    kinds = [p in TENSORRT_PROVIDERS for p in providers if p in TENSORRT_PROVIDERS + CUDA_PROVIDERS]
+    return bool(kinds) and kinds[0]
 
 
 def open_session(path, options, providers):

@@ -29,8 +29,10 @@
 
 #ifdef __CUDACC__
 #define CTONNX_HOST_DEVICE __host__ __device__
+#define CTONNX_DEVICE __device__ __forceinline__
 #else
 #define CTONNX_HOST_DEVICE
+#define CTONNX_DEVICE inline  // what runs on the GPU, compiled for the host's tests
 #endif
 
 // Code compiled for one instruction set must not be merged with the same code compiled for another,
@@ -147,6 +149,20 @@ struct Elementary<double> {
   }
 };
 
+// Bits may fall off the top, which is undefined for a signed scalar.
+template <class I>
+CTONNX_HOST_DEVICE inline I shifted_left(I value, int bits) {
+  return value << bits;
+}
+template <>
+CTONNX_HOST_DEVICE inline int32_t shifted_left(int32_t value, int bits) {
+  return static_cast<int32_t>(static_cast<uint32_t>(value) << bits);
+}
+template <>
+CTONNX_HOST_DEVICE inline int64_t shifted_left(int64_t value, int bits) {
+  return static_cast<int64_t>(static_cast<uint64_t>(value) << bits);
+}
+
 // exp(v + low) for |v| <= kExpLimit and |low| << 1.
 template <class F>
 CTONNX_HOST_DEVICE inline F exponential(F v, F low) {
@@ -156,7 +172,7 @@ CTONNX_HOST_DEVICE inline F exponential(F v, F low) {
   const F shifted = v * E::kLog2e + magic;
   const F n = shifted - magic;
   const F t = (v - n * E::kLn2High) + (low - n * E::kLn2Low);
-  const I power = (bits_as<I>(shifted) << E::kMantissaBits) + E::kOne;
+  const I power = shifted_left(bits_as<I>(shifted), E::kMantissaBits) + E::kOne;
   return E::exp_reduced(t) * bits_as<F>(power);
 }
 
@@ -254,6 +270,46 @@ CTONNX_HOST_DEVICE inline F ctu(F x, const Unit<P>& unit) {
   if (kSloped) small += below_zero(x, unit.slope);
   return above_zero(x) + (small - unit.gate_term(ax));
 }
+
+// ---- With a GPU's approximate functions --------------------------------------------------------
+
+// Below this beta the errors of those functions add up to more than the contract allows.
+constexpr float kFastFromBeta = 0.5f;
+
+// The CT unit in float32 by functions `M` that may err: exp2 and reciprocal by a factor of
+// 1 +- 2^-22 and 1 +- 2^-23, log2 of [1, 2] by 2^-22, which is what PTX's .approx.ftz instructions
+// may. tests/cuda_test.cc holds it to the contract with functions that err so much.
+template <class M>
+struct FastUnit {
+  float slope;
+  float u_scale, v_scale;  // |1 - a| / s and |1 - a| * beta / s, times log2(e)
+  float log_scale;         // sgn(1 - a) * (1 - c) * s * ln(2)
+  float gate;              // sgn(1 - a) * c * |1 - a|
+
+  FastUnit() = default;
+
+  // For beta in [kFastFromBeta, 1], where 1 - beta is exact.
+  CTONNX_DEVICE FastUnit(float beta, float coeff, float a) {
+    const float s = (1 - beta) + 1e-6f;
+    const float gap = fabsf(1 - a);
+    const float sign = a < 1 ? 1.f : a > 1 ? -1.f : 0.f;
+    slope = a;
+    u_scale = gap / s * Elementary<float>::kLog2e;
+    v_scale = beta * u_scale;
+    log_scale = sign * (1 - coeff) * s * 0.693147181f;
+    gate = sign * coeff * gap;
+  }
+
+  CTONNX_DEVICE float operator()(float x) const {
+    // Beyond the limit both terms are 0. NaN gives 0 too: the original carries it.
+    constexpr float limit = 126;
+    const float ax = absolute(x), u = ax * u_scale, v = ax * v_scale;
+    const float log_term = log_scale * M::log2(1 + M::exp2(-u));
+    const float gate_term = ax * gate * M::reciprocal(1 + M::exp2(v));
+    const float small = (u < limit ? log_term : 0) + below_zero(x, slope);
+    return above_zero(x) + (small - (v < limit ? gate_term : 0));
+  }
+};
 
 }  // namespace CTONNX_LEVEL
 }  // namespace ctonnx

@@ -5,19 +5,38 @@
 //            coeff   float32, broadcastable to X, values in [0, 1]
 //            slope   optional, type of X, broadcastable to X
 //   output   Y       type and shape of X
+//
+// A beta or coeff outside [0, 1], or NaN, is an error on the CPU. On CUDA, where they are not read
+// back, it gives NaN.
 #include <algorithm>
+#include <deque>
 #include <exception>
 #include <limits>
+#include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "ctu_plan.h"
 #include "ort_abi.h"
 
+#if defined(CTONNX_CUDA)
+#include "ctu_cuda.h"
+#include "ctu_launch.h"
+#endif
+
 namespace ctonnx {
 namespace {
 
 ort::Api api;
+
+constexpr const char* kCpuProvider = "CPUExecutionProvider";
+
+#if defined(CTONNX_CUDA)
+// What NVIDIA's provider is called: the one built into ONNX Runtime, and the plug-in. Ops for
+// providers that a session does not have are passed over.
+constexpr const char* kCudaProviders[] = {"CUDAExecutionProvider", "CudaPluginExecutionProvider"};
+#endif
 
 // Elements of a task for the thread pool: enough to outweigh handing it to a thread.
 constexpr size_t kTask = 16384;
@@ -146,48 +165,95 @@ void set_dims(const std::vector<int64_t>& x_dims, Grid<T>* grid) {
   grid->inner = product(x_dims.data() + end, x_dims.data() + x_dims.size());
 }
 
+// A node's inputs, with beta, coeff and slope wherever the provider keeps them.
 template <class T>
-void compute(PlanCache<T>* cache, ort::KernelContext* context) {
-  size_t inputs = 0;
-  check(api.KernelContext_GetInputCount(context, &inputs));
-  const ort::Value* values[4] = {};
-  for (size_t i = 0; i < std::min<size_t>(inputs, 4); ++i) {
-    check(api.KernelContext_GetInput(context, i, &values[i]));
-  }
-  const std::vector<int64_t> dims = shape_of(values[0]);
-  Grid<T> grid;
-  grid.beta = read_parameter<float>("beta", values[1], dims);
-  grid.coeff = read_parameter<float>("coeff", values[2], dims);
-  if (values[3] != nullptr) grid.slope = read_parameter<T>("slope", values[3], dims);
-  check_unit_interval("beta", grid.beta);
-  check_unit_interval("coeff", grid.coeff);
+struct Inputs {
+  const T* x;
+  std::vector<int64_t> dims;
+  Grid<T> grid;  // along every dimension of X
 
-  ort::Value* output = nullptr;
-  check(api.KernelContext_GetOutput(context, 0, dims.data(), dims.size(), &output));
-  const size_t count = product(dims.data(), dims.data() + dims.size());
-  if (count == 0) return;
-  set_dims(dims, &grid);
-
-  struct Job {
-    std::shared_ptr<const Plan<T>> plan;
-    const T* x;
-    T* y;
-    size_t count, inner;
-
-    void run(size_t task) const {
-      plan->run(x, y, task * kTask, std::min((task + 1) * kTask, count), inner);
+  explicit Inputs(ort::KernelContext* context) {
+    size_t inputs = 0;
+    check(api.KernelContext_GetInputCount(context, &inputs));
+    const ort::Value* values[4] = {};
+    for (size_t i = 0; i < std::min<size_t>(inputs, 4); ++i) {
+      check(api.KernelContext_GetInput(context, i, &values[i]));
     }
-  };
-  Job job = {cache->get(grid, cpu_level()), data_of<const T>(values[0]), data_of<T>(output), count,
-             grid.inner};
-  const size_t tasks = (count + kTask - 1) / kTask;
-  if (tasks == 1) {
-    job.run(0);
-  } else {
-    const auto task = [](void* user, size_t index) { static_cast<Job*>(user)->run(index); };
-    check(api.KernelContext_ParallelFor(context, task, tasks, 0, &job));
+    x = data_of<const T>(values[0]);
+    dims = shape_of(values[0]);
+    grid.beta = read_parameter<float>("beta", values[1], dims);
+    grid.coeff = read_parameter<float>("coeff", values[2], dims);
+    if (values[3] != nullptr) grid.slope = read_parameter<T>("slope", values[3], dims);
   }
-}
+
+  size_t count() const { return product(dims.data(), dims.data() + dims.size()); }
+
+  T* output(ort::KernelContext* context) const {
+    ort::Value* value = nullptr;
+    check(api.KernelContext_GetOutput(context, 0, dims.data(), dims.size(), &value));
+    return data_of<T>(value);
+  }
+};
+
+template <class T>
+class CpuKernel {
+ public:
+  void compute(ort::KernelContext* context) {
+    Inputs<T> inputs(context);
+    check_unit_interval("beta", inputs.grid.beta);
+    check_unit_interval("coeff", inputs.grid.coeff);
+    T* const y = inputs.output(context);
+    const size_t count = inputs.count();
+    if (count == 0) return;
+    set_dims(inputs.dims, &inputs.grid);
+
+    struct Job {
+      std::shared_ptr<const Plan<T>> plan;
+      const T* x;
+      T* y;
+      size_t count, inner;
+
+      void run(size_t task) const {
+        plan->run(x, y, task * kTask, std::min((task + 1) * kTask, count), inner);
+      }
+    };
+    Job job = {cache_.get(inputs.grid, cpu_level()), inputs.x, y, count, inputs.grid.inner};
+    const size_t tasks = (count + kTask - 1) / kTask;
+    if (tasks == 1) {
+      job.run(0);
+    } else {
+      const auto task = [](void* user, size_t index) { static_cast<Job*>(user)->run(index); };
+      check(api.KernelContext_ParallelFor(context, task, tasks, 0, &job));
+    }
+  }
+
+ private:
+  PlanCache<T> cache_;
+};
+
+#if defined(CTONNX_CUDA)
+// Reads no parameter and keeps nothing: a captured CUDA graph replays with what they then hold.
+template <class T>
+class CudaKernel {
+ public:
+  void compute(ort::KernelContext* context) {
+    Inputs<T> inputs(context);
+    T* const y = inputs.output(context);
+    const size_t count = inputs.count();
+    if (count == 0) return;
+    set_dims(inputs.dims, &inputs.grid);
+    Work<T> work;
+    if (!make_work(inputs.x, y, count, inputs.grid, &work)) {
+      invalid("beta, coeff and slope vary along too many dimensions of X for CUDA");
+    }
+    void* stream = nullptr;
+    check(api.KernelContext_GetGPUComputeStream(context, &stream));
+    if (const char* message = launch(work, blocks_of(work), stream)) {
+      throw std::runtime_error(std::string("ctonnx::CTU: CUDA: ") + message);
+    }
+  }
+};
+#endif
 
 // Y has the shape of X, as far as that is known.
 void infer_shape(ort::ShapeInferContext* context) {
@@ -226,58 +292,76 @@ constexpr ort::ElementType element_type<BFloat16>() {
   return ort::kBFloat16;
 }
 
-template <class T>
-const ort::CustomOp* cpu_op() {
-  static const ort::CustomOp op = [] {
-    ort::CustomOp ctu{};
-    ctu.version = ort::kApiVersion;
-    ctu.GetName = [](const ort::CustomOp*) { return "CTU"; };
-    ctu.GetExecutionProviderType = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
-    ctu.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return 4; };
-    ctu.GetInputType = [](const ort::CustomOp*, size_t index) {
-      return index == 1 || index == 2 ? ort::kFloat : element_type<T>();
-    };
-    ctu.GetInputCharacteristic = [](const ort::CustomOp*, size_t index) {
-      return index == 3 ? ort::kOptional : ort::kRequired;
-    };
-    ctu.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
-    ctu.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
-    ctu.GetOutputType = [](const ort::CustomOp*, size_t) { return element_type<T>(); };
-    ctu.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
-    ctu.CreateKernelV2 = [](const ort::CustomOp*, const void*, const void*,
-                            void** kernel) -> ort::Status* {
-      return guarded([&] { *kernel = new PlanCache<T>; });
-    };
-    ctu.KernelDestroy = [](void* kernel) { delete static_cast<PlanCache<T>*>(kernel); };
-    ctu.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
-      return guarded([&] { compute<T>(static_cast<PlanCache<T>*>(kernel), context); });
-    };
-    ctu.InferOutputShape = [](const ort::CustomOp*, ort::ShapeInferContext* context) {
-      return guarded([&] { infer_shape(context); });
-    };
-    ctu.GetStartVersion = [](const ort::CustomOp*) { return 1; };
-    ctu.GetEndVersion = [](const ort::CustomOp*) { return std::numeric_limits<int>::max(); };
-    // Y may overwrite X.
-    ctu.GetMayInplace = [](int** inputs, int** outputs) -> size_t {
-      static int first = 0;
-      *inputs = *outputs = &first;
-      return 1;
-    };
-    ctu.ReleaseMayInplace = [](int*, int*) {};
-    return ctu;
-  }();
-  return &op;
+struct Op : ort::CustomOp {
+  const char* provider;
+};
+
+// The op for elements of type T, run by a Kernel on a provider. All inputs are where the provider
+// has its memory.
+template <class T, class Kernel>
+Op make_op(const char* provider) {
+  Op ctu{};
+  ctu.provider = provider;
+  ctu.version = ort::kApiVersion;
+  ctu.GetName = [](const ort::CustomOp*) { return "CTU"; };
+  ctu.GetExecutionProviderType = [](const ort::CustomOp* op) {
+    return static_cast<const Op*>(op)->provider;
+  };
+  ctu.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return 4; };
+  ctu.GetInputType = [](const ort::CustomOp*, size_t index) {
+    return index == 1 || index == 2 ? ort::kFloat : element_type<T>();
+  };
+  ctu.GetInputCharacteristic = [](const ort::CustomOp*, size_t index) {
+    return index == 3 ? ort::kOptional : ort::kRequired;
+  };
+  ctu.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
+  ctu.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+  ctu.GetOutputType = [](const ort::CustomOp*, size_t) { return element_type<T>(); };
+  ctu.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  ctu.CreateKernelV2 = [](const ort::CustomOp*, const void*, const void*,
+                          void** kernel) -> ort::Status* {
+    return guarded([&] { *kernel = new Kernel; });
+  };
+  ctu.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  ctu.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
+    return guarded([&] { static_cast<Kernel*>(kernel)->compute(context); });
+  };
+  ctu.InferOutputShape = [](const ort::CustomOp*, ort::ShapeInferContext* context) {
+    return guarded([&] { infer_shape(context); });
+  };
+  ctu.GetStartVersion = [](const ort::CustomOp*) { return 1; };
+  ctu.GetEndVersion = [](const ort::CustomOp*) { return std::numeric_limits<int>::max(); };
+  // Y may overwrite X.
+  ctu.GetMayInplace = [](int** inputs, int** outputs) -> size_t {
+    static int first = 0;
+    *inputs = *outputs = &first;
+    return 1;
+  };
+  ctu.ReleaseMayInplace = [](int*, int*) {};
+  return ctu;
 }
 
-// One domain for the life of the process: ONNX Runtime keeps pointers to it in every session.
+template <template <class> class Kernel>
+void add_ops(ort::OpDomain* domain, const char* provider) {
+  // For the life of the process, as the domain: ONNX Runtime keeps pointers to them in sessions.
+  static std::deque<Op>& ops = *new std::deque<Op>;
+  for (const Op& op : {make_op<float, Kernel<float>>(provider),
+                       make_op<Half, Kernel<Half>>(provider),
+                       make_op<BFloat16, Kernel<BFloat16>>(provider),
+                       make_op<double, Kernel<double>>(provider)}) {
+    ops.push_back(op);
+    check(api.CustomOpDomain_Add(domain, &ops.back()));
+  }
+}
+
 ort::OpDomain* domain() {
   static ort::OpDomain* const made = [] {
     ort::OpDomain* domain = nullptr;
     check(api.CreateCustomOpDomain("ctonnx", &domain));
-    check(api.CustomOpDomain_Add(domain, cpu_op<float>()));
-    check(api.CustomOpDomain_Add(domain, cpu_op<Half>()));
-    check(api.CustomOpDomain_Add(domain, cpu_op<BFloat16>()));
-    check(api.CustomOpDomain_Add(domain, cpu_op<double>()));
+    add_ops<CpuKernel>(domain, kCpuProvider);
+#if defined(CTONNX_CUDA)
+    for (const char* provider : kCudaProviders) add_ops<CudaKernel>(domain, provider);
+#endif
     return domain;
   }();
   return made;

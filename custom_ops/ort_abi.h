@@ -109,6 +109,10 @@ class Api {
     return call<Status*>(91, context, index, dims, rank, value);
   }
   void ReleaseTensorTypeAndShapeInfo(TensorInfo* info) const { call<void>(99, info); }
+  // The cudaStream_t that a CUDA provider runs the node on.
+  Status* KernelContext_GetGPUComputeStream(const KernelContext* context, void** stream) const {
+    return call<Status*>(193, context, stream);
+  }
   Status* ShapeInferContext_GetInputTypeShape(const ShapeInferContext* context, size_t index,
                                               TensorInfo** info) const {
     return call<Status*>(268, context, index, info);

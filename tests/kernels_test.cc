@@ -1,121 +1,11 @@
 // Tests of the CPU kernels without ONNX Runtime, so that sanitizers can watch them. The level under
 // test is what CTONNX_CPU names. Prints what fails; exits with 1 if anything does.
-#include <cmath>
-#include <cstdio>
 #include <limits>
 #include <thread>
 
-#include "ctu_plan.h"
-
-using namespace ctonnx;
+#include "contract.h"
 
 namespace {
-
-// The numeric contract of ctu_math.h, row by row. `step` is half the distance of neighbouring
-// numbers relative to them, for the types that round once more.
-template <class T>
-struct Row;
-template <>
-struct Row<float> {
-  static constexpr const char* name = "float32";
-  static constexpr double tolerance = 2.5e-7, step = 0;
-};
-template <>
-struct Row<double> {
-  static constexpr const char* name = "double";
-  static constexpr double tolerance = 4e-15, step = 0;
-};
-template <>
-struct Row<Half> {
-  static constexpr const char* name = "float16";
-  static constexpr double tolerance = 2.5e-7, step = 0x1p-11;
-};
-template <>
-struct Row<BFloat16> {
-  static constexpr const char* name = "bfloat16";
-  static constexpr double tolerance = 2.5e-7, step = 0x1p-8;
-};
-
-const float kBetas[] = {0.f,   1e-6f, 1e-4f, 0.01f, 0.1f,  0.149f,    0.15f, 0.151f,
-                        0.3f,  0.5f,  0.7f,  0.85f, 0.99f, 0.999999f, 1.f};
-const float kCoeffs[] = {0.f, 0.1f, 0.5f, 0.9f, 1.f};
-const double kSlopes[] = {0, 0.01, 0.25, 1, 1.5, -0.5};
-
-int failures = 0;
-
-void fail(const char* what, const char* type, double x, double y, double exact, Parameters p) {
-  if (++failures <= 20) {
-    std::printf("%s: %s CTU(%.9g) is %.17g, not %.17g, for beta %.9g, c %.9g, slope %g\n", what,
-                type, x, y, exact, p.beta, p.coeff, p.slope);
-  }
-}
-
-void require(bool ok, const char* what, const char* type, size_t n) {
-  if (!ok && ++failures <= 20) std::printf("%s: %s, length %zu\n", what, type, n);
-}
-
-// The paper's formula where that is stable, in extended precision.
-double exact_ctu(double x, Parameters p) {
-  if (std::isnan(x)) return x;
-  const double negative = p.slope == 0 ? 0 : p.slope * x;
-  if (std::isinf(x)) return x > 0 ? x : negative;
-  const long double s = 1.0L - p.beta + 1e-6L, gap = fabsl(1.0L - p.slope);
-  const long double u = gap * fabsl(x) / s, sign = p.slope < 1 ? 1 : p.slope > 1 ? -1 : 0;
-  const long double r = (1.0L - p.coeff) * log1pl(expl(-u)) - p.coeff * u / (1 + expl(p.beta * u));
-  const long double original = x < 0 ? p.slope * static_cast<long double>(x) : x;
-  return static_cast<double>(original + sign * s * r);
-}
-
-template <class T>
-T from_double(double value) {
-  return static_cast<T>(value);
-}
-// Truncation is enough to make test data.
-template <>
-BFloat16 from_double(double value) {
-  return {static_cast<uint16_t>(bits_as<uint32_t>(static_cast<float>(value)) >> 16)};
-}
-template <>
-Half from_double(double value) {
-  const uint32_t bits = bits_as<uint32_t>(static_cast<float>(value));
-  const int exponent = static_cast<int>((bits >> 23) & 0xff) - 112;
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  if (exponent <= 0) return {static_cast<uint16_t>(sign)};
-  return {static_cast<uint16_t>(sign | exponent << 10 | ((bits >> 13) & 0x3ff))};
-}
-
-// Whether y, an output for x, keeps the contract.
-template <class T>
-bool keeps_contract(double x, double y, double exact, double slope) {
-  double scale = std::max(1.0, std::fabs(exact));
-  if (slope < 0) scale = std::max(scale, std::fabs(x));
-  const double smallest = sizeof(T) == 2 ? 0x1p-25 : 0;  // half of float16's smallest number
-  const double rounding = std::max(Row<T>::step * std::fabs(exact) * 1.001, smallest);
-  return std::fabs(y - exact) <= Row<T>::tolerance * scale + (Row<T>::step > 0 ? rounding : 0);
-}
-
-template <class T>
-void check(const char* what, const T* x, const T* y, size_t n, Parameters p) {
-  for (size_t i = 0; i < n; ++i) {
-    const double in = to_double(x[i]), out = to_double(y[i]), exact = exact_ctu(in, p);
-    const bool ok = std::isfinite(exact) ? keeps_contract<T>(in, out, exact, p.slope)
-                                         : std::isnan(exact) ? std::isnan(out) : out == exact;
-    if (!ok) fail(what, Row<T>::name, in, out, exact, p);
-  }
-}
-
-// Numbers of both signs and every magnitude up to 1e4, most of them where s makes the curve bend.
-template <class T>
-std::vector<T> samples(size_t n, double s, uint32_t seed = 1) {
-  std::vector<T> x;
-  auto uniform = [&] { return (seed = seed * 1664525u + 1013904223u) / 4294967296.0; };
-  for (size_t i = 0; i < n; ++i) {
-    const double sign = uniform() < 0.5 ? -1 : 1, magnitude = uniform();
-    x.push_back(from_double<T>(sign * (i % 3 == 0 ? std::pow(10, 12 * magnitude - 8)
-                                                  : std::min(1e4, s * std::pow(300, magnitude)))));
-  }
-  return x;
-}
 
 // A grid of one triple for long runs (the table, where beta allows it) or for one element each.
 template <class T>
@@ -276,17 +166,6 @@ void test_threads() {
   for (size_t i = 0; i < outputs.size(); ++i) {
     check("threads", x.data(), outputs[i].data(), x.size(), parameters(i));
   }
-}
-
-// The comparison can fail.
-void test_comparison() {
-  const Parameters right = {0.85f, 0.3f, 0}, wrong = {0.85f, 0.7f, 0};
-  const double x = -0.3, exact = exact_ctu(x, right);
-  require(!keeps_contract<float>(x, exact_ctu(x, wrong), exact, 0), "accepts c for 1 - c", "", 1);
-  require(!keeps_contract<float>(x, exact + 3e-7, exact, 0), "accepts 3e-7", "", 1);
-  require(!keeps_contract<float>(x, std::nan(""), exact, 0), "accepts NaN", "", 1);
-  require(!keeps_contract<Half>(x, exact * (1 + 0x1p-10), exact, 0), "accepts an ulp", "", 1);
-  require(keeps_contract<float>(x, exact + 2e-7, exact, 0), "rejects 2e-7", "", 1);
 }
 
 template <class T>

@@ -1,0 +1,95 @@
+// The CUDA kernels: the threads of ctu_thread.h with the GPU's functions and types.
+#include <cuda_runtime.h>
+
+#include "ctu_cuda.h"
+
+// For `ctonnx doctor`, which looks for this text in the library.
+extern "C" __attribute__((used)) const char ctonnx_cuda_kernels[];
+const char ctonnx_cuda_kernels[] = "ctonnx CUDA kernels: " CTONNX_CUDA_KERNELS;
+
+namespace ctonnx {
+
+// The errors that FastUnit allows for are those of these instructions.
+struct Approximate {
+  static __device__ __forceinline__ float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  static __device__ __forceinline__ float log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  static __device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+};
+
+__device__ __forceinline__ float widen(Half half) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half.bits));
+  return value;
+}
+
+__device__ __forceinline__ float widen(BFloat16 value) {
+  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+}
+
+// Both round to nearest, ties to even; NaN stays NaN.
+__device__ __forceinline__ void narrow(float from, Half* to) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(from));
+}
+
+__device__ __forceinline__ void narrow(float from, BFloat16* to) {
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(from));
+#else
+  const uint32_t bits = __float_as_uint(from);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->bits = static_cast<uint16_t>(from == from ? rounded : (bits >> 16) | 0x40);
+#endif
+}
+
+template <class T, int kLanes>
+__device__ __forceinline__ void narrow(const float (&from)[kLanes], T (&to)[kLanes]) {
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) narrow(from[i], &to[i]);
+}
+
+namespace {
+
+template <class T, int kLanes, bool kGrid>
+__global__ void __launch_bounds__(kThreads, kGrid ? 2 : 4)
+    ctu_kernel(const __grid_constant__ Work<T> work) {
+  run_thread<kLanes, kGrid, Approximate>(work, blockIdx.x, gridDim.x, threadIdx.x);
+}
+
+template <class T>
+const char* launch_kernel(const Work<T>& work, uint64_t blocks, void* stream) {
+  const auto kernel = work.points == 1 ? ctu_kernel<T, kPacketLanes<T>, false>
+                      : work.lanes > 1 ? ctu_kernel<T, kPacketLanes<T>, true>
+                                       : ctu_kernel<T, 1, true>;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(work);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* launch(const Work<float>& work, uint64_t blocks, void* stream) {
+  return launch_kernel(work, blocks, stream);
+}
+const char* launch(const Work<Half>& work, uint64_t blocks, void* stream) {
+  return launch_kernel(work, blocks, stream);
+}
+const char* launch(const Work<BFloat16>& work, uint64_t blocks, void* stream) {
+  return launch_kernel(work, blocks, stream);
+}
+const char* launch(const Work<double>& work, uint64_t blocks, void* stream) {
+  return launch_kernel(work, blocks, stream);
+}
+
+}  // namespace ctonnx

@@ -1,0 +1,265 @@
+// What the threads of a GPU do: which elements each handles, and by which unit. Nothing here needs
+// CUDA, so that tests/cuda_test.cc runs the same code on the host, thread by thread.
+//
+// The tensor is cut into packets of 16 bytes that begin where Y is aligned, so that the first and
+// the last may be partial; a thread handles every kThreads-th packet of a tile. Where parameters
+// change within 16 bytes a packet is a single element instead.
+//
+// cub::DeviceTransform was considered and left: with the index that per-channel parameters need, it
+// gives up 16-byte accesses, and its own arithmetic cannot be tested without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "ctu_cpu.h"
+#include "ctu_math.h"
+
+namespace ctonnx {
+
+constexpr unsigned kThreads = 256;  // of a block
+constexpr size_t kMaxAxes = 8;
+
+template <class T>
+constexpr int kPacketLanes = 16 / sizeof(T);
+
+// The arguments of a kernel. All sizes are in elements unless they say otherwise.
+template <class T>
+struct Work {
+  const T* x;
+  T* y;
+  uint64_t count;
+
+  int lanes;       // elements of a packet: kPacketLanes or 1
+  uint64_t shift;  // lanes of the first packet that lie before Y
+  uint64_t packets;
+  uint64_t whole_begin, whole_count;  // the packets that lie in Y with all lanes
+  uint64_t per_thread;                // packets of a thread in a tile
+  bool aligned;                       // X lies as Y does, so that its packets are aligned too
+
+  const float* beta;
+  const float* coeff;
+  const T* slope;  // null where it is 0
+
+  // As Grid (ctu_plan.h), neighbouring dimensions merged where every parameter allows. One point
+  // for one unit throughout.
+  uint64_t points, inner;
+  size_t axes;
+  uint64_t dims[kMaxAxes], beta_steps[kMaxAxes], coeff_steps[kMaxAxes], slope_steps[kMaxAxes];
+
+  // Where on the grid the first packet begins, and how far a thread's next packet is from its last:
+  // a point, and elements into it.
+  uint64_t origin, next_point, next_rest;
+
+  CTONNX_HOST_DEVICE uint64_t tile() const { return per_thread * kThreads; }  // packets
+};
+
+// The unit of a point, in the form that its beta asks for. A beta or c outside [0, 1], or NaN,
+// gives NaN: it is known on the GPU alone, where no error can be raised.
+template <class A, class M>
+class AnyUnit {
+ public:
+  AnyUnit() = default;
+  CTONNX_DEVICE AnyUnit(float beta, float coeff, A slope) {
+    const bool valid = beta >= 0 && beta <= 1 && coeff >= 0 && coeff <= 1;
+    form_ = !valid ? kNan : kHasFast && beta >= kFastFromBeta ? kFast : kExact;
+    if (kHasFast && form_ == kFast) fast_ = FastUnit<M>(beta, coeff, static_cast<float>(slope));
+    if (form_ == kExact) exact_ = Unit<A>(beta, coeff, static_cast<double>(slope));
+  }
+
+  template <int kLanes>
+  CTONNX_DEVICE void apply(const A (&x)[kLanes], A (&y)[kLanes]) const {
+    if (kHasFast && form_ == kFast) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) y[i] = fast_(static_cast<float>(x[i]));
+    } else if (form_ == kExact) {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) y[i] = ctu<true>(x[i], exact_);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) y[i] = static_cast<A>(NAN);
+    }
+  }
+
+ private:
+  static constexpr bool kHasFast = sizeof(A) == sizeof(float);
+
+  enum Form { kNan, kFast, kExact } form_;
+  FastUnit<M> fast_;
+  Unit<A> exact_;
+};
+
+// As many bits as a packet has, moved by one access.
+template <size_t kBytes>
+struct Bits;
+template <>
+struct Bits<16> {
+#ifdef __CUDACC__
+  using type = uint4;
+#else
+  struct alignas(16) type {
+    uint32_t words[4];
+  };
+#endif
+};
+template <>
+struct Bits<8> {
+  using type = uint64_t;
+};
+template <>
+struct Bits<4> {
+  using type = uint32_t;
+};
+template <>
+struct Bits<2> {
+  using type = uint16_t;
+};
+
+template <class Chunk>
+CTONNX_DEVICE void store_bits(Chunk* to, Chunk bits) {
+  *to = bits;
+}
+#ifdef __CUDACC__
+CTONNX_DEVICE void store_bits(uint4* to, uint4 bits) {
+  // An assignment would become four stores.
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y),
+               "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+#endif
+
+template <class T, int kLanes>
+struct Packet {
+  T lanes[kLanes];
+};
+
+CTONNX_DEVICE float widen(float value) { return value; }
+CTONNX_DEVICE double widen(double value) { return value; }
+template <int kLanes>
+CTONNX_DEVICE void narrow(const float (&from)[kLanes], float (&to)[kLanes]) {
+  std::memcpy(to, from, sizeof to);
+}
+template <int kLanes>
+CTONNX_DEVICE void narrow(const double (&from)[kLanes], double (&to)[kLanes]) {
+  std::memcpy(to, from, sizeof to);
+}
+
+// A packet of X: the elements from `begin` on, which wraps for a first packet that begins before X.
+// What lies outside is 0 in it.
+template <int kLanes, class T>
+CTONNX_DEVICE Packet<T, kLanes> load_packet(const Work<T>& work, uint64_t begin, bool whole) {
+  if (whole && work.aligned) {
+    using Chunk = typename Bits<kLanes * sizeof(T)>::type;
+    return bits_as<Packet<T, kLanes>>(*reinterpret_cast<const Chunk*>(work.x + begin));
+  }
+  Packet<T, kLanes> loaded;
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t at = begin + static_cast<uint64_t>(i);
+    loaded.lanes[i] = at < work.count ? work.x[at] : T{};
+  }
+  return loaded;
+}
+
+template <int kLanes, class T>
+CTONNX_DEVICE void store_packet(const Work<T>& work, uint64_t begin, bool whole,
+                                const Packet<T, kLanes>& values) {
+  if (whole) {
+    using Chunk = typename Bits<kLanes * sizeof(T)>::type;
+    store_bits(reinterpret_cast<Chunk*>(work.y + begin), bits_as<Chunk>(values));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t at = begin + static_cast<uint64_t>(i);
+    if (at < work.count) work.y[at] = values.lanes[i];
+  }
+}
+
+// The unit of a point of the grid.
+template <class A, class M, class T>
+CTONNX_DEVICE AnyUnit<A, M> unit_at(const Work<T>& work, uint64_t point) {
+  uint64_t beta = 0, coeff = 0, slope = 0, rest = point;
+  for (size_t axis = work.axes; axis-- > 0;) {
+    // The first axis needs no division: the common case has one.
+    const uint64_t place = axis > 0 ? rest % work.dims[axis] : rest;
+    if (axis > 0) rest /= work.dims[axis];
+    beta += place * work.beta_steps[axis];
+    coeff += place * work.coeff_steps[axis];
+    slope += place * work.slope_steps[axis];
+  }
+  return AnyUnit<A, M>(work.beta[beta], work.coeff[coeff],
+                       work.slope != nullptr ? widen(work.slope[slope]) : A{});
+}
+
+// What one thread does. kGrid is for more than one point.
+template <int kLanes, bool kGrid, class M, class T>
+CTONNX_DEVICE void run_thread(const Work<T>& work, uint64_t block, uint64_t blocks,
+                              unsigned thread) {
+  using A = typename Arithmetic<T>::type;
+  const uint64_t tile = work.tile();
+  for (uint64_t first = block * tile; first < work.packets; first += blocks * tile) {
+    const uint64_t end = work.packets - first < tile ? work.packets : first + tile;
+    uint64_t packet = first + thread;
+    if (packet >= end) continue;
+    const auto is_whole = [&](uint64_t p) { return p - work.whole_begin < work.whole_count; };
+    uint64_t begin = packet * kLanes - work.shift;
+    bool whole = is_whole(packet);
+    // On its way while the parameters are read, as below the next one is while this is computed.
+    Packet<T, kLanes> next = load_packet<kLanes>(work, begin, whole);
+
+    uint64_t point = 0, rest = 0;
+    if (kGrid) {
+      const uint64_t place = packet * kLanes + work.origin;
+      point = place / work.inner % work.points;
+      rest = place % work.inner;
+    }
+    AnyUnit<A, M> unit;
+    if (!kGrid) unit = unit_at<A, M>(work, 0);
+#pragma unroll 1
+    while (true) {
+      A x[kLanes], y[kLanes] = {};
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) x[i] = widen(next.lanes[i]);
+      const uint64_t this_begin = begin;
+      const bool this_whole = whole;
+      packet += kThreads;
+      const bool last = packet >= end;
+      if (!last) {
+        begin += kThreads * kLanes;
+        whole = is_whole(packet);
+        next = load_packet<kLanes>(work, begin, whole);
+      }
+
+      int done = 0;  // lanes; those up to `left` are of the unit
+      uint64_t left = work.inner - rest, place = point;
+#pragma unroll 1
+      while (true) {
+        if (kGrid) unit = unit_at<A, M>(work, place);
+        A values[kLanes];
+        unit.apply(x, values);
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) y[i] = i < done ? y[i] : values[i];
+        if (!kGrid || left >= kLanes) break;
+        done = static_cast<int>(left);
+        left += work.inner;
+        place = place + 1 == work.points ? 0 : place + 1;
+      }
+      Packet<T, kLanes> result;
+      narrow(y, result.lanes);
+      store_packet<kLanes>(work, this_begin, this_whole, result);
+      if (last) break;
+      if (kGrid) {
+        rest += work.next_rest;
+        point += work.next_point;
+        if (rest >= work.inner) {
+          rest -= work.inner;
+          ++point;
+        }
+        if (point >= work.points) point -= work.points;
+      }
+    }
+  }
+}
+
+}  // namespace ctonnx

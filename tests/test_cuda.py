@@ -1,0 +1,501 @@
+"""The CUDA kernels: what can be shown without a GPU, and, marked `gpu`, all that needs one.
+
+`cuda_test.cc` runs the kernels' threads on the host. That it fails for a wrong one is seen by
+spoiling one: let a packet begin elsewhere in ctu_thread.h, or let next_point, origin or whole_count
+be off by one in ctu_launch.h, or lower kFastFromBeta in ctu_math.h.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT, op_model
+from onnx import TensorProto, helper
+
+import ctonnx
+from ctonnx import ctu, doctor, runtime
+
+SOURCES = ROOT / "custom_ops"
+CODES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float64): TensorProto.DOUBLE,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+}
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+
+
+def why_no_gpu():
+    """Why there is no GPU for these tests; None where there is one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver: libcuda.so.1 is missing"
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "no NVIDIA GPU"
+    return None
+
+
+NO_GPU = why_no_gpu()
+
+
+# ---- Without a GPU ------------------------------------------------------------------------------
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "-mfma -ffp-contract=fast",  # as nvcc contracts
+        "-fsanitize=address,undefined -fno-sanitize-recover=all",
+    ],
+    ids=["fma", "sanitizers"],
+)
+def test_threads_on_the_host(tmp_path, flags):
+    if "-mfma" in flags and "fma" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this machine has no fused multiply-add")
+    off = ["-DCTONNX_CUDA=OFF", "-DCTONNX_PORTABLE_ONLY=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    configure = ["cmake", "-S", SOURCES, "-B", tmp_path, *off, f"-DCMAKE_CXX_FLAGS={flags}"]
+    subprocess.run(configure, check=True, capture_output=True)
+    build = ["cmake", "--build", tmp_path, "--target", "cuda_test"]
+    subprocess.run(build, check=True, capture_output=True)
+    done = subprocess.run([tmp_path / "cuda_test"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "0 failures\n"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The benchmark's library of the kernels for one architecture, what ptxas said, and the PTX."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("nvcc")
+    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas=-v", "--keep", "-shared"]
+    command += ["-Xcompiler=-fPIC", f"--keep-dir={folder}", '-DCTONNX_CUDA_KERNELS=""']
+    command += [ROOT / "benchmarks" / "cuda_kernel.cu", "-o", folder / "kernels.so"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (ptx,) = folder.glob("*.ptx")
+    return folder / "kernels.so", done.stderr, ptx.read_text()
+
+
+def test_accesses_are_of_16_bytes_and_nothing_spills(compiled):
+    """Each kernel on packets moves them by one access, and none keeps anything in local memory."""
+    _, said, ptx = compiled
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", said)
+    assert spills == [("0", "0")] * 12
+    kernels = ptx.split(".entry ")[1:]
+    assert len(kernels) == 12
+    wide = [kernel for kernel in kernels if "Li1E" not in kernel.partition("(")[0]]
+    assert len(wide) == 8
+    for kernel in wide:
+        # The first packet of a thread and those that follow; double's are two words of 8 bytes.
+        assert len(re.findall(r"ld\.global\.(v4\.[ufb]32|v2\.[ufb]64)", kernel)) == 2
+        assert len(re.findall(r"st\.global\.v4\.[ub]32", kernel)) == 1
+
+
+@pytest.mark.skipif(NO_GPU is None, reason="there is a GPU")
+def test_a_launch_that_fails_gives_cudas_message(compiled):
+    run = ctypes.CDLL(str(compiled[0])).run_ctu
+    run.restype, number = ctypes.c_char_p, ctypes.c_uint64
+    x = np.zeros(8, np.float64)
+    at = ctypes.c_void_p(x.ctypes.data)
+    for code in CODES.values():
+        for points in (1, 2):
+            message = run(code, at, at, number(8), at, at, number(points), number(1), None)
+            assert b"CUDA" in message
+
+
+def held_architectures(library):
+    """(kind, architecture) of the entries of a library's fat binaries: kind 1 is PTX, 2 code."""
+    data, magic, held = Path(library).read_bytes(), struct.pack("<IHH", 0xBA55ED50, 1, 16), set()
+    at = data.find(magic)
+    while at >= 0:
+        (size,) = struct.unpack_from("<Q", data, at + 8)
+        entry, end = at + 16, at + 16 + size
+        while entry < end:
+            kind, _, header, payload = struct.unpack_from("<HHIQ", data, entry)
+            held.add((kind, *struct.unpack_from("<I", data, entry + 28)))
+            entry += header + payload
+        at = data.find(magic, end)
+    return held
+
+
+@needs_nvcc
+@pytest.mark.skipif(os.environ.get("CTONNX_CUDA") == "OFF", reason="CUDA is turned off")
+def test_the_library_holds_what_doctor_says():
+    library = ctonnx.get_library_path()
+    said = doctor.examine()["cuda_kernels"]
+    assert said is not None
+    assert said.endswith(" + PTX")
+    named = {int(number) for number in re.findall(r"sm_(\d+)", said)}
+    assert held_architectures(library) == {(2, arch) for arch in named} | {(1, max(named))}
+
+
+@needs_cmake
+@pytest.mark.parametrize("how", ["option", "environment", "broken", "missing"])
+def test_builds_without_cuda(tmp_path, how):
+    """Turned off by an option or in the environment, or by an nvcc that fails, which is said."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CTONNX_CUDA")}
+    arguments = []
+    if how == "option":
+        arguments = ["-DCTONNX_CUDA=OFF"]
+    elif how == "environment":
+        environment["CTONNX_CUDA"] = "OFF"
+    elif how == "broken":
+        nvcc = tmp_path / "nvcc"
+        nvcc.write_text("#!/bin/sh\necho unsupported host compiler >&2\nexit 1\n")
+        nvcc.chmod(0o755)
+        environment["CUDACXX"] = str(nvcc)
+    else:
+        environment["CUDACXX"] = "/nonexistent/nvcc"
+    done = subprocess.run(
+        ["cmake", "-S", SOURCES, "-B", tmp_path / "build", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "+ PTX" not in done.stdout
+    warned = " ".join(done.stderr.split())
+    assert ("built without CUDA kernels" in warned) == (how in ("broken", "missing"))
+    if how == "broken":
+        assert "unsupported host compiler" in warned
+    if how == "missing":
+        assert "/nonexistent/nvcc does not work" in warned
+
+
+def test_doctor_says_why_cuda_is_not_used():
+    available = ["CPUExecutionProvider"]
+    assert "built without nvcc" in doctor._why_not_cuda(None, available)
+    assert "has no CUDA provider" in doctor._why_not_cuda("sm_90 + PTX", available)
+
+
+def test_both_languages_know_the_same_providers():
+    table = re.search(r"kCudaProviders\[\] = \{(.*?)\}", (SOURCES / "ctu_op.cc").read_text())
+    assert tuple(re.findall(r'"(\w+)"', table[1])) == runtime.CUDA_PROVIDERS
+
+
+@pytest.mark.parametrize(
+    ("providers", "first"),
+    [
+        (["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"], True),
+        (["NvTensorRTRTXExecutionProvider", "CPUExecutionProvider"], True),
+        (["CUDAExecutionProvider", "TensorrtExecutionProvider"], False),
+        (["CPUExecutionProvider"], False),
+    ],
+)
+def test_tensorrt_before_cuda_is_said(monkeypatch, caplog, providers, first):
+    class Session:
+        def get_providers(self):
+            return providers
+
+    monkeypatch.setattr(runtime, "open_session", lambda *arguments: Session())
+    ctonnx.session(op_model().SerializeToString(), ["CPUExecutionProvider"], layout=False)
+    assert ("--lowering primitives" in caplog.text) == first
+
+
+# ---- With a GPU, inside ONNX Runtime -------------------------------------------------------------
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))]
+
+
+class Op:
+    """A session of one CTU node on CUDA, run on device memory through IO binding.
+
+    Every tensor lies `shift` elements into its memory, so that views are unaligned; what is around
+    and under the output holds a poison beforehand, which must be gone from the output and nowhere
+    else afterwards.
+    """
+
+    POISON = 0xA5
+
+    def __init__(self, dtype, sloped=False, **options):
+        import torch  # before onnxruntime, for which it loads CUDA's libraries
+        from onnxruntime import InferenceSession, SessionOptions
+
+        self.torch, self.dtype, self.code = torch, np.dtype(dtype), CODES[np.dtype(dtype)]
+        session_options = SessionOptions()
+        ctonnx.register(session_options)
+        provider = (runtime.CUDA_PROVIDERS[0], {k: str(v) for k, v in options.items()})
+        model = typed_model(self.code, sloped).SerializeToString()
+        self.session = InferenceSession(model, session_options, providers=[provider])
+        assert self.session.get_providers()[0] == provider[0], "CUDA did not start"
+
+    def place(self, array, shift=0):
+        """A copy in device memory: its bytes with room around, and the address of the first."""
+        size, room = array.nbytes, 64 + shift * array.itemsize
+        memory = self.torch.full((size + room + 64,), self.POISON, dtype=self.torch.uint8)
+        content = np.frombuffer(array.tobytes(), np.uint8).copy()
+        memory[room : room + size] = self.torch.from_numpy(content)
+        memory = memory.cuda()
+        return memory, memory.data_ptr() + room
+
+    def bind(self, inputs, shape, output):
+        """An IO binding of (array, address) by name, and Y's address."""
+        binding = self.session.io_binding()
+        for name, (array, address) in inputs.items():
+            code = CODES[array.dtype]
+            binding.bind_input(name, "cuda", 0, code, array.shape, address)
+        binding.bind_output("Y", "cuda", 0, self.code, shape, output)
+        return binding
+
+    def run(self, x, beta, coeff=0.5, slope=None, x_shift=0, y_shift=0, in_place=False):
+        given = {"X": (x, self.dtype), "beta": (beta, np.float32), "coeff": (coeff, np.float32)}
+        if slope is not None:
+            given["slope"] = slope, self.dtype
+        arrays = {name: np.array(value, dtype) for name, (value, dtype) in given.items()}
+        placed = {n: self.place(a, x_shift if n == "X" else 0) for n, a in arrays.items()}
+        poison = np.full(x.size * self.dtype.itemsize, self.POISON, np.uint8)
+        memory, address = (
+            placed["X"]
+            if in_place
+            else self.place(poison.view(self.dtype).reshape(x.shape), y_shift)
+        )
+        self.torch.cuda.synchronize()
+        inputs = {name: (arrays[name], placed[name][1]) for name in arrays}
+        self.session.run_with_iobinding(self.bind(inputs, x.shape, address))
+        result = memory.cpu().numpy()
+        begin = address - memory.data_ptr()
+        end = begin + x.size * self.dtype.itemsize
+        assert (result[:begin] == self.POISON).all()
+        assert (result[end:] == self.POISON).all()
+        return np.frombuffer(result[begin:end].tobytes(), self.dtype).reshape(x.shape)
+
+
+def typed_model(code, sloped):
+    """A model of one CTU node on inputs of any shape and type, bfloat16 included."""
+    names = ["X", "beta", "coeff", "slope"][: 4 if sloped else 3]
+    own = {"X": code, "slope": code}
+    inputs = [
+        helper.make_tensor_value_info(name, own.get(name, TensorProto.FLOAT), None)
+        for name in names
+    ]
+    graph = helper.make_graph(
+        [helper.make_node(ctu.OP_TYPE, names, ["Y"], domain=ctu.DOMAIN)],
+        "one_node",
+        inputs,
+        [helper.make_tensor_value_info("Y", code, None)],
+    )
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid(ctu.DOMAIN, ctu.VERSION)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+@pytest.fixture(scope="module")
+def contract():
+    """test_op.py, whose rows and comparison these tests share."""
+    import torch  # noqa: F401  before onnxruntime, for which it loads CUDA's libraries
+
+    import test_op  # isort: skip
+
+    return test_op
+
+
+def dtypes(function):
+    kinds = pytest.mark.parametrize("dtype", list(CODES), ids=str)
+    for mark in [kinds, *gpu]:
+        function = mark(function)
+    return function
+
+
+def on_gpu(function):
+    for mark in gpu:
+        function = mark(function)
+    return function
+
+
+def row_of(contract, dtype):
+    return next(row for row in contract.CONTRACT if np.dtype(row.numpy) == dtype)
+
+
+def fresh(count, limit=100):
+    rng = np.random.default_rng()
+    spread = 10 ** rng.uniform(-6, np.log10(limit), count) * rng.choice([-1, 1], count)
+    return np.where(rng.uniform(size=count) < 0.5, spread, rng.normal(size=count))
+
+
+@dtypes
+def test_contract_on_cuda(contract, dtype):
+    op, row = Op(dtype, sloped=True), row_of(contract, dtype)
+    for beta in contract.BETAS:
+        x = fresh(20011, 1e4).astype(dtype)
+        for coeff in contract.COEFFS:
+            y = op.run(x, beta, coeff, 0.0)
+            contract.assert_contract(row, y, x, beta, coeff)
+        for slope in contract.SLOPES:
+            rounded = np.asarray(slope, dtype)
+            y = op.run(x, beta, 0.5, rounded)
+            contract.assert_contract(row, y, x, beta, 0.5, rounded.astype(np.float64))
+
+
+@dtypes
+def test_special_values_on_cuda(dtype):
+    special = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0]).astype(dtype)
+    for beta in (0.0, 0.3, 0.5, 0.85, 1.0):
+        for slope, minus in ((None, 0.0), (0.25, -np.inf), (-0.25, np.inf), (1.0, -np.inf)):
+            op = Op(dtype, sloped=slope is not None)
+            y = op.run(special, beta, slope=slope).astype(np.float64)
+            np.testing.assert_array_equal(y[:3], [np.nan, np.inf, minus])
+            expected = ctu.ctu(0.0, np.float32(beta), slope=slope or 0.0)
+            assert y[3] == y[4] == pytest.approx(float(expected), rel=1e-2, abs=6e-8)
+
+
+@dtypes
+def test_parameters_outside_the_unit_interval_give_nan(dtype):
+    op, x = Op(dtype), np.array([-1, 0, 1, np.inf, -np.inf]).astype(dtype)
+    for beta, coeff in (
+        (-0.1, 0.5),
+        (1.1, 0.5),
+        (np.nan, 0.5),
+        (0.85, -1),
+        (0.85, 2),
+        (0.3, np.nan),
+    ):
+        assert np.isnan(op.run(x, beta, coeff).astype(np.float64)).all()
+    y = op.run(x, np.array([0.85, np.nan, 0.3, 2, 0.5])).astype(np.float64)
+    np.testing.assert_array_equal(np.isnan(y), [False, True, False, True, False])
+
+
+@dtypes
+def test_every_length_and_alignment_on_cuda(contract, dtype):
+    op, row = Op(dtype), row_of(contract, dtype)
+    lanes = 16 // dtype.itemsize
+    for length in range(68):
+        for x_shift, y_shift in {(0, 0), (1, 1), (1, 0), (0, lanes - 1), (lanes - 1, 1)}:
+            x = fresh(length).astype(dtype)
+            y = op.run(x, 0.85, x_shift=x_shift, y_shift=y_shift)
+            contract.assert_contract(row, y, x, 0.85, 0.5)
+        y = op.run(x, 0.85, x_shift=length % lanes, in_place=True)
+        contract.assert_contract(row, y, x, 0.85, 0.5)
+
+
+@dtypes
+@pytest.mark.parametrize("length", [4097, 1 << 20, (1 << 24) + 5])
+def test_long_tensors_on_cuda(contract, dtype, length):
+    """From one packet of a thread to all that it takes at a time."""
+    x = np.tile(fresh(1 << 16), -(-length // (1 << 16)))[:length].astype(dtype)
+    op, row = Op(dtype), row_of(contract, dtype)
+    contract.assert_contract(row, op.run(x, 0.85, x_shift=1, y_shift=1), x, 0.85, 0.5)
+    contract.assert_contract(row, op.run(x, 0.3, in_place=True), x, 0.3, 0.5)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("x_shape", "shape"),
+    [
+        ((), ()),
+        ((), (1,)),
+        ((0, 3), (3,)),
+        ((5,), (1, 1, 1)),
+        ((2, 3, 4, 5), (3, 1, 1)),
+        ((2, 3, 4, 5), (5,)),
+        ((2, 3, 4, 5), (2, 1, 1, 1)),
+        ((2, 3, 4, 5), (4, 1)),
+        ((2, 3, 4, 5), (2, 1, 4, 1)),
+        ((2, 3, 4, 5), (2, 3, 4, 5)),
+        ((7, 96), (96,)),
+        ((4097, 33), (33,)),
+        ((2, 64, 7, 7), (64, 1, 1)),
+        ((2, 64, 200, 7), (64, 1, 1)),
+    ],
+)
+def test_parameters_broadcast_on_cuda(contract, dtype, x_shape, shape):
+    rng = np.random.default_rng()
+    x = rng.normal(size=x_shape).astype(dtype)
+    beta, coeff = rng.uniform(size=(2, *shape)).astype(np.float32)
+    slope = rng.uniform(0, 1.5, size=shape).astype(dtype)
+    op, row = Op(dtype, sloped=True), row_of(contract, dtype)
+    full = np.broadcast_shapes(shape, x_shape)
+    for shift in (0, 1):
+        y = op.run(x, beta, coeff, slope, x_shift=shift, y_shift=shift)
+        if full == x_shape:
+            contract.assert_contract(row, y, x, beta, coeff, slope.astype(np.float64))
+        else:
+            parameters = (a.reshape(()) for a in (beta, coeff, slope.astype(np.float64)))
+            contract.assert_contract(row, y, x, *parameters)
+
+
+@on_gpu
+def test_every_float16_on_cuda(contract):
+    x = np.arange(65536, dtype=np.uint16).view(np.float16)
+    for beta in (0.3, 0.5, 0.85, 1.0):
+        y = Op(np.float16).run(x, beta)
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
+        finite = np.isfinite(x)
+        contract.assert_contract(contract.CONTRACT[2], y[finite], x[finite], beta, 0.5)
+
+
+@on_gpu
+def test_more_elements_than_32_bits_count():
+    op = Op(np.float16)
+    torch, count = op.torch, (1 << 32) + 77
+    if torch.cuda.mem_get_info()[0] < 3 * count:
+        pytest.skip("needs 13 GB of GPU memory")
+    x = torch.full((count,), -0.5, dtype=torch.float16, device="cuda")
+    scalars = {"beta": np.array(0.85, np.float32), "coeff": np.array(0.5, np.float32)}
+    placed = {name: op.place(array) for name, array in scalars.items()}
+    torch.cuda.synchronize()
+    binding = op.session.io_binding()
+    for name, (_, address) in placed.items():
+        binding.bind_input(name, "cuda", 0, TensorProto.FLOAT, (), address)
+    binding.bind_input("X", "cuda", 0, TensorProto.FLOAT16, [count], x.data_ptr())
+    binding.bind_output("Y", "cuda", 0, TensorProto.FLOAT16, [count], x.data_ptr())
+    op.session.run_with_iobinding(binding)
+    expected = np.float16(ctu.ctu(-0.5, np.float32(0.85)))
+    assert torch.all(x == float(expected)).item()
+
+
+@on_gpu
+def test_a_captured_graph_replays_with_another_beta():
+    """Nothing of beta is on the host: a replay answers for what the bound memory then holds."""
+    op = Op(np.float32, enable_cuda_graph=1)
+    torch = op.torch
+    x = torch.randn(4099, device="cuda")
+    y = torch.empty_like(x)
+    beta, coeff = (torch.tensor(v, device="cuda") for v in (0.9, 0.5))
+    binding = op.session.io_binding()
+    for name, tensor in (("X", x), ("beta", beta), ("coeff", coeff)):
+        binding.bind_input(name, "cuda", 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
+    binding.bind_output("Y", "cuda", 0, np.float32, tuple(y.shape), y.data_ptr())
+    for value in (0.9, 0.9, 0.9, 0.7, 0.2, 1.0, float("nan"), 0.85):
+        beta.fill_(value)
+        x.normal_()
+        y.fill_(-77)
+        torch.cuda.synchronize()
+        op.session.run_with_iobinding(binding)
+        torch.cuda.synchronize()
+        expected = ctu.ctu(x.cpu().numpy(), np.float32(value))
+        np.testing.assert_allclose(y.cpu().numpy(), expected, rtol=3e-7, atol=3e-7)
+
+
+@on_gpu
+def test_no_copies_around_the_op(tmp_path):
+    """In the optimised model of a network no Memcpy node is beside the CTUs."""
+    import torch  # noqa: F401  loads CUDA's libraries
+    from onnxruntime import SessionOptions
+
+    options = SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    steered = ctonnx.patch(onnx.load(ROOT / "samples" / "digits" / "digits.onnx"), 0.85)
+    ctonnx.session(steered, [runtime.CUDA_PROVIDERS[0]], options)
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    assert sum(ctu.is_ctu(node) for node in nodes) == 7
+    assert not [node.name for node in nodes if node.op_type.startswith("Memcpy")]
+
+
+@on_gpu
+def test_doctor_on_a_gpu():
+    import torch  # noqa: F401  loads CUDA's libraries
+
+    assert doctor.examine()["cuda"] == "works"
