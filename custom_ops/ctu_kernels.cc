@@ -52,19 +52,18 @@ Doubles load(const double* p) { return load_units<Doubles>(p); }
 void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof v); }
 
-// a < b ? a : b and a > b ? a : b, which the compiler does not make the one instruction that they are.
+// a > b ? a : b, which the compiler does not make the one instruction that it is; and a < b ? a : b,
+// which wide vectors have no need of.
 #if defined(__AVX512F__)
-Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
 Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
-Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
 Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
 #elif defined(__SSE2__)
-Floats smaller(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }
 Floats larger(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
+Floats smaller(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }
 #else
-Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 #endif
 
 // The 16-bit types, as integers of half the vector's size.
