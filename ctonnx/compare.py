@@ -82,13 +82,15 @@ def within(expected, actual, allowed):
     """
 
     def judge(name, expected, actual, measured):
-        error = np.abs(actual.astype(np.float64) - expected)
-        measured.update(max_rel=float((error / np.maximum(1, np.abs(expected))).max()), ulp=None)
-        measured.update(cosine=None, top1=None)
+        with np.errstate(invalid="ignore"):  # inf - inf
+            error = np.abs(actual.astype(np.float64) - expected)
+        finite = np.isfinite(expected)
+        relative = (error / np.maximum(1, np.abs(expected)))[finite]
+        measured.update(max_rel=float(relative.max(initial=0.0)), ulp=None, cosine=None, top1=None)
         bound = allowed[name]
         if _PRECISION[actual.dtype.name] < 24:
             bound = bound + _unit(expected, actual.dtype.name) / 2
-        worst = float((error / bound).max())
+        worst = float((error / bound)[finite].max(initial=0.0))
         return f"differs by {worst:.1f} times what its contract allows" if worst > 1 else None
 
     return _compare(expected, actual, judge, reference=True)

@@ -19,10 +19,11 @@ EPSILON = 1e-6
 
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
-# The numeric contract: the largest error / max(1, |Y|) by the type of X, in the kernels and in
-# `function`, for beta from 0.05 on and |X| up to 1e4. Half types add one rounding.
+# The numeric contract: the largest error / max(1, |Y|) by the type of X, for |X| up to 1e4, in the
+# kernels and, for beta from 0.3 on, in `function`. Half types add one rounding.
 BOUNDS = dict.fromkeys(FLOATING, 2.5e-7) | {TensorProto.DOUBLE: 4e-15}
-FALLBACK_BOUNDS = dict.fromkeys(FLOATING, 4e-7) | {TensorProto.DOUBLE: 4e-15}
+FALLBACK_FROM_BETA = 0.3
+LOW_FALLBACK_BOUNDS = dict.fromkeys(FLOATING, 4e-7) | {TensorProto.DOUBLE: 4e-15}
 
 
 def check_unit_interval(name, value):
@@ -80,8 +81,8 @@ def function(opset, dtypes, sloped):
         sloped: whether the call sites pass the input `slope`.
 
     Returns:
-        FunctionProto (X, beta, coeff[, slope]) -> Y. Its error against the exact formula is at
-        most 4e-7 * max(1, |Y|) in float32 for beta >= 0.05.
+        FunctionProto (X, beta, coeff[, slope]) -> Y. Its error against the exact formula is that of
+        BOUNDS for beta >= 0.3, and of LOW_FALLBACK_BOUNDS below.
     """
     dtypes = set(dtypes)
     compute = TensorProto.DOUBLE if TensorProto.DOUBLE in dtypes else TensorProto.FLOAT

@@ -161,7 +161,7 @@ def _prepared(model):
         copy = files.load(path)
     _name_default_domain(copy)
     _check_broadcast(copy)
-    kept = [f for f in copy.functions if (f.domain, f.name) != (ctu.DOMAIN, ctu.OP_TYPE)]
+    kept = [f for f in copy.functions if not ctu.is_ctu(f)]
     del copy.functions[:]
     copy.functions.extend(kept)
     if kept:

@@ -74,6 +74,28 @@ def _ctu(self, x, beta, coeff, slope=None):
     return y.reshape(x.shape)
 
 
+@_op("CTUClip", domain=ctu.DOMAIN)
+def _clip_unit(self, x, beta, coeff, lo, hi):
+    """lo + CTU(x - lo) - CTU(x - hi); at infinity that gives NaN."""
+    y = lo + _ctu(self, x - lo, beta, coeff) - _ctu(self, x - hi, beta, coeff)
+    return torch.where(x.isinf(), torch.where(x > 0, hi, lo), y)
+
+
+@_op("CTUMax", domain=ctu.DOMAIN)
+def _max_unit(self, x, beta, coeff, lo):
+    return lo + _ctu(self, x - lo, beta, coeff)
+
+
+@_op("CTUMin", domain=ctu.DOMAIN)
+def _min_unit(self, x, beta, coeff, hi):
+    return hi - _ctu(self, hi - x, beta, coeff)
+
+
+@_op("CTUHardSigmoid", domain=ctu.DOMAIN)
+def _hard_sigmoid_unit(self, x, beta, coeff, alpha, offset, lo, hi):
+    return _clip_unit(self, alpha * x + offset, beta, coeff, lo, hi)
+
+
 def _windows(sizes, kernel, strides, dilations, auto_pad, pads, ceil_mode=0):
     """How windows slide over each axis: strides, dilations, padding as pairs, and how far the last
     window reaches beyond that."""

@@ -1,13 +1,14 @@
 """Running models, to compare them: ONNX Runtime on one thread, and inputs to feed."""
 
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
 from . import files, runtime
 from .errors import (
     CheckFailed,
-    CtonnxError,
     EnvironmentLacks,
     ModelError,
     UsageError,
@@ -17,7 +18,8 @@ from .errors import (
 CPU = "CPUExecutionProvider"
 
 # Sizes tried in turn for an input's symbolic dimensions, until the model runs.
-_SIZES = (1, 2, 8, 32, 64, 224, 256, 512)
+# Where every axis has one element, what a normalisation or an attention gives tells nothing: last.
+_SIZES = (8, 32, 64, 224, 256, 512, 2, 1)
 
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}
 
@@ -66,9 +68,17 @@ class Model:
         return model
 
     def run(self, inputs):
-        """Output name -> array for `inputs`, input name -> array; a sequence's have an index."""
+        """Output name -> array for `inputs`, input name -> array; a sequence's have an index.
+
+        Raises:
+            ModelError: it does not run on them.
+        """
         names = [output.name for output in self._session.get_outputs()]
-        return arrays(zip(names, self._session.run(names, inputs), strict=True))
+        try:
+            values = self._session.run(names, inputs)
+        except Exception as error:  # As above.
+            raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
+        return arrays(zip(names, values, strict=True))
 
 
 def arrays(outputs):
@@ -79,6 +89,8 @@ def arrays(outputs):
 
 def _arrays(name, value):
     if isinstance(value, list):
+        if not value:
+            yield name, np.empty(0)
         for i, element in enumerate(value):
             yield from _arrays(f"{name}[{i}]", element)
     elif isinstance(value, dict):
@@ -93,20 +105,26 @@ def variant(path, model):
     """What opens as `model`, a changed ModelProto of the one at `path`, for as long as this lasts.
 
     Its bytes; or, as external data are found beside their model only, a file there.
+
+    Raises:
+        UsageError: the model's folder cannot be written to.
     """
     if not files.has_external_data(model):
         yield model.SerializeToString()
         return
-    file = path.with_name(path.name + ".variant")
     try:
-        file.write_bytes(model.SerializeToString())
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
+        stream = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".ctonnx-", suffix=".onnx")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"{path.parent}: cannot be written to: {error.strerror}") from None
+    with stream:
+        stream.write(model.SerializeToString())
+        stream.flush()
+        yield Path(stream.name)
 
 
-def load_inputs(path, model):
-    """The inputs of `model`, a Model, from an .npz file with an array for each, by name.
+def load_inputs(path, model, known, notes):
+    """The inputs of `model`, a Model, from an .npz file with an array for each, by name, but for
+    those whose names are `known`. What else the file holds is passed over, with a line in `notes`.
 
     Raises:
         ModelError: the file cannot be read.
@@ -117,18 +135,28 @@ def load_inputs(path, model):
             given = {name: held[name] for name in held}
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
-    except Exception as error:  # Whatever the parser raises for a damaged file.
-        raise ModelError(f"{path}: cannot be read as an .npz file: {first_line(error)}") from None
+    except Exception:  # Whatever the parser raises for a damaged file.
+        raise ModelError(f"{path}: cannot be read as an .npz file, as numpy.savez writes") from None
     kinds = {i.name: i.type for i in (*model.inputs, *model.optional_inputs)}
-    for name in (*sorted(model.names - given.keys()), *sorted(given.keys() - kinds.keys())):
-        what = "holds no array for" if name in model.names else "the model has no"
-        wanted = ", ".join(f"{i.name} {_by_x(i.shape)}" for i in model.inputs)
-        raise UsageError(f"{path}: {what} input {name!r}, it takes {wanted}")
+    wanted = ", ".join(f"{i.name} {_by_x(i.shape)}" for i in model.inputs)
+    for name in sorted(model.names - given.keys() - set(known)):
+        raise UsageError(f"{path}: holds no array for input {name!r}, the model takes {wanted}")
+    for name in sorted(given.keys() - kinds.keys()):
+        notes.append(f"{path}: {name!r} is no input of the model: ignored")
+        del given[name]
     for name, array in given.items():
         dtype = _dtype(kinds[name])
+        if dtype is None:
+            raise UsageError(f"{path}: {name!r} is {kinds[name]}, for which there is no array")
         if not np.can_cast(array.dtype, dtype, "same_kind"):
             raise UsageError(f"{path}: {name!r} is {array.dtype}, the model takes {dtype}")
-        given[name] = array.astype(dtype)
+        with np.errstate(over="ignore"):
+            given[name] = array.astype(dtype)
+        # A float loses digits, but neither it nor an integer may become another number.
+        if not np.allclose(given[name], array, rtol=1e-2, atol=1e-4, equal_nan=True):
+            raise UsageError(f"{path}: {name!r} holds numbers that {dtype} cannot")
+    shapes = {i.name: given[i.name].shape for i in model.inputs if i.name in given}
+    _check_shapes(str(path), shapes, model.inputs)
     return given
 
 
@@ -145,7 +173,7 @@ def random_inputs(model, shapes=None, given=None, seed=0):
     """
     shapes, given = shapes or {}, given or {}
     inputs = [i for i in model.inputs if i.name not in given]
-    _check_shapes(shapes, inputs)
+    _check_shapes("shape", shapes, inputs)
     # A first dimension without a size is a batch, and so is another of its name.
     batches = {i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], str)}
 
@@ -163,28 +191,26 @@ def random_inputs(model, shapes=None, given=None, seed=0):
     fixed = all(isinstance(dim, int) for i in inputs for dim in shapes.get(i.name) or i.shape)
     error = None
     for size in _SIZES[:1] if fixed else _SIZES:
+        result = made(size)
         try:
-            result = made(size)
             model.run(result)
             return result
-        except CtonnxError:
-            raise
-        except Exception as caught:  # As above: here for a size that does not fit.
+        except ModelError as caught:  # The size does not fit.
             error = caught
-    raise CheckFailed(f"found no random input that the model runs on: {first_line(error)}")
+    raise CheckFailed(f"found no random input that the model runs on: {error}")
 
 
-def _check_shapes(shapes, inputs):
+def _check_shapes(source, shapes, inputs):
     declared = {i.name: i.shape for i in inputs}
     for name, shape in shapes.items():
         if name not in declared:
-            raise UsageError(f"shape: no input {name!r}: choose among {', '.join(declared)}")
+            raise UsageError(f"{source}: no input {name!r}: choose among {', '.join(declared)}")
         want = declared[name]
         fits = len(shape) == len(want) and all(
             not isinstance(w, int) or w == s for s, w in zip(shape, want, strict=True)
         )
         if not fits:
-            raise UsageError(f"shape: {name!r} is {_by_x(want)}, got {_by_x(shape)}")
+            raise UsageError(f"{source}: {name!r} is {_by_x(want)}, got {_by_x(shape)}")
 
 
 def _by_x(shape):

@@ -10,7 +10,7 @@ from onnx import ModelProto, ValueInfoProto
 
 from . import ctu, files, layout, rewrite, runtime
 from .compare import Comparison, compare
-from .errors import CheckFailed, ModelError, NothingToDo, UsageError
+from .errors import CheckFailed, CtonnxError, ModelError, NothingToDo, UsageError
 from .graph import key_of, node_label, scopes
 from .runs import CPU, Model, load_inputs, random_inputs, variant
 from .units import Units
@@ -30,14 +30,16 @@ class Run:
 
     @property
     def ok(self):
-        return all(output.ok for output in self.outputs)
+        return bool(self.outputs) and all(output.ok for output in self.outputs)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What `validate` found; `against` says in words what the runs were compared with."""
+    """What `validate` found; `against` says in words what the runs were compared with, and `inputs`
+    on what: name -> shape."""
 
     against: str
+    inputs: dict[str, list[int]]
     runs: list[Run]
     notes: list[str]
 
@@ -61,8 +63,9 @@ def validate(
 
     It is run on every provider, with the op library, without it where the model carries a fallback,
     and on the CPU in the blocked layout where `ctonnx.session` would use that. As a whole network
-    hides small errors, its CTUs are also run one by one, on inputs of every magnitude, and held to
-    the op's numeric contract.
+    hides small errors, its CTUs are also run one by one in a comparison with float64, on inputs of
+    every magnitude, and held to the op's numeric contract. An activation that is not steered shows
+    in a comparison with a PyTorch model alone; else a note names it.
 
     Args:
         path: the model's path.
@@ -89,6 +92,10 @@ def validate(
     """
     if against is not None and module is not None:
         raise UsageError("against and torch are two things to compare with: give one")
+    if inputs is not None and shapes:
+        raise UsageError("shape is for random inputs: leave it out, or inputs")
+    if not providers:
+        raise UsageError("providers must name at least one")
     path = Path(path)
     model = files.load(path)
     files.check_external_data(model, path.parent)
@@ -108,24 +115,32 @@ def validate(
             raise CheckFailed(
                 f"{error}: give sizes with --shape, or values with --inputs"
             ) from None
-    else:
-        inputs = side.fed | load_inputs(inputs, first)
+    elif against is None:
+        inputs = side.fed | load_inputs(inputs, first, side.fed, notes)
+    else:  # At beta 1, whatever the file holds.
+        inputs = load_inputs(inputs, first, side.fed, notes) | side.fed
+    _check_inputs(model, inputs, notes)
     wanted = side.run(inputs)
+    notes += [f"output {n!r} is empty: not compared" for n, v in wanted.items() if not np.size(v)]
     check = partial(compare, rtol=rtol, atol=atol, reference=side.exact)
     runs = []
     for way in ways:
         outputs = check(wanted, way.run(inputs))
         diverges = None
-        if not all(output.ok for output in outputs):
+        if not Run(way.name, outputs).ok:
             diverges = _first_to_diverge(model, inputs, side, way, check)
         runs.append(Run(way.name, outputs, diverges))
     if side.exact:
         units = Units(model, inputs)
+        if units.left_out:
+            notes.append(f"{units.left_out} CTUs were not run by themselves: see ctonnx.units")
         for way in ways:
             if units and not way.blocked:
                 outputs = units.compare(way.open, way.library)
                 runs.append(Run(f"each CTU by itself, {way.name}", outputs))
-    return Validation(side.what, runs, notes)
+    return Validation(
+        side.what, {name: list(np.shape(v)) for name, v in inputs.items()}, runs, notes
+    )
 
 
 @dataclass(frozen=True)
@@ -178,6 +193,8 @@ def _ways(path, model, providers, notes):
         with suppress(ModelError):
             way.open()
             ways.append(way)
+    if not has_ctu:
+        notes.append("the model holds no CTU: a float64 run computes the same standard ops")
     left = [a for a in rewrite.find(model) if a.status == "steerable"]
     if has_ctu and left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -206,12 +223,17 @@ class _Original:
     def __init__(self, path, model):
         self.what = f"{path} in ONNX Runtime, at beta 1"
         self._way = _Way("", path, files.load(path))
+        if any(a.status == "steered" for a in rewrite.find(self._way.model)):
+            raise UsageError(f"{path}: is steered itself: give the original")
         names = rewrite.beta_names(model)
         rewrite.fill_beta(model, names, 1.0)
-        self.fed = dict.fromkeys(names & _required(model), np.array(1.0, np.float32))
+        self.fed = {n: np.array(1.0, np.float32) for n in names & _inputs(model)}
+        lacking = _required(self._way.model) - _required(model)
+        if lacking:
+            raise UsageError(f"{path}: takes an input {min(lacking)!r}, which the model has not")
 
     def run(self, inputs, names=None):
-        own = {value.name for value in self._way.model.graph.input}
+        own = _inputs(self._way.model)
         return self._way.run({n: v for n, v in inputs.items() if n in own}, names)
 
 
@@ -240,7 +262,13 @@ class _Module:
             beta,
             self._number("coeff"),
         )
-        return outputs if names is None else dict(zip(names, activations, strict=False))
+        if names is None:
+            return outputs
+        if len(names) != len(activations):
+            raise UsageError(
+                f"{self._target}: has {len(activations)} activations, not {len(names)}"
+            )
+        return dict(zip(names, activations, strict=True))
 
     def _number(self, key):
         """What the model was steered with, None where that differs by activation."""
@@ -251,10 +279,14 @@ class _Module:
             return None
 
 
+def _inputs(model):
+    return {value.name for value in model.graph.input}
+
+
 def _required(model):
     """The names of the graph's inputs that have no default."""
     defaults = {tensor.name for tensor in model.graph.initializer}
-    return {value.name for value in model.graph.input} - defaults
+    return _inputs(model) - defaults
 
 
 def _fed_betas(model):
@@ -273,6 +305,17 @@ def _fed_betas(model):
     return {}
 
 
+def _check_inputs(model, inputs, notes):
+    """Raise UsageError where a beta is none, and note what makes NaN of everything."""
+    with suppress(NothingToDo):
+        for name in rewrite.beta_names(model) & inputs.keys():
+            for value in np.ravel(inputs[name]):
+                ctu.check_unit_interval(name, value)
+    for name, value in inputs.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            notes.append(f"input {name!r} holds NaN or infinity")
+
+
 def _with_outputs(model, names):
     """A copy of a ModelProto whose outputs are the tensors `names`."""
     copy = ModelProto()
@@ -288,18 +331,19 @@ def _first_to_diverge(model, inputs, side, way, check):
     labels = _activations_by_output(model)
     try:
         wanted, got = (run(inputs, list(labels)) for run in (side.run, way.run))
-    except (
-        Exception
-    ):  # One of the sides cannot give these tensors; the difference is reported anyway.
+    except CtonnxError:  # One of the sides cannot give these tensors.
         return None
     failed = {c.name for c in check(wanted, got) if not c.ok}
     return next((label for output, label in labels.items() if output in failed), None)
 
 
 def _activations_by_output(model):
-    """The graph's nodes that are activations, or hold some in their bodies: output -> name."""
+    """The graph's nodes that are activations, or hold some in their bodies: output -> name. Those
+    that cannot be steered are left out."""
     direct, inside = {}, {}
     for activation in rewrite.find(model):
+        if activation.status == "skipped":
+            continue
         if activation.scope:
             inside.setdefault(activation.scope, activation)
         else:

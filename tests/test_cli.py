@@ -277,7 +277,9 @@ def test_validate_passes_and_fails(run):
     arguments = ("validate", "digits.ct.onnx", "--against", "digits.onnx")
     code, out, err = run(*arguments)
     assert (code, err) == (0, "")
-    assert out.startswith("compared with digits.onnx in ONNX Runtime, at beta 1\n")
+    assert out.startswith(
+        "compared with digits.onnx in ONNX Runtime, at beta 1, on image 1x1x8x8\n"
+    )
     assert "CPUExecutionProvider with the op library: passed\n  OUTPUT  MAX ABS" in out
     document = json.loads(run(*arguments, "--json")[1])
     assert (document["schema_version"], document["ok"], document["diverges"]) == (1, True, {})

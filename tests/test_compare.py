@@ -7,7 +7,7 @@ import onnx.parser
 import pytest
 
 from ctonnx.compare import compare, within
-from ctonnx.runs import Model
+from ctonnx.runs import Model, arrays
 
 RIGHT = {"a": np.float32([1, 2, 3]), "b": np.array([True, False])}
 
@@ -122,3 +122,16 @@ def test_the_contract_holds_element_by_element(dtype, off, ok):
     expected, actual = np.float64([1.0 + off, 1e3]), np.array([1.0, 1e3]).astype(dtype)
     (c,) = within({"z": expected}, {"z": actual}, {"z": 2.5e-7 * np.ones(2)})
     assert c.ok == ok
+
+
+def test_infinity_hides_nothing_from_the_contract():
+    expected, allowed = np.float64([np.inf, 1.0]), {"z": np.full(2, 1e-7)}
+    for actual, ok in (([np.inf, 1.0], True), ([np.inf, 2.0], False), ([-np.inf, 1.0], False)):
+        (c,) = within({"z": expected}, {"z": np.float64(actual)}, allowed)
+        assert c.ok == ok
+
+
+def test_an_empty_sequence_is_an_output():
+    assert [c.ok for c in compare(arrays([("s", [])]), arrays([("s", [])]))] == [False]
+    one = arrays([("s", [np.float32([1.0])])])
+    assert not all(c.ok for c in compare(one, arrays([("s", [])])))

@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import DIGITS, ROOT, op_model, parsed
+from onnx import helper
 
 from ctonnx import files, rewrite, runtime, validate
 from ctonnx.errors import CheckFailed, EnvironmentLacks, ModelError, NothingToDo, UsageError
@@ -160,10 +161,11 @@ NO_EPSILON = {"ctu_math.h": (" + 1e-6;", ";"), "ctu_kernels.cc": (" + 1e-6)", ")
 )
 def test_a_wrong_kernel_fails(tmp_path, monkeypatch, wrong_library, changes, seen_in_outputs):
     pytest.importorskip("torch")
-    path = steered(tmp_path, coeff=0.3)
     library = wrong_library(changes)
     monkeypatch.setattr(runtime, "get_library_path", lambda: library)
-    result = validate.validate(path)
+    if not seen_in_outputs:  # c = 0.5 hides that it is swapped with 1 - c
+        assert failed(validate.validate(steered(tmp_path))) == {ALONE + WITH}
+    result = validate.validate(steered(tmp_path, coeff=0.3))
     assert failed(result) == {ALONE + WITH, *((WITH, BLOCKED) if seen_in_outputs else ())}
     if seen_in_outputs:
         assert {run.name: run.diverges for run in result.runs}[WITH] == "node_relu"
@@ -176,8 +178,79 @@ def test_a_wrong_function_fails(tmp_path):
         (node,) = [n for n in model.functions[-1].node if n.op_type == "Log"]
         node.op_type = "Exp"
 
-    result = validate.validate(steered(tmp_path, swap))
-    assert failed(result) == {WITHOUT, ALONE + WITHOUT}
+    def no_epsilon(model):
+        for node in model.functions[-1].node:
+            if (
+                node.op_type == "Constant"
+                and abs(helper.get_node_attr_value(node, "value").float_data[0] - 1e-6) < 1e-9
+            ):
+                node.attribute[0].t.float_data[0] = 0.0
+
+    assert failed(validate.validate(steered(tmp_path, swap))) == {WITHOUT, ALONE + WITHOUT}
+    assert failed(validate.validate(steered(tmp_path, no_epsilon))) == {ALONE + WITHOUT}
+
+
+CLIPPED = """<ir_version: 8, opset_import: ["" : 17]> g (float[n, 4] x) => (float[n, 4] y)
+    <float lo = {0.0}, float hi = {6.0}, float[4] w = {1.5, -2.0, 1.0, 0.5},
+     float some = {0.25}, float more = {0.75}, float least = {-3.402823e38}>
+    { a = Mul(x, w)  b = Clip(a, lo, hi)  c = HardSigmoid(b)  d = Clip(c, some)
+      y = Clip(d, least, more) }"""
+
+
+@pytest.mark.parametrize("op_type", ["CTUClip", "CTUMax", "CTUMin", "CTUHardSigmoid"])
+def test_a_wrong_function_of_a_clip_fails(tmp_path, op_type):
+    """The reference does not take the functions in the model for what its ops mean."""
+    pytest.importorskip("torch")
+    model = parsed(CLIPPED)
+    rewrite.steer(model, 0.85)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert validate.validate(path).ok
+    (function,) = [f for f in model.functions if f.name == op_type]
+    last = function.node[-1]
+    if last.op_type in ("Add", "Sub"):
+        last.op_type = "Identity"
+        del last.input[1:]
+    else:  # That of HardSigmoid calls that of Clip.
+        last.input[3], last.input[4] = last.input[4], last.input[3]
+    path.write_bytes(model.SerializeToString())
+    assert any(name.startswith(ALONE) for name in failed(validate.validate(path)))
+
+
+def test_inputs_have_more_than_one_element_along_each_axis(tmp_path):
+    """Normalised over a single pixel, any weight would give the same."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, 2, h, w] x) => (float[n, 2, h, w] y)
+        <float[2] one = {1.0, 1.0}, float[2] zero = {0.0, 0.0}, float[2, 1, 1] k = {1.0, 3.0}>
+        { a = Add(x, k)  b = Relu(a)  y = InstanceNormalization(b, one, zero) }"""
+    for name, model in (("a", parsed(text)), ("b", parsed(text.replace("1.0, 3.0", "5.0, -3.0")))):
+        (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
+    changed = files.load(tmp_path / "b.onnx")
+    rewrite.steer(changed, 0.85)
+    (tmp_path / "c.onnx").write_bytes(changed.SerializeToString())
+    result = validate.validate(tmp_path / "c.onnx", against=tmp_path / "a.onnx")
+    assert not result.ok
+    assert result.inputs == {"x": [1, 2, 8, 8]}
+
+
+def test_what_is_not_tried_is_said(tmp_path):
+    pytest.importorskip("torch")
+    text = """<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
+        g (float[3] x) => (float[3] y, float[m] e)
+        <int64[1] none = {0}> { y = f.twice(x)  n = Identity(none)  e = Expand(y, n) }
+        <domain: "f", opset_import: ["" : 17]> twice (v) => (z) { u = Relu(v)  z = Add(u, u) }"""
+    model = parsed(text.replace("Expand(y, n)", "Slice(y, none, none)"))
+    rewrite.steer(model, 0.85)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    result = validate.validate(path)
+    assert result.ok
+    assert result.notes == [
+        "output 'e' is empty: not compared",
+        "1 CTUs were not run by themselves: see ctonnx.units",
+    ]
+    result = validate.validate(steered(tmp_path, lowering="primitives"))
+    assert result.notes == ["the model holds no CTU: a float64 run computes the same standard ops"]
 
 
 def test_the_first_activation_to_differ_is_named(tmp_path):
@@ -213,6 +286,7 @@ def test_a_missing_output_and_nan_fail(tmp_path):
     np.savez(tmp_path / "inputs.npz", image=image)
     result = validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
     assert len(failed(result)) == 3
+    assert result.notes == ["input 'image' holds NaN or infinity"]
 
 
 def test_sites_of_every_kind(tmp_path):
@@ -243,17 +317,45 @@ def test_inputs_and_shapes_that_do_not_fit(tmp_path):
         ({"shapes": {"picture": [1]}}, "no input 'picture': choose among image"),
         ({"shapes": {"image": [1, 8, 8]}}, "'image' is batchx1x8x8, got 1x8x8"),
         ({"shapes": {"image": [1, 3, 8, 8]}}, "'image' is batchx1x8x8, got 1x3x8x8"),
-        ({"inputs": {"image": np.zeros((1, 1, 8, 8), np.float32)}}, "no array for input 'beta'"),
-        ({"inputs": {"image": 0, "beta": 0, "x": 0}}, "has no input 'x'"),
+        ({"inputs": {"beta": 1.0}}, "no array for input 'image'"),
+        ({"inputs": {"image": np.full((1, 1, 8, 8), 1e300)}}, "holds numbers that float32 cannot"),
+        ({"shapes": {"image": [1, 1, 8, 8]}, "inputs": {"image": 0}}, "is for random inputs"),
+        ({"providers": []}, "must name at least one"),
         ({"inputs": {"image": np.array("a"), "beta": 0.5}}, "'image' is <U1, the model takes"),
     ]
     for options, message in cases:
         if "inputs" in options:
             np.savez(tmp_path / "inputs.npz", **options["inputs"])
-            options = {"inputs": tmp_path / "inputs.npz"}
+            options = options | {"inputs": tmp_path / "inputs.npz"}
         with pytest.raises(UsageError, match=message):
             validate.validate(path, against=ORIGINAL, **options)
-    assert validate.validate(path, against=ORIGINAL, shapes={"image": [5, 1, 8, 8]}).ok
+    result = validate.validate(path, against=ORIGINAL, shapes={"image": [5, 1, 8, 8]})
+    assert result.ok
+    assert result.inputs == {"image": [5, 1, 8, 8], "beta": []}
+    np.savez(tmp_path / "inputs.npz", image=np.zeros((1, 3, 3), np.float32))
+    with pytest.raises(UsageError, match="'image' is batchx1x8x8, got 1x3x3"):
+        validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
+    # At beta 1, whatever beta the file has.
+    image = np.load(DIGITS / "digits_test.npz")["image"][:4]
+    np.savez(tmp_path / "inputs.npz", image=image, beta=0.5)
+    for beta_as in ("input", "required-input"):
+        path = steered(tmp_path, beta_as=beta_as)
+        assert validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz").ok
+    other = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[4] q) => (float[4] y) { y = Neg(q) }"""
+    )
+    (tmp_path / "other.onnx").write_bytes(other.SerializeToString())
+    with pytest.raises(UsageError, match="takes an input 'q', which the model has not"):
+        validate.validate(path, against=tmp_path / "other.onnx")
+    with pytest.raises(UsageError, match="is steered itself"):
+        validate.validate(path, against=path)
+    np.savez(tmp_path / "inputs.npz", image=image, beta=5.0, label=np.arange(4))
+    with pytest.raises(UsageError, match="beta must lie in"):
+        validate.validate(path, inputs=tmp_path / "inputs.npz")
+    # What else the file holds is for others.
+    result = validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
+    assert result.ok
+    assert result.notes == [f"{tmp_path / 'inputs.npz'}: 'label' is no input of the model: ignored"]
     with pytest.raises(EnvironmentLacks, match="NoProvider is not available"):
         validate.validate(path, against=ORIGINAL, providers=["NoProvider"])
     (tmp_path / "inputs.npz").write_bytes(b"no archive")
@@ -269,7 +371,7 @@ from ctonnx.torch import trainable
 def net():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU6(), nn.Flatten(),
+        nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU6(), nn.Flatten(),
         nn.Linear(64, 8), nn.LeakyReLU(0.1), nn.Linear(8, 3),
     )
 
@@ -309,7 +411,7 @@ def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
 
     original = files.load(path)
     rewrite.unsteer(original)
-    names = [a.name for a in rewrite.find(original)]
+    names = [a.name for a in rewrite.find(original) if a.status == "steerable"]
     for beta_as in ("initializer", "required-input"):
         model = files.load(path)
         rewrite.unsteer(model)
