@@ -146,6 +146,21 @@ def edit(path, change, output, force=False, verify=None, progress=None, write=Tr
     return result, output
 
 
+def write(path, data):
+    """Write bytes to a file, which gets its name when all is there.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    target = Path(path).resolve()
+    try:
+        with _staging(target, {}, None) as (_, temporary):
+            _write(data, temporary)
+            os.replace(temporary, target)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def _data_to_copy(model, folder, target):
     """Location -> file of the external data in `folder`; none where a model at `target` has them.
 

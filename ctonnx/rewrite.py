@@ -224,6 +224,46 @@ def set_beta(model, beta):
     return len(held)
 
 
+def parameters_of(model):
+    """The names of the initializers and inputs of a steered ModelProto that hold a beta, and a c.
+
+    Raises:
+        NothingToDo: the model holds no CTU.
+    """
+    found = _steered(model)
+    return _inputs_of_ctus(found, 1, 2), _inputs_of_ctus(found, 2, 3)
+
+
+def require_inputs(model, names):
+    """Make parameters of a steered ModelProto scalar inputs that must be fed, in place."""
+    _keep(model.graph.initializer, lambda tensor: tensor.name not in names)
+    _keep(model.graph.input, lambda value: value.name not in names)
+    for name in sorted(names):
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+
+
+def settle(model, beta, coeff=None, beta_as="initializer"):
+    """Give all CTUs of a steered ModelProto one beta, and one c where it is given, in place.
+
+    Whatever held them before, they are initializers then, beta of the optional inputs where
+    `beta_as` is "input".
+    """
+    betas, coeffs = parameters_of(model)
+    values = dict.fromkeys(betas, beta)
+    if coeff is not None:
+        values |= dict.fromkeys(coeffs, coeff)
+    require_inputs(model, values)
+    if beta_as == "initializer":
+        _keep(model.graph.input, lambda value: value.name not in values)
+    else:
+        _keep(model.graph.input, lambda value: value.name not in coeffs.intersection(values))
+    for name, value in sorted(values.items()):
+        model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
+    for entry in model.metadata_props:
+        if entry.key == "ctonnx.beta":
+            entry.value = repr(beta)
+
+
 def fill_beta(model, names, beta):
     """Give the initializers `names` of a ModelProto the value beta."""
     for tensor in model.graph.initializer:

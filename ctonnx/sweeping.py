@@ -1,0 +1,386 @@
+"""Sweeping β, and c, over a data set: `ctonnx.sweep` and what it returns."""
+
+import csv
+import importlib.util
+import io
+import itertools
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import ctu, data, files, journal, metrics, racing, rewrite
+from . import engine as runner
+from .errors import EnvironmentLacks, ModelError, UsageError
+
+SEARCHES = ("grid", "racing")
+ENGINES = ("local", "ray")
+FORMATS = (".csv", ".json", ".parquet")
+
+# Of the intervals that are reported.
+LEVEL = 0.95
+
+_MOST_POINTS = 10_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One (β, c) and what was measured there.
+
+    `error` is the standard error of `value`. `gain` is by how much it is better than the original
+    on the same samples, whichever way the metric goes, and `gain_low` to `gain_high` is its 95 %
+    interval. `coeff` is None where it is the model's own.
+    """
+
+    beta: float
+    coeff: float | None
+    value: float
+    error: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The result: `points` by c and β, `best` and `original` among them.
+
+    `race` is a racing.Outcome, None for a grid; `broken` counts samples that were skipped, and
+    `notes` are lines that a user should see.
+    """
+
+    metric: str
+    higher_is_better: bool
+    points: list[Point]
+    best: Point
+    original: Point
+    race: racing.Outcome | None = None
+    broken: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def document(self):
+        """The result as a dict that JSON can hold."""
+        race = self.race and {
+            **{"passes": self.race.passes, "grid_passes": self.race.grid_passes},
+            **{"within": self.race.within, "confidence": self.race.confidence},
+            "left": len(self.race.left),
+        }
+        document = {
+            **{"metric": self.metric, "higher_is_better": self.higher_is_better},
+            "points": [asdict(point) for point in self.points],
+            **{"best": asdict(self.best), "original": asdict(self.original)},
+            **{"race": race, "broken": self.broken, "notes": self.notes},
+        }
+        return _without_nan(document)
+
+    def to_csv(self, path=None):
+        """Write the points to a CSV file, or return its text where `path` is None."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(asdict(self.best)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in self.points)
+        if path is None:
+            return text.getvalue()
+        files.write(path, text.getvalue().encode())
+        return None
+
+    def write(self, path):
+        """Write to a .csv, .json or .parquet file.
+
+        Raises:
+            UsageError: another suffix, or it cannot be written.
+            EnvironmentLacks: pyarrow is not installed.
+        """
+        kind = check_format(path)
+        if kind == ".csv":
+            self.to_csv(path)
+        elif kind == ".json":
+            text = json.dumps({"schema_version": 1, **self.document()}, indent=2) + "\n"
+            files.write(path, text.encode())
+        else:
+            import pyarrow
+            import pyarrow.parquet
+
+            buffer = io.BytesIO()
+            rows = pyarrow.Table.from_pylist([asdict(point) for point in self.points])
+            pyarrow.parquet.write_table(rows, buffer)
+            files.write(path, buffer.getvalue())
+
+    def plot(self, path=None):
+        """Draw the curve with its 95 % intervals: into a .png or .svg file, or as text,
+        returned."""
+        from . import plot
+
+        return plot.draw(self, path)
+
+
+def sweep(
+    model,
+    dataset,
+    betas="0.7:1.0:0.01",
+    metric="accuracy",
+    *,
+    coeffs=None,
+    labels=None,
+    batch_size=None,
+    images=None,
+    skip_broken=False,
+    search="grid",
+    confidence=0.95,
+    providers=None,
+    engine="local",
+    address=None,
+    gpus=0,
+    progress_file=None,
+    resume=False,
+    progress=None,
+):
+    """Measure a model at every β on a data set, and find the best.
+
+    Args:
+        model: a path or an onnx.ModelProto, steered or not. It is not changed.
+        dataset: a path (.npz with inputs by name and labels, .npy, .csv, a folder of images with
+            one sub-folder per class), "PKG:FACTORY", a function that gives an iterable of (inputs,
+            labels), or one such pair.
+        betas, coeffs: numbers in [0, 1], or as text "0.7:1.0:0.01" or "0.8,0.9". The original, β =
+            1, is always a point. Without `coeffs` c is the model's own, or 0.5.
+        metric: a name of ctonnx.metrics.NAMES, "top5", "PKG:FUNCTION" or a function.
+        labels: the name of the labels' array or column, or the path of an .npy file.
+        batch_size: samples per run; the model's own where it is fixed, else 32.
+        images: an images.Transform.
+        skip_broken: leave out images that cannot be read, and count them.
+        search: "grid" measures every point on all data. "racing" drops points that are
+            significantly
+            worse on growing random subsets: see ctonnx.racing.
+        confidence: of racing.
+        providers: execution providers, as for `ctonnx.session`.
+        engine: "local", or "ray" for an existing Ray cluster at `address`, with `gpus` per task.
+        progress_file: where to keep what is measured until all is done; with `resume` it is taken
+            up.
+        progress: called with the number of runs to do, where known, and gives a context manager
+            for an object whose `update` is called with the runs done since.
+
+    Returns:
+        Sweep.
+
+    Raises:
+        UsageError: a wrong argument; data, metric and model do not fit together.
+        NothingToDo: no activation to steer.
+        ModelError: model or data cannot be read.
+        EnvironmentLacks: a package is missing.
+    """
+    _check_choices(search, engine)
+    if not 0.5 <= confidence < 1:
+        raise UsageError(f"confidence must lie in [0.5, 1), got {confidence!r}")
+    points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
+    chosen = metrics.find(metric)
+    steerable = runner.prepare(model, coeffs is not None)
+    source = data.open_source(
+        dataset,
+        steerable.inputs,
+        labels=labels,
+        size=batch_size,
+        shuffle=search == "racing",
+        images=images,
+        skip=skip_broken,
+    )
+    count = _length(source)
+    if count is None and (search, engine) != ("grid", "local"):
+        raise UsageError(f"{search} search on {engine}: the factory's iterable must have a length")
+    header = {"version": 1, "model": steerable.digest(), "data": source.identity, "points": points}
+    header |= {"metric": chosen.name, "search": search, "confidence": confidence}
+    if engine == "ray":
+        from .cluster import Cluster
+
+        work_on = Cluster(address, gpus, providers, steerable, source, chosen, points).run
+    else:
+        runs = runner.Runner(steerable, providers)
+
+        def work_on(work):
+            return runner.run_local(runs, source, chosen, points, work)
+
+    book, outcome = journal.Journal(progress_file, header, resume), None
+    share = racing.BUDGET if search == "racing" else 1
+    total = None if count is None else int(share * count * len(points))
+    done = False
+    try:
+        with progress(total) if progress else nullcontext() as bar:
+            evaluate = _evaluator(book, work_on, bar)
+            if search == "racing":
+                ones = np.array([abs(1 - beta) for beta, _ in points])
+                outcome = racing.race(
+                    evaluate, book.statistics, chosen, len(points), count, ones, confidence
+                )
+            else:
+                evaluate(itertools.count() if count is None else range(count), range(len(points)))
+        result = _result(chosen, points, book, outcome, steerable.notes)
+        done = True
+    finally:
+        book.close(done)
+    return result
+
+
+def _evaluator(book, work_on, bar):
+    """A function that does the work on (batches, points) that the journal lacks."""
+
+    def evaluate(batches, points):
+        def missing():
+            for batch in batches:
+                lacking = book.missing(batch, points)
+                if bar:
+                    bar.update(len(points) - len(lacking))
+                if lacking:
+                    yield batch, lacking
+
+        for batch, measured, statistics, broken in work_on(missing()):
+            book.add(batch, measured, statistics, broken)
+            if bar:
+                bar.update(len(measured))
+
+    return evaluate
+
+
+def _result(metric, points, book, outcome, notes):
+    held = {i: book.statistics(i) for i in range(len(points))}
+    if not len(held[runner.ORIGINAL]):
+        raise ModelError("the data hold no sample that can be read")
+    measured = [_point(metric, *points[i], held[i], held[runner.ORIGINAL]) for i in held]
+    notes = list(notes)
+    values = {point.value for point in measured if not math.isnan(point.value)}
+    if not values:
+        raise UsageError(f"{metric.name} is NaN at every point: the outputs hold NaN")
+    if len(values) == 1 and len(points) > 1:
+        notes.append(f"{metric.name} is {values.pop():.6g} at every point: it tells nothing apart")
+    if outcome is None:
+        distances = [abs(1 - beta) for beta, _ in points]
+        best = racing.leader(metric, held, list(held), distances)
+    else:
+        best = outcome.best
+    broken = sum(book.broken.values())
+    if broken:
+        notes.append(f"skipped {broken} unreadable images")
+    ordered = sorted(measured, key=lambda p: (-1 if p.coeff is None else p.coeff, p.beta))
+    first = measured[runner.ORIGINAL]
+    return Sweep(
+        metric.name, metric.higher_is_better, ordered, measured[best], first, outcome, broken, notes
+    )
+
+
+def _point(metric, beta, coeff, statistics, original):
+    # In a race it may have seen fewer samples: the first ones.
+    paired = original[: len(statistics)]
+    gain, error, dof = metrics.compare(metric, statistics, paired)
+    if statistics is original:
+        half = error = 0.0
+    else:
+        half = metrics.quantile((1 + LEVEL) / 2, dof) * error if dof else float("nan")
+    return Point(
+        beta,
+        coeff,
+        metric.value_of(statistics),
+        metrics.error(metric, statistics),
+        *(gain, gain - half, gain + half),
+        len(statistics),
+    )
+
+
+def _points(betas, coeffs):
+    """All (β, c), the original first: at β = 1 every c gives it."""
+    middle = 0.5 if 0.5 in coeffs else coeffs[0]
+    return [(1.0, middle), *((b, c) for c in coeffs for b in betas if b != 1.0)]
+
+
+def save_best(model, result, path, beta_as="initializer", force=False):
+    """Write the model with the best β, and c, baked in, or β as the default of an input.
+
+    Args:
+        model: the path that was swept.
+        result: its Sweep.
+        beta_as: "initializer" or "input".
+        force: overwrite `path`.
+
+    Raises:
+        UsageError: as for `files.edit`.
+    """
+    beta, coeff = result.best.beta, result.best.coeff
+
+    def change(proto):
+        if any(a.status == "steered" for a in rewrite.find(proto)):
+            rewrite.settle(proto, beta, coeff, beta_as)
+        else:
+            rewrite.steer(proto, beta, 0.5 if coeff is None else coeff, beta_as=beta_as)
+
+    return files.edit(model, change, path, force)[1]
+
+
+def check_format(path):
+    """The suffix of a file of results.
+
+    Raises:
+        UsageError: it is none of FORMATS.
+        EnvironmentLacks: Parquet needs pyarrow.
+    """
+    kind = Path(path).suffix.lower()
+    if kind not in FORMATS:
+        raise UsageError(f"{path}: results go to {', '.join(FORMATS)}")
+    if kind == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise EnvironmentLacks("pyarrow is not installed: pip install 'ctonnx[parquet]'")
+    return kind
+
+
+def _check_choices(search, engine):
+    for name, value, choices in ("search", search, SEARCHES), ("engine", engine, ENGINES):
+        if value not in choices:
+            raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _length(source):
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def grid(name, given):
+    """The numbers of a grid in [0, 1], ascending: "0.7:1.0:0.01", "0.5,0.7:0.9:0.1", or numbers.
+
+    Raises:
+        UsageError: it is not of that form, empty, or too long.
+    """
+    if isinstance(given, str):
+        parts = [part.split(":") for part in given.split(",")]
+    else:
+        parts = [[value] for value in np.atleast_1d(np.asarray(given, object))]
+    values = set()
+    for part in parts:
+        try:
+            numbers = [float(item) for item in part]
+            if len(numbers) not in (1, 3):
+                raise ValueError
+        except (TypeError, ValueError):
+            shown = ":".join(map(str, part))
+            raise UsageError(f"{name}: {shown!r} is neither a number nor FIRST:LAST:STEP") from None
+        if len(numbers) == 3:
+            first, last, step = numbers
+            if not step > 0 or not first <= last:
+                raise UsageError(f"{name}: FIRST:LAST:STEP must ascend, got {':'.join(part)}")
+            count = (last - first) / step + 1e-9
+            if count > _MOST_POINTS:
+                raise UsageError(f"{name}: more than {_MOST_POINTS} values: take a larger step")
+            numbers = [round(first + i * step, 12) for i in range(int(count) + 1)]
+        values.update(ctu.check_unit_interval(name, number) for number in numbers)
+    if not values:
+        raise UsageError(f"{name}: holds no values")
+    return sorted(values)
