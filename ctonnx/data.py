@@ -4,6 +4,7 @@ A source is a sequence of batches: `source.batch(i)`, which is None behind the l
 `len(source)` where that is known. Only the batches asked for are in memory.
 """
 
+import hashlib
 import importlib
 import os
 import sys
@@ -66,7 +67,12 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
             raise UsageError("labels come with the batches of a factory: leave out --labels")
         return Stream(data, inputs)
     if isinstance(data, tuple):
-        return Arrays(*_named(data, inputs), inputs, size, shuffle, ["memory"])
+        arrays, target = _named(data, inputs)
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        target = None if target is None else np.asarray(target)
+        held = [*arrays.values(), *([] if target is None else [target])]
+        stamp = ["the arrays", digest(b"".join(a.tobytes() for a in held))]
+        return Arrays(arrays, target, inputs, size, shuffle, stamp)
     path = Path(data)
     kind = path.suffix.lower()
     rank = len(inputs[0].shape or ())
@@ -189,7 +195,8 @@ class Stream:
     def __init__(self, factory, inputs):
         self._factory = load_object(factory) if isinstance(factory, str) else factory
         self._spec = factory
-        self.inputs, self.identity = inputs, [str(factory)]
+        self.inputs = inputs
+        self.identity = [factory if isinstance(factory, str) else type(factory).__name__]
         self._batches, self._next = self._factory(), 0
         self._indexable = hasattr(self._batches, "__getitem__") and hasattr(
             self._batches, "__len__"
@@ -251,6 +258,11 @@ def conform(batch, inputs):
         raise UsageError(f"a batch's inputs and labels have {sorted(counts)} rows")
     labels = None if batch.labels is None else np.asarray(batch.labels)
     return Batch(arrays, labels, batch.broken)
+
+
+def digest(data):
+    """A short digest of bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def label_column(path, header, inputs, labels):

@@ -1,6 +1,5 @@
 """Running one model at many points, (β, c), over batches: one session, fed at run time."""
 
-import hashlib
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -11,7 +10,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from . import files, rewrite, runtime
-from .data import Input
+from .data import Input, digest
 from .errors import ModelError, UsageError
 
 # The point that is the original network, in every list of points the first.
@@ -55,7 +54,7 @@ class Steerable:
                 raise ModelError(f"ONNX Runtime cannot load the model: {line}") from error
 
     def digest(self):
-        return hashlib.sha256(self.data).hexdigest()[:16]
+        return digest(self.data)
 
     def _beside_its_data(self):
         """A context of what a session is made of: bytes, or a file where external data are."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import Batch, Indexed, label_column
+from .data import Batch, Indexed, digest, label_column
 from .errors import EnvironmentLacks, ModelError, UsageError
 from .rows import Lines
 
@@ -49,7 +49,7 @@ def transform(preset, **given):
         raise UsageError(f"no preset {preset!r}: choose among {', '.join(PRESETS)}")
     given = {name: value for name, value in given.items() if value is not None}
     made = replace(PRESETS[preset], **given)
-    if any((getattr(made, name) or 1) < 1 for name in ("resize", "crop")):
+    if any(side is not None and side < 1 for side in (made.resize, made.crop)):
         raise UsageError("resize and crop must be at least 1")
     if not all(made.std):
         raise UsageError("std must not be 0")
@@ -81,7 +81,7 @@ class Images(Indexed):
                 raise UsageError("labels are the sub-folders of a folder: leave out --labels")
             self._lines = None
             self._files, self._labels = self._walk(path)
-            stamp = [str(path), hash_of(self._files)]
+            stamp = [str(path), digest("\0".join(self._files).encode())]
         else:
             self._lines = Lines(path)
             if "path" not in self._lines.header:
@@ -181,13 +181,6 @@ class Images(Indexed):
             return image
         left, top = ((side - crop) // 2 for side in image.size)
         return image.crop((left, top, left + crop, top + crop))
-
-
-def hash_of(names):
-    """A short digest of a list of str."""
-    import hashlib
-
-    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
 
 
 def _layout(value):

@@ -54,8 +54,10 @@ class Rows:
     def __getitem__(self, indices):
         """The rows of an ascending array of indices."""
         rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        if not rows.size:
+            return rows
         # The bytes, as a view: memoryview refuses half of the dtypes.
-        view = rows.reshape(len(indices), -1).view(np.uint8).reshape(-1) if rows.size else rows
+        view = rows.reshape(len(indices), -1).view(np.uint8).reshape(-1)
         breaks = np.flatnonzero(np.diff(indices) != 1) + 1
         with open(self.path, "rb", buffering=0) as stream:
             for first, last in _runs(breaks, len(indices)):
