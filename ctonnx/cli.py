@@ -326,11 +326,7 @@ def sweep(
         transform = images.transform(preset or "plain", **given)
     if drawing is not None:
         plot.check(None if drawing == "-" else drawing)
-    progress_file = None
-    if output is not None:
-        sweeping.check_format(output)
-        progress_file = f"{output}.progress"
-    for path in filter(None, (output, save_best, None if drawing == "-" else drawing)):
+    for path in filter(None, (save_best, None if drawing == "-" else drawing)):
         files.check_output(path, force)
     if not runtime.has_library():
         _say("the op library is not installed: the model runs as its fallback")
@@ -341,17 +337,17 @@ def sweep(
                 model,
                 dataset,
                 images=transform,
-                progress_file=progress_file,
+                output=output,
+                force=force,
                 resume=resume,
                 progress=_progress("sweeping"),
                 **choices,
             )
     except (KeyboardInterrupt, SystemExit):
-        if progress_file is not None and os.path.exists(progress_file):
-            _say(f"what is measured is kept in {progress_file}: --resume goes on")
+        kept = sweeping.progress_path(output)
+        if kept is not None and kept.exists():
+            _say(f"what is measured is kept in {kept}: --resume goes on")
         raise
-    if output is not None:
-        result.write(output)
     if drawing not in (None, "-"):
         result.plot(drawing)
     if save_best is not None:

@@ -105,14 +105,18 @@ def compare(metric, one, other):
 
 
 def quantile(probability, dof):
-    """The quantile of Student's t."""
+    """The quantile of Student's t.
+
+    Raises:
+        EnvironmentLacks: scipy is not installed.
+    """
     if dof < 1:
         return float("inf")
     try:
-        from scipy.stats import t
+        from scipy.special import stdtrit  # scipy.stats takes seconds to import.
     except ImportError:
         raise EnvironmentLacks("scipy is not installed: pip install 'ctonnx[sweep]'") from None
-    return float(t.ppf(probability, dof))
+    return float(stdtrit(dof, probability))
 
 
 def _spread(metric, sides):

@@ -135,7 +135,8 @@ def sweep(
     engine="local",
     address=None,
     gpus=0,
-    progress_file=None,
+    output=None,
+    force=False,
     resume=False,
     progress=None,
 ):
@@ -159,8 +160,9 @@ def sweep(
         confidence: of racing.
         providers: execution providers, as for `ctonnx.session`.
         engine: "local", or "ray" for an existing Ray cluster at `address`, with `gpus` per task.
-        progress_file: where to keep what is measured until all is done; with `resume` it is taken
-            up.
+        output: a .csv, .json or .parquet file to write the points to. What is measured is kept in
+            OUTPUT.progress until then, where `resume` takes it up.
+        force: overwrite `output`.
         progress: called with the number of runs to do, where known, and gives a context manager
             for an object whose `update` is called with the runs done since.
 
@@ -176,6 +178,12 @@ def sweep(
     _check_choices(search, engine)
     if not 0.5 <= confidence < 1:
         raise UsageError(f"confidence must lie in [0.5, 1), got {confidence!r}")
+    if output is not None:
+        check_format(output)
+        files.check_output(output, force)
+    elif resume:
+        raise UsageError("resume goes with an output: progress is kept beside it")
+    metrics.quantile(LEVEL, 1)  # Better now than when all is measured.
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
     chosen = metrics.find(metric)
     steerable = runner.prepare(model, coeffs is not None)
@@ -203,7 +211,7 @@ def sweep(
         def work_on(work):
             return runner.run_local(runs, source, chosen, points, work)
 
-    book, outcome = journal.Journal(progress_file, header, resume), None
+    book, outcome = journal.Journal(progress_path(output), header, resume), None
     share = racing.BUDGET if search == "racing" else 1
     total = None if count is None else int(share * count * len(points))
     done = False
@@ -218,6 +226,8 @@ def sweep(
             else:
                 evaluate(itertools.count() if count is None else range(count), range(len(points)))
         result = _result(chosen, points, book, outcome, steerable.notes)
+        if output is not None:
+            result.write(output)
         done = True
     finally:
         book.close(done)
@@ -315,6 +325,11 @@ def save_best(model, result, path, beta_as="initializer", force=False):
             rewrite.steer(proto, beta, 0.5 if coeff is None else coeff, beta_as=beta_as)
 
     return files.edit(model, change, path, force)[1]
+
+
+def progress_path(output):
+    """Where a sweep keeps what it has measured until `output` is written."""
+    return None if output is None else Path(f"{output}.progress")
 
 
 def check_format(path):
