@@ -183,7 +183,6 @@ def sweep(
         files.check_output(output, force)
     elif resume:
         raise UsageError("resume goes with an output: progress is kept beside it")
-    metrics.quantile(LEVEL, 1)  # Better now than when all is measured.
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
     chosen = metrics.find(metric)
     steerable = runner.prepare(model, coeffs is not None)
@@ -199,6 +198,7 @@ def sweep(
     count = _length(source)
     if count is None and (search, engine) != ("grid", "local"):
         raise UsageError(f"{search} search on {engine}: the factory's iterable must have a length")
+    metrics.quantile(LEVEL, 1)  # What is missing is better said now than in the end.
     header = {"version": 1, "model": steerable.digest(), "data": source.identity, "points": points}
     header |= {"metric": chosen.name, "search": search, "confidence": confidence}
     if engine == "ray":
