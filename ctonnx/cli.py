@@ -1,9 +1,11 @@
 """The command line: parse, call, print. Only this file knows click."""
 
+import itertools
 import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections import Counter
 from dataclasses import asdict
@@ -340,7 +342,7 @@ def sweep(
                 output=output,
                 force=force,
                 resume=resume,
-                progress=_progress("sweeping"),
+                progress=_progress("sweeping", rated=True),
                 **choices,
             )
     except (KeyboardInterrupt, SystemExit):
@@ -451,11 +453,26 @@ def _echo(output, text):
     click.echo(text, err=output == "-")
 
 
-def _progress(label="copying data", **options):
-    """What draws a bar on stderr while something is done; None where that is no terminal."""
+def _progress(label="copying data", rated=False):
+    """What draws a bar on stderr while something is done; None where that is no terminal.
+
+    The total may be None, where it is not known. `rated` shows how many were done, and the rate.
+    """
     if not sys.stderr.isatty():
         return None
-    return lambda total: click.progressbar(length=total, label=label, file=sys.stderr, **options)
+
+    def bar(total):
+        start = time.monotonic()
+
+        def rate(_):
+            return f"{made.pos / (time.monotonic() - start):.3g} runs/s"
+
+        shown = {"show_pos": True, "item_show_func": rate} if rated else {}
+        endless = None if total is not None else itertools.repeat(None)
+        made = click.progressbar(endless, length=total, label=label, file=sys.stderr, **shown)
+        return made
+
+    return bar
 
 
 def _say(message):

@@ -109,6 +109,8 @@ def prepare(model, sweep_coeff=False):
     coeffs = coeffs if sweep_coeff or not coeffs <= held else set()
     rewrite.require_inputs(proto, betas | coeffs)
     fed = [v for v in proto.graph.input if v.name not in held | betas | coeffs]
+    if not fed:
+        raise UsageError("the model takes no input: there is nothing to sweep over")
     return Steerable(
         proto.SerializeToString(deterministic=True),
         folder,

@@ -50,7 +50,7 @@ class Metric:
             UsageError: the metric does not fit the outputs or labels.
         """
         if self.needs_labels and labels is None:
-            raise UsageError(f"{self.name} needs labels, and the data hold none")
+            raise UsageError(f"{self.name} needs labels, and the data hold none: see --labels")
         if self.takes_all_outputs:
             return self.statistics(outputs, labels, original)
         with np.errstate(all="ignore"):

@@ -4,6 +4,8 @@ import io
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from . import files
 from .errors import EnvironmentLacks, UsageError
 
@@ -63,11 +65,21 @@ def _figure(result):
         betas = [point.beta for point in points]
         values = [point.value for point in points]
         halves = [_HALF * point.error for point in points]
-        axes.errorbar(betas, values, halves, marker="o", markersize=3, capsize=2, label=label)
+        (line, *_) = axes.errorbar(
+            betas, values, halves, marker="o", markersize=3, elinewidth=0.7, label=label
+        )
+        # The paired interval is the narrower: whether a point differs from the original.
+        ends = [[p.gain_low - p.gain for p in points], [p.gain_high - p.gain for p in points]]
+        band = np.add(values, ends)  # Symmetric: it does not matter which way is better.
+        axes.fill_between(betas, *band, alpha=0.25, color=line.get_color(), linewidth=0)
     axes.axhline(result.original.value, color="gray", linestyle=":", label="original")
     best = result.best
     axes.plot(best.beta, best.value, "*", color="black", markersize=12, label=f"β = {best.beta:g}")
-    axes.set(xlabel="β", ylabel=result.metric, title="mean and 95 % interval")
+    axes.set(
+        xlabel="β",
+        ylabel=result.metric,
+        title="bars: 95 % of the value; band: of the gain over the original",
+    )
     axes.legend()
     return figure
 

@@ -333,6 +333,73 @@ def test_ctrl_c_exits_130_and_keeps_what_is_finished(tmp_path):
     assert (tmp_path / "r.csv").read_text() == result.to_csv()
 
 
+# --- the command line
+
+
+def command(*arguments, **options):
+    """Run the command line: exit code, stdout, stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ctonnx", "sweep", *map(str, arguments)],
+        **({"stderr": subprocess.PIPE} | options),
+        stdout=subprocess.PIPE,
+    )
+    return done.returncode, done.stdout.decode(), (done.stderr or b"").decode()
+
+
+def test_the_command_prints_the_result_alone(tmp_path):
+    """A folder of images with a broken one; the table, a drawing, a saved model; then JSON."""
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("plotext")
+    for i in range(60):
+        path = tmp_path / "images" / str(HELD["label"][i]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(HELD["image"][i, 0] * 255)).save(path)
+    (tmp_path / "images" / "3" / "bad.png").write_bytes(b"no image")
+    arguments = [MODEL, "--data", "images", "--beta", "0.6,0.8"]
+    code, out, err = command(*arguments, cwd=tmp_path)
+    assert (code, out) == (3, "")
+    assert err.startswith("ctonnx: images/3/bad.png: cannot be read as an image: cannot identify")
+    assert err.count("\n") == 1
+    arguments += ["--skip-broken", "--batch", "9"]
+    written = ["--save-best", "best.onnx", "-o", "r.json", "--plot"]
+    code, out, err = command(*arguments, *written, cwd=tmp_path)
+    assert code == 0, err
+    assert err.splitlines() == [
+        *("steered on the fly: 7 activations, 0 skipped", "skipped 1 unreadable images"),
+        *("wrote r.json", "wrote best.onnx"),
+    ]
+    lines = out.splitlines()
+    assert lines[0].split() == ["BETA", "ACCURACY", "ERROR", "GAIN", "95", "%"]
+    assert [line[0] for line in lines[1:4]] == [" ", " ", "*"]
+    assert "┌" in lines[5]
+    assert lines[-1] == "best beta 1: accuracy 1.0000, the original"
+    assert [a.beta for a in ctonnx.inspect(tmp_path / "best.onnx")] == [1.0] * 7
+    code, out, _ = command(*arguments, "--json", cwd=tmp_path)
+    document = json.loads(out)
+    assert (code, document["metric"], document["broken"]) == (0, "accuracy", 1)
+    assert [point["beta"] for point in document["points"]] == [0.6, 0.8, 1.0]
+    assert document["best"] == document["points"][-1]
+    assert document == json.loads((tmp_path / "r.json").read_text())
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_progress_bar_with_rate_is_for_terminals(tmp_path, endless):
+    (tmp_path / "gen.py").write_text(
+        f"import numpy as np\nheld = dict(np.load({DATA!r}))\n"
+        "def batches(): yield held['image'], held['label']\n"
+    )
+    terminal, other = os.openpty()
+    data = "gen:batches" if endless else DATA
+    code, out, _ = command(MODEL, "--data", data, "--beta", "0.8", cwd=tmp_path, stderr=other)
+    os.close(other)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert code == 0
+    assert "sweeping" not in out
+    assert "runs/s" in shown
+    assert ("34/34" in shown) == (not endless)
+
+
 # --- what is written
 
 
