@@ -156,6 +156,7 @@ def test_broken_images_are_skipped_and_counted(folder):
     batches = [source.batch(i) for i in range(len(source))]
     assert [(len(b), b.broken) for b in batches] == [(2, 1), (1, 1)]
     assert np.concatenate([b.labels for b in batches]).tolist() == [0, 0, 1]
+    assert open_source(folder, inputs, skip=True).batch(0).labels.tolist() == [0, 0, 1]
 
 
 def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):

@@ -46,6 +46,12 @@ def test_classification_is_scikit_learns(name):
     assert value(name, spread, LABELS[:, None] * 1.0) == pytest.approx(CASES[name], rel=1e-6)
 
 
+def test_of_equal_scores_the_first_is_chosen():
+    scores, labels = np.float32([[1, 1, 0]] * 3), np.array([0, 1, 2])
+    for name, expected in ("accuracy", 1 / 3), ("top1", 1 / 3), ("top2", 2 / 3):
+        assert value(name, scores, labels, parts=1) == pytest.approx(expected)
+
+
 def test_probabilities_are_told_from_logits():
     probabilities = softmax(LOGITS).astype(np.float32)
     assert value("nll", probabilities, LABELS) == pytest.approx(CASES["nll"], rel=1e-5)

@@ -259,7 +259,7 @@ class Interrupted:
 def test_an_interrupted_sweep_is_resumed(tmp_path, search):
     output, options = tmp_path / "r.csv", {"search": search, "metric": "nll"}
     whole = ctonnx.sweep(MODEL, Interrupted(None), BETAS, **options).to_csv()
-    stop = 1 if search == "racing" else 4
+    stop, again = (1, 1) if search == "racing" else (4, 6)
     with pytest.raises(KeyboardInterrupt):
         ctonnx.sweep(MODEL, Interrupted(stop), BETAS, output=output, **options)
     assert os.listdir(tmp_path) == ["r.csv.progress"]
@@ -272,9 +272,11 @@ def test_an_interrupted_sweep_is_resumed(tmp_path, search):
         ctonnx.sweep(MODEL, Interrupted(None), BETAS, output=output, **options)
     with pytest.raises(UsageError, match="is of a sweep with another points: remove it"):
         ctonnx.sweep(MODEL, Interrupted(None), [0.5], output=output, resume=True, **options)
+    with pytest.raises(KeyboardInterrupt):
+        ctonnx.sweep(MODEL, Interrupted(again), BETAS, output=output, resume=True, **options)
     rest = Interrupted(None)
     ctonnx.sweep(MODEL, rest, BETAS, output=output, resume=True, **options)
-    assert min(rest.asked) == stop
+    assert min(rest.asked) == again
     assert os.listdir(tmp_path) == ["r.csv"]
     assert output.read_text() == whole
 
