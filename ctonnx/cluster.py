@@ -24,13 +24,14 @@ class Cluster:
     Args:
         address: as for ray.init; the running cluster where None.
         gpus: GPUs that a task asks for.
-        steerable, source, metric, points: as for engine.run_local.
+        opening: a function that opens the source; every worker does for itself.
+        providers, steerable, metric, points: as for engine.Runner and run_local.
 
     Raises:
         EnvironmentLacks: ray is not installed, or there is no cluster.
     """
 
-    def __init__(self, address, gpus, providers, steerable, source, metric, points):
+    def __init__(self, address, gpus, opening, providers, steerable, metric, points):
         self._ray = ray = _import_ray()
         if not ray.is_initialized():
             try:
@@ -43,7 +44,7 @@ class Cluster:
         job = ray.get_runtime_context().get_job_id()
         self._task = ray.remote(_work).options(num_cpus=1, num_gpus=gpus, max_retries=-1)
         # Within a list Ray hands over the reference: a worker gets the value once, not per task.
-        self._held = [ray.put((steerable, source, metric, points, providers))]
+        self._held = [ray.put((opening, providers, steerable, metric, points))]
         self._key = f"{job}-{self._held[0].hex()}"
         self._limit = max(1, int(_AHEAD * ray.cluster_resources().get("CPU", 1)))
 
@@ -83,8 +84,8 @@ def _work(key, held, batch, chosen):
 
     if key not in _opened:
         _opened.clear()
-        steerable, source, metric, points, providers = ray.get(held[0])
-        _opened[key] = Runner(steerable, providers, threads=1), source, metric, points
+        opening, providers, steerable, metric, points = ray.get(held[0])
+        _opened[key] = Runner(steerable, providers, threads=1), opening(), metric, points
     runner, source, metric, points = _opened[key]
     given = source.batch(batch)
     return measure(runner, given, metric, points, chosen), given.broken

@@ -5,42 +5,15 @@ A source is a sequence of batches: `source.batch(i)`, which is None behind the l
 """
 
 import hashlib
-import importlib
 import os
-import sys
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from .batches import LABELS, Batch, conform, label_column, load_object, names_of
 from .errors import ModelError, UsageError
 from .rows import Lines, Rows, read_npz
-
-# Names that labels go by in an .npz or CSV file with more than one candidate.
-_LABELS = ("label", "labels", "target", "targets", "y")
-
-
-@dataclass(frozen=True)
-class Input:
-    """An input of the model: its dtype, and its shape with None for what is not fixed."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple | None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Input name -> array with a row per sample, the labels or None, and how many were
-    unreadable."""
-
-    inputs: dict
-    labels: np.ndarray | None
-    broken: int = 0
-
-    def __len__(self):
-        return len(next(iter(self.inputs.values())))
 
 
 def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=None, skip=False):
@@ -95,26 +68,6 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
         held = {_only(inputs, path).name: Rows(path)}
         return Arrays(held, target, inputs, size, shuffle, _identity(path))
     raise UsageError(f"{path}: expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY")
-
-
-def load_object(spec):
-    """What "PKG:NAME" stands for; modules in the working directory are found too.
-
-    Raises:
-        UsageError: there is no such thing.
-    """
-    module, _, name = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"{spec}: cannot be imported: {error}") from None
-    if not callable(found):
-        raise UsageError(f"{spec}: is no function")
-    return found
 
 
 class Indexed:
@@ -203,9 +156,6 @@ class Stream:
         )
         self._iterator = None if self._indexable else iter(self._batches)
 
-    def __reduce__(self):
-        return Stream, (self._spec, self.inputs)
-
     def __len__(self):
         return len(self._batches)  # TypeError where it has none.
 
@@ -227,51 +177,9 @@ class Stream:
         return conform(Batch(arrays, labels), self.inputs)
 
 
-def conform(batch, inputs):
-    """The Batch with what the inputs take, in their dtypes.
-
-    Raises:
-        UsageError: an input is missing, or of another shape or kind.
-    """
-    arrays, counts = {}, set()
-    for i in inputs:
-        if i.name not in batch.inputs:
-            raise UsageError(
-                f"the data lack the input {i.name!r}: they hold {_names(batch.inputs)}"
-            )
-        array = np.asarray(batch.inputs[i.name])
-        shape = [None, *array.shape[1:]]
-        fits = i.shape is None or (
-            len(shape) == len(i.shape)
-            and all(want in (None, have) for have, want in zip(shape[1:], i.shape[1:], strict=True))
-        )
-        if not fits or not np.can_cast(array.dtype, i.dtype, "same_kind"):
-            raise UsageError(
-                f"{i.name}: the data are {array.dtype}{_text(shape)}, "
-                f"the model takes {i.dtype}{_text(i.shape)}"
-            )
-        arrays[i.name] = np.ascontiguousarray(array, i.dtype)
-        counts.add(len(array))
-    if batch.labels is not None:
-        counts.add(len(batch.labels))
-    if len(counts) > 1:
-        raise UsageError(f"a batch's inputs and labels have {sorted(counts)} rows")
-    labels = None if batch.labels is None else np.asarray(batch.labels)
-    return Batch(arrays, labels, batch.broken)
-
-
 def digest(data):
     """A short digest of bytes."""
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def label_column(path, header, inputs, labels):
-    """The index of the column of labels; None where there is none."""
-    if labels is not None and labels not in header:
-        raise UsageError(f"{path}: has no column {labels!r}: it has {_names(header)}")
-    rest = [name for name in header if name not in inputs]
-    found = labels or next((name for name in _LABELS if name in rest), None)
-    return None if found is None else header.index(found)
 
 
 def _split(path, arrays, inputs, labels):
@@ -280,14 +188,14 @@ def _split(path, arrays, inputs, labels):
     missing = [name for name in names if name not in arrays]
     if missing:
         raise UsageError(
-            f"{path}: holds no array {missing[0]!r}, an input of the model, but {_names(arrays)}"
+            f"{path}: holds no array {missing[0]!r}, an input of the model, but {names_of(arrays)}"
         )
     if labels is None:
         rest = [name for name in arrays if name not in names]
-        found = rest if len(rest) == 1 else [name for name in _LABELS if name in rest][:1]
+        found = rest if len(rest) == 1 else [name for name in LABELS if name in rest][:1]
         labels = found[0] if found else None
     elif labels not in arrays:
-        raise UsageError(f"{path}: holds no array {labels!r}: it holds {_names(arrays)}")
+        raise UsageError(f"{path}: holds no array {labels!r}: it holds {names_of(arrays)}")
     return {name: arrays[name] for name in names}, arrays.get(labels)
 
 
@@ -301,7 +209,7 @@ def _named(given, inputs):
 
 def _only(inputs, what):
     if len(inputs) > 1:
-        names = _names(i.name for i in inputs)
+        names = names_of(i.name for i in inputs)
         raise UsageError(
             f"{what}: the model has several inputs, {names}: give them by name in .npz"
         )
@@ -323,11 +231,3 @@ def _batch_size(size, inputs):
 def _identity(path):
     held = path.stat()
     return [str(path), held.st_size, held.st_mtime_ns]
-
-
-def _names(names):
-    return ", ".join(map(str, names)) or "nothing"
-
-
-def _text(shape):
-    return "" if shape is None else f"[{','.join('N' if d is None else str(d) for d in shape)}]"

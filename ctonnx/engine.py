@@ -10,7 +10,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from . import files, rewrite, runtime
-from .data import Input, digest
+from .batches import Input
+from .data import digest
 from .errors import ModelError, UsageError
 
 # The point that is the original network, in every list of points the first.
@@ -159,7 +160,7 @@ class Runner:
         """The statistics of a metric: array (points, samples, k).
 
         Args:
-            batch: data.Batch.
+            batch: batches.Batch.
             points: list of (beta, coeff); the original comes first.
             metric: metrics.Metric. One that compares with the original takes the first point for
                 it.

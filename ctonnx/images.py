@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import Batch, Indexed, digest, label_column
+from .batches import Batch, label_column
+from .data import Indexed, digest
 from .errors import EnvironmentLacks, ModelError, UsageError
 from .rows import Lines
 
@@ -111,12 +112,6 @@ class Images(Indexed):
         if not files:
             raise ModelError(f"{folder}: holds no images, in sub-folders or itself")
         return files, None if labels is None else np.array(labels)
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_pillow"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, _pillow=_import_pillow())
 
     def _read(self, indices):
         if self._lines is None:

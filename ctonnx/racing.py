@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .engine import ORIGINAL
-from .metrics import compare, quantile
+from .intervals import compare, quantile
 
 # Forward passes that are spent at most, and in the first round, as shares of the grid's.
 BUDGET = 0.3

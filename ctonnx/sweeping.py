@@ -1,121 +1,21 @@
 """Sweeping β, and c, over a data set: `ctonnx.sweep` and what it returns."""
 
-import csv
-import importlib.util
-import io
 import itertools
-import json
-import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from . import ctu, data, files, journal, metrics, racing, rewrite
+from . import ctu, data, files, intervals, journal, metrics, racing, rewrite
 from . import engine as runner
-from .errors import EnvironmentLacks, ModelError, UsageError
+from .errors import UsageError
+from .results import LEVEL, check_format, result_of
 
 SEARCHES = ("grid", "racing")
 ENGINES = ("local", "ray")
-FORMATS = (".csv", ".json", ".parquet")
-
-# Of the intervals that are reported.
-LEVEL = 0.95
 
 _MOST_POINTS = 10_000
-
-
-@dataclass(frozen=True)
-class Point:
-    """One (β, c) and what was measured there.
-
-    `error` is the standard error of `value`. `gain` is by how much it is better than the original
-    on the same samples, whichever way the metric goes, and `gain_low` to `gain_high` is its 95 %
-    interval. `coeff` is None where it is the model's own.
-    """
-
-    beta: float
-    coeff: float | None
-    value: float
-    error: float
-    gain: float
-    gain_low: float
-    gain_high: float
-    samples: int
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The result: `points` by c and β, `best` and `original` among them.
-
-    `race` is a racing.Outcome, None for a grid; `broken` counts samples that were skipped, and
-    `notes` are lines that a user should see.
-    """
-
-    metric: str
-    higher_is_better: bool
-    points: list[Point]
-    best: Point
-    original: Point
-    race: racing.Outcome | None = None
-    broken: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def document(self):
-        """The result as a dict that JSON can hold."""
-        race = self.race and {
-            **{"passes": self.race.passes, "grid_passes": self.race.grid_passes},
-            **{"within": self.race.within, "confidence": self.race.confidence},
-            "left": len(self.race.left),
-        }
-        document = {
-            **{"metric": self.metric, "higher_is_better": self.higher_is_better},
-            "points": [asdict(point) for point in self.points],
-            **{"best": asdict(self.best), "original": asdict(self.original)},
-            **{"race": race, "broken": self.broken, "notes": self.notes},
-        }
-        return _without_nan(document)
-
-    def to_csv(self, path=None):
-        """Write the points to a CSV file, or return its text where `path` is None."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(asdict(self.best)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in self.points)
-        if path is None:
-            return text.getvalue()
-        files.write(path, text.getvalue().encode())
-        return None
-
-    def write(self, path):
-        """Write to a .csv, .json or .parquet file.
-
-        Raises:
-            UsageError: another suffix, or it cannot be written.
-            EnvironmentLacks: pyarrow is not installed.
-        """
-        kind = check_format(path)
-        if kind == ".csv":
-            self.to_csv(path)
-        elif kind == ".json":
-            text = json.dumps({"schema_version": 1, **self.document()}, indent=2) + "\n"
-            files.write(path, text.encode())
-        else:
-            import pyarrow
-            import pyarrow.parquet
-
-            buffer = io.BytesIO()
-            rows = pyarrow.Table.from_pylist([asdict(point) for point in self.points])
-            pyarrow.parquet.write_table(rows, buffer)
-            files.write(path, buffer.getvalue())
-
-    def plot(self, path=None):
-        """Draw the curve with its 95 % intervals: into a .png or .svg file, or as text,
-        returned."""
-        from . import plot
-
-        return plot.draw(self, path)
 
 
 def sweep(
@@ -186,7 +86,8 @@ def sweep(
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
     chosen = metrics.find(metric)
     steerable = runner.prepare(model, coeffs is not None)
-    source = data.open_source(
+    opening = partial(
+        data.open_source,
         dataset,
         steerable.inputs,
         labels=labels,
@@ -195,16 +96,17 @@ def sweep(
         images=images,
         skip=skip_broken,
     )
+    source = opening()
     count = _length(source)
     if count is None and (search, engine) != ("grid", "local"):
         raise UsageError(f"{search} search on {engine}: the factory's iterable must have a length")
-    metrics.quantile(LEVEL, 1)  # What is missing is better said now than in the end.
+    intervals.quantile(LEVEL, 1)  # What is missing is better said now than in the end.
     header = {"version": 1, "model": steerable.digest(), "data": source.identity, "points": points}
     header |= {"metric": chosen.name, "search": search, "confidence": confidence}
     if engine == "ray":
         from .cluster import Cluster
 
-        work_on = Cluster(address, gpus, providers, steerable, source, chosen, points).run
+        work_on = Cluster(address, gpus, opening, providers, steerable, chosen, points).run
     else:
         runs = runner.Runner(steerable, providers)
 
@@ -225,7 +127,7 @@ def sweep(
                 )
             else:
                 evaluate(itertools.count() if count is None else range(count), range(len(points)))
-        result = _result(chosen, points, book, outcome, steerable.notes)
+        result = result_of(chosen, points, book, outcome, steerable.notes)
         if output is not None:
             result.write(output)
         done = True
@@ -252,50 +154,6 @@ def _evaluator(book, work_on, bar):
                 bar.update(len(measured))
 
     return evaluate
-
-
-def _result(metric, points, book, outcome, notes):
-    held = {i: book.statistics(i) for i in range(len(points))}
-    if not len(held[runner.ORIGINAL]):
-        raise ModelError("the data hold no sample that can be read")
-    measured = [_point(metric, *points[i], held[i], held[runner.ORIGINAL]) for i in held]
-    notes = list(notes)
-    values = {point.value for point in measured if not math.isnan(point.value)}
-    if not values:
-        raise UsageError(f"{metric.name} is NaN at every point: the outputs hold NaN")
-    if len(values) == 1 and len(points) > 1:
-        notes.append(f"{metric.name} is {values.pop():.6g} at every point: it tells nothing apart")
-    if outcome is None:
-        distances = [abs(1 - beta) for beta, _ in points]
-        best = racing.leader(metric, held, list(held), distances)
-    else:
-        best = outcome.best
-    broken = sum(book.broken.values())
-    if broken:
-        notes.append(f"skipped {broken} unreadable images")
-    ordered = sorted(measured, key=lambda p: (-1 if p.coeff is None else p.coeff, p.beta))
-    first = measured[runner.ORIGINAL]
-    return Sweep(
-        metric.name, metric.higher_is_better, ordered, measured[best], first, outcome, broken, notes
-    )
-
-
-def _point(metric, beta, coeff, statistics, original):
-    # In a race it may have seen fewer samples: the first ones.
-    paired = original[: len(statistics)]
-    gain, error, dof = metrics.compare(metric, statistics, paired)
-    if statistics is original:
-        half = error = 0.0
-    else:
-        half = metrics.quantile((1 + LEVEL) / 2, dof) * error if dof else float("nan")
-    return Point(
-        beta,
-        coeff,
-        metric.value_of(statistics),
-        metrics.error(metric, statistics),
-        *(gain, gain - half, gain + half),
-        len(statistics),
-    )
 
 
 def _points(betas, coeffs):
@@ -332,21 +190,6 @@ def progress_path(output):
     return None if output is None else Path(f"{output}.progress")
 
 
-def check_format(path):
-    """The suffix of a file of results.
-
-    Raises:
-        UsageError: it is none of FORMATS.
-        EnvironmentLacks: Parquet needs pyarrow.
-    """
-    kind = Path(path).suffix.lower()
-    if kind not in FORMATS:
-        raise UsageError(f"{path}: results go to {', '.join(FORMATS)}")
-    if kind == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise EnvironmentLacks("pyarrow is not installed: pip install 'ctonnx[parquet]'")
-    return kind
-
-
 def _check_choices(search, engine):
     for name, value, choices in ("search", search, SEARCHES), ("engine", engine, ENGINES):
         if value not in choices:
@@ -358,14 +201,6 @@ def _length(source):
         return len(source)
     except TypeError:
         return None
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def grid(name, given):

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from ctonnx import metrics
+from ctonnx import intervals, metrics
 from ctonnx.errors import UsageError
-from ctonnx.metrics import compare, find
+from ctonnx.intervals import compare
+from ctonnx.metrics import find
 
 sklearn = pytest.importorskip("sklearn.metrics")
 RNG = np.random.default_rng(0)
@@ -172,7 +173,7 @@ def test_errors_are_those_of_resampling(name):
     one, other = (metric.measure(np.float64(side), labels, None) for side in sides)
     draws = [rng.integers(0, 200, 200) for _ in range(300)]
     values = np.array([[metric.value_of(side[d]) for side in (one, other)] for d in draws])
-    assert metrics.error(metric, one) == pytest.approx(values[:, 0].std(), rel=0.4)
+    assert intervals.error(metric, one) == pytest.approx(values[:, 0].std(), rel=0.4)
     difference, error, _ = compare(metric, one, other)
     sign = 1 if metric.higher_is_better else -1
     assert difference == sign * (metric.value_of(one) - metric.value_of(other))
@@ -187,5 +188,5 @@ def test_intervals_hold_what_they_promise():
     for _ in range(1000):
         one, other = rng.normal(size=(2, 20, 1))
         difference, error, dof = compare(metric, one, other)
-        held += abs(difference) <= metrics.quantile(0.975, dof) * error
+        held += abs(difference) <= intervals.quantile(0.975, dof) * error
     assert 930 <= held <= 970

@@ -14,7 +14,7 @@ import pytest
 from conftest import DIGITS, parsed
 
 import ctonnx
-from ctonnx import journal, metrics, racing, runtime, sweeping
+from ctonnx import intervals, journal, metrics, racing, results, runtime, sweeping
 from ctonnx.errors import CtonnxError, ModelError, NothingToDo, UsageError
 
 pytest.importorskip("sklearn")
@@ -191,7 +191,7 @@ def test_racing_finds_the_grids_best_with_few_passes(accuracy):
         )
         values = scores.mean(1)
         best = int(values.argmax())
-        difference, error, _ = metrics.compare(
+        difference, error, _ = intervals.compare(
             metric, scores[best][:, None], scores[outcome.best][:, None]
         )
         found += (
@@ -297,7 +297,7 @@ def test_what_cannot_be_written_keeps_the_progress(tmp_path, monkeypatch):
     def full(*_):
         raise UsageError("r.csv: cannot be written: No space left on device")
 
-    monkeypatch.setattr(sweeping.Sweep, "write", full)
+    monkeypatch.setattr(results.Sweep, "write", full)
     with pytest.raises(UsageError, match="No space"):
         ctonnx.sweep(MODEL, DATA, BETAS, output=tmp_path / "r.csv")
     monkeypatch.undo()
