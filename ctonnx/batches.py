@@ -24,8 +24,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Batch:
-    """Input name -> array with a row per sample, the labels or None, and how many were
-    unreadable."""
+    """Input name -> array with a row per sample, labels or None, how many were unreadable."""
 
     inputs: dict
     labels: np.ndarray | None

@@ -313,8 +313,8 @@ def sweep(
     """Find the beta that serves your data: measure MODEL at each.
 
     DATA is an .npz file (inputs by name, labels), .npy, .csv, a folder of images with one
-    sub-folder
-    per class, or PKG:FACTORY. A GRID is FIRST:LAST:STEP, a number, or a list of these with commas.
+    sub-folder per class, or PKG:FACTORY. A GRID is FIRST:LAST:STEP, a number, or a list of these
+    with commas.
     """
     from . import files, images, plot, runtime, sweeping
 

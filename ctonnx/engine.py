@@ -162,8 +162,7 @@ class Runner:
         Args:
             batch: batches.Batch.
             points: list of (beta, coeff); the original comes first.
-            metric: metrics.Metric. One that compares with the original takes the first point for
-                it.
+            metric: metrics.Metric. What one compares with the original is the first point.
         """
         if not len(batch):
             return None
@@ -185,8 +184,10 @@ class Runner:
         for beta, coeff in points:
             given = dict.fromkeys(self._model.betas, beta)
             given |= dict.fromkeys(self._model.coeffs, 0.5 if coeff is None else coeff)
-            for name, value in given.items():
-                binding.bind_cpu_input(name, np.array(value, np.float32))
+            # What is bound must live until the run is done.
+            scalars = {name: np.array(value, np.float32) for name, value in given.items()}
+            for name, scalar in scalars.items():
+                binding.bind_cpu_input(name, scalar)
             outputs = self._run(binding, names, size)
             scores = outputs if metric.takes_all_outputs else outputs[names[0]]
             original = scores if original is None else original
@@ -238,8 +239,7 @@ def run_local(runner, source, metric, points, work):
 
 
 def measure(runner, batch, metric, points, chosen):
-    """As Runner.measure, for the indices `chosen`; the original is run where the metric needs
-    it."""
+    """As Runner.measure, for the indices `chosen`, with the original where the metric needs it."""
     extra = metric.needs_original and ORIGINAL not in chosen
     wanted = [ORIGINAL, *chosen] if extra else chosen
     rows = runner.measure(batch, [points[i] for i in wanted], metric)

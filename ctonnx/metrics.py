@@ -2,8 +2,7 @@
 
 A metric turns each sample into a few float64 numbers, its statistics; the value is the mean of
 them, or what `value` makes of all. So data can be streamed, points compared sample by sample, and
-work done in any order or place gives the same value. `error` and `compare` are where intervals
-come from.
+work done in any order or place gives the same value.
 """
 
 import re
@@ -63,10 +62,9 @@ class Metric:
 
 
 def find(spec):
-    """The Metric of a name: see NAMES; `top3` for any k; "PKG:FUNCTION" for a function of the
-    user's.
+    """The Metric of a name in NAMES, "top3" with any k, or "PKG:FUNCTION", of the user's.
 
-    That is called with the outputs, name -> array, and the labels or None, and gives a number per
+    The last is called with the outputs, name -> array, and the labels or None, and gives a number per
     sample, of which the value is the mean. Less is better where its attribute `higher_is_better`
     is False.
 

@@ -262,6 +262,8 @@ def settle(model, beta, coeff=None, beta_as="initializer"):
     for entry in model.metadata_props:
         if entry.key == "ctonnx.beta":
             entry.value = repr(beta)
+        elif entry.key == "ctonnx.coeff" and coeff is not None:
+            entry.value = repr(coeff)
 
 
 def fill_beta(model, names, beta):

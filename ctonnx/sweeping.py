@@ -47,16 +47,15 @@ def sweep(
         dataset: a path (.npz with inputs by name and labels, .npy, .csv, a folder of images with
             one sub-folder per class), "PKG:FACTORY", a function that gives an iterable of (inputs,
             labels), or one such pair.
-        betas, coeffs: numbers in [0, 1], or as text "0.7:1.0:0.01" or "0.8,0.9". The original, β =
-            1, is always a point. Without `coeffs` c is the model's own, or 0.5.
+        betas, coeffs: numbers in [0, 1], or as text "0.7:1.0:0.01" or "0.8,0.9". The original, at
+            β = 1, is always a point. Without `coeffs` c is the model's own, or 0.5.
         metric: a name of ctonnx.metrics.NAMES, "top5", "PKG:FUNCTION" or a function.
         labels: the name of the labels' array or column, or the path of an .npy file.
         batch_size: samples per run; the model's own where it is fixed, else 32.
         images: an images.Transform.
         skip_broken: leave out images that cannot be read, and count them.
         search: "grid" measures every point on all data. "racing" drops points that are
-            significantly
-            worse on growing random subsets: see ctonnx.racing.
+            significantly worse on growing random subsets: see ctonnx.racing.
         confidence: of racing.
         providers: execution providers, as for `ctonnx.session`.
         engine: "local", or "ray" for an existing Ray cluster at `address`, with `gpus` per task.
