@@ -64,9 +64,9 @@ class Metric:
 def find(spec):
     """The Metric of a name in NAMES, "top3" with any k, or "PKG:FUNCTION", of the user's.
 
-    The last is called with the outputs, name -> array, and the labels or None, and gives a number per
-    sample, of which the value is the mean. Less is better where its attribute `higher_is_better`
-    is False.
+    The last is called with the outputs, name -> array, and the labels or None, and gives a number
+    per sample, of which the value is the mean. Less is better where its attribute
+    `higher_is_better` is False.
 
     Raises:
         UsageError: there is none of that name.
