@@ -39,7 +39,8 @@ class Cluster:
             except (ConnectionError, ValueError, RuntimeError) as error:
                 line = str(error).partition("\n")[0]
                 raise EnvironmentLacks(f"no Ray cluster to connect to: {line}") from None
-        if gpus and ray.cluster_resources().get("GPU", 0) < gpus:
+        held = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
+        if gpus > max(held, default=0):
             raise UsageError(f"the Ray cluster has no node with {gpus:g} GPUs")
         job = ray.get_runtime_context().get_job_id()
         self._task = ray.remote(_work).options(num_cpus=1, num_gpus=gpus, max_retries=-1)

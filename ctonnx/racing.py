@@ -15,7 +15,8 @@ import numpy as np
 from .engine import ORIGINAL
 from .intervals import compare, quantile
 
-# Forward passes that are spent at most, and in the first round, as shares of the grid's.
+# Forward passes that are spent at most, and in the first round, as shares of the grid's; a batch at
+# every point is the least.
 BUDGET = 0.3
 _FIRST = 0.05
 _GROWTH = 1.5
@@ -58,7 +59,7 @@ def race(evaluate, statistics, metric, count, batches, distances, confidence=0.9
         running = sorted({ORIGINAL, *left})
         target = next((end for end in rounds if end > done), batches)
         until = min(target, done + (budget - passes) // len(running))
-        if until == done and done:
+        if until == done and done:  # The budget is spent.
             break
         until = max(until, done + 1)
         evaluate(range(done, until), running)
@@ -69,7 +70,8 @@ def race(evaluate, statistics, metric, count, batches, distances, confidence=0.9
         best = leader(metric, held, left, distances)
         # The leader is compared with itself too, and stays.
         left = [p for p in left if not _worse(metric, held[p], held[best], drop_level, rest)]
-        if len(left) == 1 or done == batches:
+        # Another round would be one that is not accounted for where this one was cut short.
+        if len(left) == 1 or done == batches or done < target:
             break
     level = 1 - (1 - confidence) / 2 / rivals
     within = max((_miss(metric, held[p], held[best], level, rest) for p in left), default=0.0)
