@@ -85,20 +85,29 @@ def _clip(node, constant):
             bounds[index], operands[index] = constant(name), name
             if bounds[index] is None:
                 return "its bounds are computed at run time, or in another file"
+    x, kept = node.input[0], bounds_that_bend(*bounds)
+    if isinstance(kept, str):
+        return kept
+    lo, hi = kept
+    if hi is None:
+        return Steering(ctu.OP_TYPE, x) if lo == 0 else Steering("CTUMax", x, (operands[0],))
+    if lo is None:
+        return Steering("CTUMin", x, (operands[1],))
+    return Steering("CTUClip", x, tuple(operands))
+
+
+def bounds_that_bend(lo, hi):
+    """The bounds of a Clip, numbers or None, with None for those that bound nothing; or the reason
+    why it is left alone."""
     # Exporters write a bound that is not there as the largest number.
-    lo, hi = (None if b is None or not abs(b) <= 3.4e38 else b for b in bounds)
-    x = node.input[0]
+    lo, hi = (None if b is None or not abs(b) <= 3.4e38 else b for b in (lo, hi))
     if lo is None and hi is None:
         return "it has no bounds"
     if lo is not None and hi is not None and not lo < hi:
         return "its bounds leave no room between them"
     if lo is not None and 0 < lo < 1e-3:
         return f"it guards against numbers under {lo:g}: taken as arithmetic"
-    if hi is None:
-        return Steering(ctu.OP_TYPE, x) if lo == 0 else Steering("CTUMax", x, (operands[0],))
-    if lo is None:
-        return Steering("CTUMin", x, (operands[1],))
-    return Steering("CTUClip", x, tuple(operands))
+    return lo, hi
 
 
 def _max(node, constant):

@@ -1,8 +1,5 @@
 """What a batch is, what of it a model takes, and what things are called."""
 
-import importlib
-import os
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,26 +71,6 @@ def label_column(path, header, inputs, labels):
     rest = [name for name in header if name not in inputs]
     found = labels or next((name for name in LABELS if name in rest), None)
     return None if found is None else header.index(found)
-
-
-def load_object(spec):
-    """What "PKG:NAME" stands for; modules in the working directory are found too.
-
-    Raises:
-        UsageError: there is no such thing.
-    """
-    module, _, name = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"{spec}: cannot be imported: {error}") from None
-    if not callable(found):
-        raise UsageError(f"{spec}: is no function")
-    return found
 
 
 def names_of(names):

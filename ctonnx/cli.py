@@ -2,17 +2,18 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 
-from .errors import CtonnxError
+from .errors import CheckFailed, CtonnxError
 
 _INTERRUPTED = 130
 
@@ -64,7 +65,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "--params",
     "params_file",
     metavar="FILE",
-    help="Beta and coeff by node name or regular expression, per channel too: .json or .npz.",
+    help="Beta and coeff by node name or regular expression, per channel too: .json or .npz; or of "
+    "a T-CT state dict: .pth.",
 )
 @click.option(
     "--check",
@@ -156,16 +158,16 @@ _COLORS = {"steered": "green", "steerable": "cyan", "skipped": "yellow", "*": "g
 
 
 def _table(activations):
-    """The lines of a table with a row for each activation; columns that stay empty are left out."""
+    """The lines of a table with a row for each activation."""
     rows = [("STATE", "OP", "SHAPE", "NAME", "MODULE", "SCOPE", "")] if activations else []
     for a in activations:
         shape = "" if a.shape is None else ",".join("?" if d is None else str(d) for d in a.shape)
         rows.append((a.status, a.op, shape, a.name, a.module or "", a.scope, _detail(a)))
-    return _aligned(rows)
+    yield from _columns(rows)
 
 
-def _aligned(rows):
-    """The lines of rows of str, without the columns that are empty but for their head."""
+def _columns(rows):
+    """The lines of rows of text in columns under their titles; empty columns are left out."""
     kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in kept]
     plain = "NO_COLOR" in os.environ
@@ -383,7 +385,7 @@ def _points_table(result):
         rows.append(
             (mark, f"{point.beta:g}", coeff, *value, *(("", "") if at_one else gain), samples)
         )
-    return _aligned(rows)
+    return _columns(rows)
 
 
 def _form(result):
@@ -409,6 +411,157 @@ def _verdict(result):
             f"({100 * race.confidence:g} % confidence)"
         )
     return line
+
+
+@cli.command()
+@_model
+@click.option(
+    "--against",
+    metavar="ORIGINAL",
+    help="Compare with this unsteered model, at beta 1. [default: with a float64 run]",
+)
+@click.option(
+    "--torch",
+    "module",
+    metavar="PKG:FACTORY",
+    help="Compare with this PyTorch model, as for `ctonnx export`, steered alike.",
+)
+@click.option("--inputs", metavar="FILE", help="An .npz file of inputs. [default: random ones]")
+@click.option(
+    "--shape",
+    "shapes",
+    metavar="INPUT=DIMS",
+    multiple=True,
+    help="Size of a random input, such as image=1x3x224x224; repeatable.",
+)
+@click.option(
+    "--providers",
+    metavar="LIST",
+    default="CPUExecutionProvider",
+    show_default=True,
+    help="ONNX Runtime's execution providers, each in turn.",
+)
+@click.option(
+    "--rtol",
+    type=float,
+    help="Allowed difference, of an output's largest value. [default: 1e-4 for float32]",
+)
+@click.option("--atol", type=float, help="Allowed difference besides. [default: 1e-6]")
+@_json
+def validate(model, shapes, providers, as_json, **options):
+    """Compare what MODEL gives in ONNX Runtime with what the method says."""
+    from .validate import validate
+
+    result = validate(
+        model,
+        shapes=dict(map(_named_sizes, shapes)),
+        providers=[name.strip() for name in providers.split(",")],
+        **options,
+    )
+    for note in result.notes:
+        _say(note)
+    if as_json:
+        _print_json(
+            ok=result.ok,
+            against=result.against,
+            outputs=[
+                {"run": run.name, **_finite(asdict(output))}
+                for run in result.runs
+                for output in run.outputs
+            ],
+            diverges={run.name: run.diverges for run in result.runs if run.diverges},
+            notes=result.notes,
+        )
+    else:
+        click.echo(f"compared with {result.against}")
+        for run in result.runs:
+            click.echo(f"{run.name}: {'passed' if run.ok else 'FAILED'}")
+            for line in _columns(_measurements(run)):
+                click.echo(f"  {line}")
+    for run in result.runs:
+        for output in run.outputs:
+            if not output.ok:
+                _say(f"{run.name}: {output.name!r} {output.reason}")
+        if run.diverges:
+            _say(f"{run.name}: the first activation to differ is {run.diverges}")
+    if not result.ok:
+        sys.exit(CheckFailed.exit_code)
+
+
+def _sizes(option, text):
+    sizes = text.split("x")
+    if not all(size.isdecimal() and int(size) for size in sizes):
+        raise click.UsageError(f"--{option} {text}: expected sizes like 1x3x224x224")
+    return [int(size) for size in sizes]
+
+
+def _named_sizes(text):
+    """The name and the sizes in `image=1x3x224x224`."""
+    name, equals, sizes = text.rpartition("=")
+    if not equals:
+        raise click.UsageError(f"--shape {text}: expected an input's name and =1x3x224x224")
+    return name, _sizes("shape", sizes)
+
+
+# So many rows of a run are shown; of more, the worst and how many there are.
+_ROWS = 8
+
+
+def _finite(fields):
+    """A dict with None for the numbers that JSON has no way to write."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in fields.items()
+    }
+
+
+def _measurements(run):
+    """The rows of a run's table."""
+    yield "OUTPUT", "MAX ABS", "MAX REL", "ULP", "COSINE", "TOP-1"
+    outputs = run.outputs
+    if len(outputs) > _ROWS:
+        worst = min(outputs, key=lambda o: (o.ok, -o.max_rel))
+        outputs = [replace(worst, name=f"{worst.name}, the worst of {len(outputs)}")]
+    for o in outputs:
+        numbers = o.max_abs, o.max_rel, o.ulp, o.cosine, o.top1
+        cells = zip(("{:.1e}", "{:.1e}", "{:.1f}", "{:.9f}", "{:.1%}"), numbers, strict=True)
+        yield o.name, *("" if value is None else form.format(value) for form, value in cells)
+
+
+@cli.command()
+@click.argument("model", metavar="PKG:FACTORY")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="SHAPE",
+    help="Shape of an input, like 1x3x224x224; once for each, in order.",
+)
+@click.option("--beta", type=float, help="Curvature in [0, 1] of all activations.")
+@click.option(
+    "--coeff", type=float, default=0.5, show_default=True, help="The paper's c, in [0, 1]."
+)
+@click.option("--checkpoint", metavar="FILE", help="State dict of the T-CT model: .pth.")
+@click.option("-o", "--output", required=True, help="Where to write; - for standard output.")
+@_force
+@_json
+def export(model, inputs, output, as_json, **choices):
+    """Export a PyTorch model as a steered ONNX model.
+
+    FACTORY is a function without arguments, in a package or module that can be imported from the
+    current folder, and gives the nn.Module. A .pt2 file of torch.export.save can take its place.
+    """
+    shapes = [_sizes("input", text) for text in inputs]
+    from . import factory
+
+    report, written = factory.export(model, shapes, output, **choices)
+    if as_json:
+        replaced = [_as_json(a, "module") for a in report.replaced]
+        skipped = [_as_json(a, "reason") for a in report.skipped]
+        _print_json(written, replaced=replaced, skipped=skipped, notes=report.notes)
+    else:
+        count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
+        _echo(written, f"wrote {written}: {count}")
 
 
 @cli.command()

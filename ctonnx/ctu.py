@@ -19,6 +19,11 @@ EPSILON = 1e-6
 
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
+# The numeric contract: the largest error / max(1, |Y|) by the type of X, in the kernels and in
+# `function`, for beta from 0.05 on and |X| up to 1e4. Half types add one rounding.
+BOUNDS = dict.fromkeys(FLOATING, 2.5e-7) | {TensorProto.DOUBLE: 4e-15}
+FALLBACK_BOUNDS = dict.fromkeys(FLOATING, 4e-7) | {TensorProto.DOUBLE: 4e-15}
+
 
 def check_unit_interval(name, value):
     """Return `value` as float, or raise UsageError when it is not a number in [0, 1]."""

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .batches import LABELS, Batch, conform, label_column, load_object, names_of
+from . import objects
+from .batches import LABELS, Batch, conform, label_column, names_of
 from .errors import ModelError, UsageError
 from .rows import Lines, Rows, read_npz
 
@@ -146,7 +147,7 @@ class Stream:
     samples = None
 
     def __init__(self, factory, inputs):
-        self._factory = load_object(factory) if isinstance(factory, str) else factory
+        self._factory = objects.load(factory) if isinstance(factory, str) else factory
         self._spec = factory
         self.inputs = inputs
         self.identity = [factory if isinstance(factory, str) else type(factory).__name__]

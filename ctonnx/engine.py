@@ -104,6 +104,8 @@ def prepare(model, sweep_coeff=False):
         count = f"{len(report.replaced)} activations, {len(report.skipped)} skipped"
         notes.append(f"steered on the fly: {count}")
     betas, coeffs = rewrite.parameters_of(proto)
+    if sweep_coeff and not coeffs:
+        raise UsageError("c cannot be swept: the model is lowered to primitives")
     if len(betas) > 1:
         notes.append(f"all activations get one beta, in place of {len(betas)}")
     held = {tensor.name for tensor in proto.graph.initializer}

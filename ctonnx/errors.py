@@ -35,3 +35,8 @@ class ModelError(CtonnxError):
 
 class EnvironmentLacks(CtonnxError):
     exit_code = 4
+
+
+def first_line(error):
+    """What an exception of another library says, in one line."""
+    return str(error).partition("\n")[0][:300]

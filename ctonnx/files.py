@@ -114,7 +114,7 @@ def edit(path, change, output, force=False, verify=None, progress=None, write=Tr
     if STDIO in (path, output):
         if verify is not None:
             raise UsageError("what a check compares are files: it does not go with -")
-        if any(map(_is_external, _tensors(model))):
+        if has_external_data(model):
             raise UsageError("the model has external data, which - cannot carry: name files")
     if output == STDIO:
         if write:
@@ -146,6 +146,25 @@ def edit(path, change, output, force=False, verify=None, progress=None, write=Tr
     return result, output
 
 
+def save(model, output, force=False):
+    """Write a ModelProto that holds its data itself, under its name only once it is complete.
+
+    Returns:
+        The Path, or `-`, that was written.
+
+    Raises:
+        UsageError: as for `check_output`.
+        ModelError: it is larger than a model can be.
+    """
+    output = check_output(output, force)
+    serialized = _serialized(model, output)
+    if output == STDIO:
+        _write_standard_output(serialized)
+        return output
+    write(output, serialized)
+    return output
+
+
 def write(path, data):
     """Write bytes to a file, which gets its name when all is there.
 
@@ -156,6 +175,8 @@ def write(path, data):
     try:
         with _staging(target, {}, None) as (_, temporary):
             _write(data, temporary)
+            if target.exists():
+                shutil.copymode(target, temporary)
             os.replace(temporary, target)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
@@ -334,6 +355,27 @@ def check_external_data(model, folder):
             raise ModelError(f"external data of {tensor.name!r}: {error}") from None
     # `a` and `./a` are one file.
     return {os.path.normpath(location): folder / location for location in sizes}
+
+
+def has_external_data(model):
+    """Whether some tensor of `model` has its data in another file."""
+    return any(map(_is_external, _tensors(model)))
+
+
+def read_external_data(model, folder):
+    """Bring the external data in `folder` into `model`.
+
+    Raises:
+        ModelError: as `check_external_data`.
+    """
+    check_external_data(model, folder)
+    for tensor in filter(_is_external, _tensors(model)):
+        entry = {item.key: item.value for item in tensor.external_data}
+        with open(folder / entry["location"], "rb") as stream:
+            stream.seek(int(entry.get("offset", 0)))
+            tensor.raw_data = stream.read(_byte_size(tensor))
+        tensor.ClearField("data_location")
+        del tensor.external_data[:]
 
 
 def _checked_size(folder, location):

@@ -28,12 +28,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
-from . import activations, ctu, files, runtime, validate
+from . import activations, ctu, files, runtime
+from .compare import compare
 from .errors import CtonnxError
 from .graph import names, node_label, scopes, unique_name
+from .runs import Model, random_inputs
 
 # Elementwise, and fused into Conv and Gemm wherever Relu is. Relu comes last, for ONNX Runtime
 # removes it before QuantizeLinear and Clip.
@@ -170,7 +171,7 @@ def _load_weights(model, path):
     folder = Path(path).parent
     data = files.check_external_data(model, folder).values()
     _check_size(model.ByteSize() + sum(file.stat().st_size for file in data))
-    onnx.load_external_data_for_model(model, str(folder))
+    files.read_external_data(model, folder)
 
 
 def _check_size(size):
@@ -263,18 +264,19 @@ def _verify(plain, session, parameters):
             raise _Refused(f"its {kind} differ from the plain session's")
         fed.update((v.name, _PROBE) for v in values[0] if v.name in parameters)
     reference = _Run(plain, fed)
-    inputs = validate.random_inputs(reference)
-    for result in validate.compare(reference.last, _Run(session, fed).run(inputs)):
+    inputs = random_inputs(reference)
+    for result in compare(reference.last, _Run(session, fed).run(inputs)):
         if not result.ok:
             raise _Refused(f"its output {result.name!r} {result.reason}")
 
 
-class _Run(validate.Model):
+class _Run(Model):
     """An open session that runs with `fed` beside its other inputs; `last` is its last result."""
 
     def __init__(self, session, fed):
-        self._session, self._fed = session, fed
-        self.inputs = [i for i in session.get_inputs() if i.name not in fed]
+        self._use(session)
+        self._fed = fed
+        self.inputs = [i for i in self.inputs if i.name not in fed]
 
     def run(self, inputs):
         self.last = super().run({**inputs, **self._fed})

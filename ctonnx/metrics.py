@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import objects
 from .errors import EnvironmentLacks, UsageError
 
 # Bins of the calibration error: Guo et al., arXiv 1706.04599, section 2.
@@ -259,9 +260,7 @@ def _kl(scores, _, original):
 
 
 def _custom(spec):
-    from .batches import load_object
-
-    function = load_object(spec) if isinstance(spec, str) else spec
+    function = objects.load(spec) if isinstance(spec, str) else spec
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", "metric")
 
     def statistics(outputs, labels, _):

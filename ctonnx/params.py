@@ -17,15 +17,23 @@ def load(path):
     A JSON file holds an object: key -> beta, or key -> {"beta": ..., "coeff": ...}, each a
     number or a list with one number per channel. An .npz file holds arrays named `key.beta` and
     `key.coeff`.
+    A .pth or .pt file holds the state dict of a T-CT model.
     A key is an activation's name or a regular expression, as for `resolve`.
 
     Returns:
-        dict: key -> {"beta" and "coeff", as far as given: what the file holds}.
+        dict: key -> {"beta" and "coeff", as far as given: what the file holds}; Trained for a
+        state dict.
 
     Raises:
         ModelError: the file cannot be read, or is not of that form.
+        UsageError: a state dict is not that of a T-CT model.
+        EnvironmentLacks: a state dict is given, and PyTorch is not installed.
     """
     path = Path(path)
+    if path.suffix in (".pth", ".pt"):
+        from . import torch
+
+        return Trained(torch.pairs(torch.read_checkpoint(path)))
     try:
         if path.suffix == ".npz":
             return _from_arrays(path)
@@ -37,6 +45,49 @@ def load(path):
     if not isinstance(document, dict):
         raise ModelError(f"{path}: expected a JSON object from name to parameters")
     return document
+
+
+class Trained(dict):
+    """The pairs of a T-CT state dict: a key is a PyTorch module, and nothing else."""
+
+    def of(self, activations):
+        """The pairs under names of activations: by module; where the exporter did not write modules
+        down, by the names that the TorchScript exporter makes of them, or else in order.
+
+        Raises:
+            UsageError: the state dict and the model do not fit.
+        """
+        paths = [f"{a.scope}/{a.name}" if a.scope else a.name for a in activations]
+        modules = [a.module for a in activations]
+        if not any(modules):
+            modules = [self._module(a.name) for a in activations]
+            if not any(modules) and len(self) == len(activations):
+                modules = list(self)
+        missing = sorted(self.keys() - set(modules))
+        if missing and not any(modules):
+            raise UsageError(
+                f"params: the checkpoint holds {len(self)} pairs, the model {len(activations)} "
+                "activations, and it does not say which module they come from"
+            )
+        if missing:
+            raise UsageError(
+                f"params: the checkpoint's {missing[0]!r} is no module of an activation that is "
+                "steered, see `ctonnx inspect`"
+            )
+        found = zip(paths, modules, strict=True)
+        return {path: self[module] for path, module in found if module in self}
+
+    def _module(self, name):
+        """The key that a name like "/layer1/layer1.0/relu_1/Relu" stands for, None for none."""
+        parts = [""]
+        for part in name.split("/")[1:-1]:
+            # What a container holds is named with the container's own name.
+            if not part.startswith(f"{parts[-1]}."):
+                parts.append("")
+            parts[-1] = part
+        module = ".".join(parts[1:])
+        # A number is that of a module's second and further calls.
+        return next((key for key in (module, re.sub(r"_\d+$", "", module)) if key in self), None)
 
 
 def _from_arrays(path):
@@ -56,7 +107,8 @@ def resolve(params, beta, coeff, activations):
     Args:
         params: as `load` gives it; values may be NumPy arrays. A key that is an activation's name,
             scope/name or PyTorch module stands for that; any other is a regular expression searched
-            in scope/name. A name outweighs a pattern, and a later pattern an earlier one.
+            in scope/name. A name outweighs a pattern, and a later pattern an earlier one. Those of
+            Trained are modules.
         beta, coeff: for what `params` does not give; beta may be None.
 
     Returns:
@@ -66,6 +118,8 @@ def resolve(params, beta, coeff, activations):
     Raises:
         UsageError: a key matches nothing, or a value is not in [0, 1].
     """
+    if isinstance(params, Trained):
+        params = params.of(activations)
     resolved = [{"beta": beta, "coeff": coeff, "common": True} for _ in activations]
     matches = {key: _matches(key, activations) for key in params or {}}
     # Names after patterns, as the last decides.

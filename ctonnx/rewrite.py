@@ -44,6 +44,9 @@ ORIGINAL = "ctonnx.original"
 # and empty on those inside that would look like activations themselves.
 LOWERED = "ctonnx.lowered"
 
+# What stands for beta or coeff in the model's metadata where it is not one number.
+PER_ACTIVATION = "per activation"
+
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
 
@@ -193,10 +196,21 @@ def steer(
         _inline(model)
     from . import __version__
 
-    beta = "per activation" if beta is None else repr(beta)
-    for key, value in ("version", __version__), ("beta", beta), ("coeff", repr(coeff)):
+    entries = {"version": __version__}
+    entries |= {key: _in_common([values[key] for values in given]) for key in ("beta", "coeff")}
+    if report.beta_name:
+        entries["beta_input"] = report.beta_name
+    for key, value in entries.items():
         model.metadata_props.add(key=f"ctonnx.{key}", value=value)
     return report
+
+
+def _in_common(arrays):
+    """The number that all the float32 arrays are, as text, or "per activation"."""
+    numbers = {str(array[()]) for array in arrays if not array.ndim}
+    return (
+        numbers.pop() if len(numbers) == 1 and not any(a.ndim for a in arrays) else PER_ACTIVATION
+    )
 
 
 def set_beta(model, beta):
@@ -224,20 +238,34 @@ def set_beta(model, beta):
     return len(held)
 
 
-def parameters_of(model):
-    """The names of the initializers and inputs of a steered ModelProto that hold a beta, and a c.
+def beta_names(model):
+    """The names of the initializers and inputs of a steered ModelProto that hold a beta.
 
     Raises:
-        NothingToDo: the model holds no CTU.
+        NothingToDo: the model holds no CTU, and no input for beta either.
     """
-    found = _steered(model)
-    return _inputs_of_ctus(found, 1, 2), _inputs_of_ctus(found, 2, 3)
+    name = _metadata(model, "ctonnx.beta_input")
+    try:
+        return _inputs_of_ctus(_steered(model), 1, 2)
+    except NothingToDo:
+        if name is None:
+            raise
+        return {name}  # Lowered to primitives it holds no CTU, but may have this input.
+
+
+def parameters_of(model):
+    """As `beta_names`, and the names of those that hold a c: none after lowering to primitives."""
+    betas = beta_names(model)
+    try:
+        return betas, _inputs_of_ctus(_steered(model), 2, 3)
+    except NothingToDo:
+        return betas, set()
 
 
 def require_inputs(model, names):
     """Make parameters of a steered ModelProto scalar inputs that must be fed, in place."""
-    _keep(model.graph.initializer, lambda tensor: tensor.name not in names)
-    _keep(model.graph.input, lambda value: value.name not in names)
+    keep(model.graph.initializer, lambda tensor: tensor.name not in names)
+    keep(model.graph.input, lambda value: value.name not in names)
     for name in sorted(names):
         model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
 
@@ -254,9 +282,9 @@ def settle(model, beta, coeff=None, beta_as="initializer"):
         values |= dict.fromkeys(coeffs, coeff)
     require_inputs(model, values)
     if beta_as == "initializer":
-        _keep(model.graph.input, lambda value: value.name not in values)
+        keep(model.graph.input, lambda value: value.name not in values)
     else:
-        _keep(model.graph.input, lambda value: value.name not in coeffs.intersection(values))
+        keep(model.graph.input, lambda value: value.name not in coeffs.intersection(values))
     for name, value in sorted(values.items()):
         model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
     for entry in model.metadata_props:
@@ -294,29 +322,29 @@ def unsteer(model):
     for scope in scopes(model):
         # PRelu's slope is the model's own: what restored nodes still use is no parameter of ours.
         if isinstance(scope.body, FunctionProto):
-            _keep(scope.body.input, lambda name: name not in parameters)
+            keep(scope.body.input, lambda name: name not in parameters)
         for node in scope.body.node:
             if _metadata(node, ORIGINAL) is not None:
                 _restore(node)
         if inserted:
-            _keep(scope.body.node, lambda node: node.op_type)
+            keep(scope.body.node, lambda node: node.op_type)
     for i in reversed(range(len(model.functions))):
         if ctu.is_ctu(model.functions[i]):
             del model.functions[i]
     original = _metadata(model, ORIGINAL)
     before = _decode(ModelProto, original) if original is not None else ModelProto()
     if not before.opset_import:
-        _keep(model.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+        keep(model.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
     for function in model.functions:
-        _keep(function.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
-    _keep(model.graph.initializer, lambda tensor: tensor.name not in parameters)
-    _keep(model.graph.input, lambda value: value.name not in parameters)
+        keep(function.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+    keep(model.graph.initializer, lambda tensor: tensor.name not in parameters)
+    keep(model.graph.input, lambda value: value.name not in parameters)
     if before.ir_version:
         model.ir_version = before.ir_version
     if before.graph.input:
         del model.graph.input[:]
         model.graph.input.extend(before.graph.input)
-    _keep(model.metadata_props, lambda entry: not entry.key.startswith("ctonnx."))
+    keep(model.metadata_props, lambda entry: not entry.key.startswith("ctonnx."))
 
 
 # --- finding
@@ -589,7 +617,7 @@ def _raise_ir(model, minimum, before, report):
         # Runtime from folding and fusing it.
         constants = {tensor.name for tensor in model.graph.initializer}
         before.graph.input.extend(model.graph.input)
-        _keep(model.graph.input, lambda value: value.name not in constants)
+        keep(model.graph.input, lambda value: value.name not in constants)
         report.notes.append(
             "initializers are no longer listed as inputs, as that IR version has it"
         )
@@ -778,7 +806,7 @@ def _inline(model):
             if op_type is not None:
                 node.metadata_props.add(key=LOWERED, value=op_type)
     for owner in (model, *model.functions):
-        _keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+        keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
 
 
 # --- records
@@ -823,7 +851,7 @@ def _restore(node):
     if before.output:
         node.ClearField("output")
     node.MergeFrom(before)
-    _keep(node.metadata_props, lambda entry: entry.key != ORIGINAL)
+    keep(node.metadata_props, lambda entry: entry.key != ORIGINAL)
 
 
 def _original_op(node):
@@ -862,7 +890,7 @@ def _decimal(tensor):
     return np.reshape([float(str(value)) for value in array.ravel()], array.shape).tolist()
 
 
-def _keep(repeated, wanted):
+def keep(repeated, wanted):
     """Drop the elements of a repeated field that are not `wanted`."""
     for i in reversed(range(len(repeated))):
         if not wanted(repeated[i]):

@@ -5,7 +5,7 @@
 #include "ctu_cpu.h"
 #include "ctu_math.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -51,6 +51,21 @@ Floats load(const float* p) { return load_units<Floats>(p); }
 Doubles load(const double* p) { return load_units<Doubles>(p); }
 void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof v); }
+
+// a < b ? a : b and a > b ? a : b, which the compiler does not make the one instruction that they are.
+#if defined(__AVX512F__)
+Floats smaller(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+#elif defined(__SSE2__)
+Floats smaller(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }
+Floats larger(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
+#else
+Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+#endif
 
 // The 16-bit types, as integers of half the vector's size.
 typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
@@ -151,25 +166,42 @@ void for_each_vector(const T* x, T* y, size_t n, Body body) {
 // ---- The table ---------------------------------------------------------------------------------
 //
 // With beta and c fixed, the correction s * r(u) is a function of u = |x| / s alone. It is tabulated
-// over v = 1 + u: an octave of v is split into equal segments with a polynomial on each, so that the
-// grid is fine near 0 and coarse far out, and the segment's number is the leading bits of v. From
-// v = 256 on the correction is below 1e-14 for every beta >= kTableFromBeta, and taken as 0.
+// over v = 1 + kScale * u: an octave of v is split into equal segments with a polynomial on each, so
+// that the grid is fine near 0 and coarse far out, and the segment's number is the leading bits of
+// v. From v = 256 on the correction is below 1e-8 and taken as 0.
+//
+// The larger beta is, the faster the correction decays: from kFineFromBeta on, where people steer,
+// the segments can be finer, and their polynomials of lower degree.
 
 #if defined(__AVX512F__)
 // Few segments of high degree: the coefficients of each power fill two registers, or one of AVX2's,
 // and a permutation of those looks them up.
 constexpr int kSplitBits = 2;  // 4 segments to an octave
-constexpr int kDegree = 5;
+constexpr int kWideDegree = 5, kFineDegree = 4;
 #elif defined(__AVX2__)
 constexpr int kSplitBits = 0;
-constexpr int kDegree = 10;
+constexpr int kWideDegree = 10, kFineDegree = 7;
 #else
 // Many segments of low degree: the coefficients of a segment are a row in memory.
 constexpr int kSplitBits = 5;
-constexpr int kDegree = 3;
+constexpr int kWideDegree = 3, kFineDegree = 2;
+constexpr int kRow = 4;  // floats
 #endif
+
+struct Wide {
+  static constexpr int kDegree = kWideDegree, kPowers = kDegree + 1, kScale = 1;
+};
+struct Fine {
+  static constexpr int kDegree = kFineDegree, kPowers = kDegree + 1, kScale = 8;
+};
+constexpr float kFineFromBeta = 0.699f;
+
+// Which grid the table of a unit has.
+bool is_fine(const Unit<float>& unit) {
+  return unit.k_hi + unit.k_lo >= kFineFromBeta * unit.inv_s;
+}
+
 constexpr int kOctaves = 8;
-constexpr int kPowers = kDegree + 1;
 constexpr int kSegments = kOctaves << kSplitBits;
 constexpr int kFractionBits = 23 - kSplitBits;  // of a float32 mantissa, the place in the segment
 constexpr float kLimit = 1 << kOctaves;
@@ -177,7 +209,9 @@ constexpr float kMiddle = 1 + 0.5f / (1 << kSplitBits);
 
 // What fitting needs and no beta changes: the nodes of each segment and the map from values there to
 // coefficients.
+template <class Grid>
 struct Nodes {
+  static constexpr int kPowers = Grid::kPowers;
   alignas(64) double u[kPowers][kSegments];
   alignas(64) double log_term[kPowers][kSegments];  // log1p(exp(-u))
   double coefficient[kPowers][kPowers];             // of a power, from the value at a node
@@ -190,7 +224,8 @@ struct Nodes {
       for (int segment = 0; segment < kSegments; ++segment) {
         const int octave = segment >> kSplitBits;
         const double middle = 1 + (2 * (segment - (octave << kSplitBits)) + 1) * half_width;
-        u[node][segment] = (middle + half_width * cos(angle)) * (1 << octave) - 1;
+        const double v = (middle + half_width * cos(angle)) * (1 << octave);
+        u[node][segment] = (v - 1) / Grid::kScale;
         log_term[node][segment] = log1p(exp(-u[node][segment]));
       }
       // Interpolation is sum_k T_k(t) * (2 - [k = 0]) / n * sum_nodes cos(k * angle) * value, where
@@ -216,7 +251,7 @@ struct Nodes {
 };
 
 #if defined(__AVX2__)
-constexpr size_t kTableFloats = kSegments * kPowers;
+constexpr size_t kTableFloats = kSegments * Wide::kPowers;
 
 // Where a table keeps the coefficient of `power` on `segment`. The permutation takes the low bits of
 // exponent and leading mantissa, in which the exponent's bias of 127 still is.
@@ -225,15 +260,17 @@ size_t table_index(int segment, int power) {
 }
 #else
 // The row behind the last segment's is 0, for what lies beyond the grid.
-constexpr size_t kTableFloats = (kSegments + 1) * kPowers;
+constexpr size_t kTableFloats = (kSegments + 1) * kRow;
 
 size_t table_index(int segment, int power) {
-  return static_cast<size_t>(segment * kPowers + power);
+  return static_cast<size_t>(segment * kRow + power);
 }
 #endif
 
-void make_table(const Parameters& parameters, float* table) {
-  static const Nodes nodes;
+template <class Grid>
+void fill_table(const Parameters& parameters, float* table) {
+  constexpr int kPowers = Grid::kPowers;
+  static const Nodes<Grid> nodes;
   const double beta = parameters.beta, coeff = parameters.coeff, slope = parameters.slope;
   const double sign = slope < 1 ? 1 : slope > 1 ? -1 : 0;
   const double s = sign * (1.0 - beta + 1e-6);
@@ -259,13 +296,19 @@ void make_table(const Parameters& parameters, float* table) {
   }
 }
 
-// A table ready for use: at(v) is the correction for v = 1 + u, v >= 1 or NaN.
+void make_table(const Parameters& parameters, float* table) {
+  const Unit<float> unit(parameters.beta, parameters.coeff, parameters.slope);
+  is_fine(unit) ? fill_table<Fine>(parameters, table) : fill_table<Wide>(parameters, table);
+}
+
+// A table ready for use: at(v) is the correction for v = 1 + kScale * u, v >= 1 or NaN.
 #if defined(__AVX2__)
 
+template <class Grid>
 class Table {
  public:
   explicit Table(const float* table) {
-    for (int power = 0; power < kPowers; ++power) {
+    for (int power = 0; power < Grid::kPowers; ++power) {
       for (int part = 0; part < kParts; ++part) {
         powers_[power][part] = load(table + power * kSegments + part * kSegments / kParts);
       }
@@ -276,8 +319,15 @@ class Table {
     const Ints bits = bits_as<Ints>(v);
     const Ints segment = bits >> kFractionBits;
     const Floats t = bits_as<Floats>((bits & ((1 << kFractionBits) - 1)) | 0x3f800000) - kMiddle;
-    Floats p = look_up(powers_[kDegree], segment);
-    for (int power = kDegree; power-- > 0;) p = p * t + look_up(powers_[power], segment);
+    // Even and odd powers apart: two short chains of operations rather than a long one.
+    const Floats square = t * t;
+    Floats sums[2];
+    for (int power = Grid::kDegree; power >= 0; --power) {
+      const Floats c = look_up(powers_[power], segment);
+      Floats& sum = sums[power % 2];
+      sum = power + 2 > Grid::kDegree ? c : sum * square + c;
+    }
+    const Floats p = sums[1] * t + sums[0];
     return v < kLimit ? p : Floats{};
   }
 
@@ -294,7 +344,7 @@ class Table {
   }
 #endif
 
-  Floats powers_[kPowers][kParts];
+  Floats powers_[Grid::kPowers][kParts];
 };
 
 #else
@@ -308,30 +358,48 @@ Floats zip_low(Floats a, Floats b) { return __builtin_shuffle(a, b, (Ints){0, 4,
 Floats zip_high(Floats a, Floats b) { return __builtin_shuffle(a, b, (Ints){2, 6, 3, 7}); }
 #endif
 
+template <class Grid>
 class Table {
  public:
-  explicit Table(const float* table) : rows_(table) {}
+  // The numbers of segments have the exponent's bias of 127 in them.
+  explicit Table(const float* table)
+      : rows_(reinterpret_cast<uintptr_t>(table) - (127 << kSplitBits) * kRowBytes) {}
 
   Floats at(Floats v) const {
     const Floats limit = Floats{} + kLimit;
-    const Floats clamped = v < limit ? v : limit;  // the limit where v is NaN
-    const Ints bits = bits_as<Ints>(clamped);
-    const Ints segment = (bits >> kFractionBits) - (127 << kSplitBits);
-    const Floats t = bits_as<Floats>((bits & ((1 << kFractionBits) - 1)) | 0x3f800000) - kMiddle;
+    const Floats clamped = smaller(v, limit);  // the limit where v is NaN
+    const Words bits = bits_as<Words>(clamped);
+    const Words offset = (bits >> (kFractionBits - kRowBits)) & ~(kRowBytes - 1);
+    const Words fraction = bits & ((1 << kFractionBits) - 1);
+    const Floats t = bits_as<Floats>(fraction | 0x3f800000) - kMiddle;
     // Four rows of four coefficients are a 4 x 4 matrix: transposed, each power is a vector.
-    const Floats row0 = row(segment[0]), row1 = row(segment[1]);
-    const Floats row2 = row(segment[2]), row3 = row(segment[3]);
+    const Pairs pairs = bits_as<Pairs>(offset);
+    const Floats row0 = row(first(pairs[0])), row1 = row(second(pairs[0]));
+    const Floats row2 = row(first(pairs[1])), row3 = row(second(pairs[1]));
     const Floats even_low = zip_low(row0, row2), even_high = zip_high(row0, row2);
     const Floats odd_low = zip_low(row1, row3), odd_high = zip_high(row1, row3);
     const Floats c0 = zip_low(even_low, odd_low), c1 = zip_high(even_low, odd_low);
     const Floats c2 = zip_low(even_high, odd_high), c3 = zip_high(even_high, odd_high);
-    return ((c3 * t + c2) * t + c1) * t + c0;
+    const Floats upper = Grid::kDegree == 3 ? c3 * t + c2 : c2;
+    return (upper * t + c1) * t + c0;
   }
 
  private:
-  Floats row(int segment) const { return load(rows_ + segment * kPowers); }
+  static constexpr uint32_t kRowBits = 4, kRowBytes = 1 << kRowBits;
 
-  const float* rows_;
+  // Two numbers leave a vector in one step.
+  typedef uint64_t Pairs __attribute__((vector_size(kVectorBytes)));
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  static uint32_t first(uint64_t pair) { return static_cast<uint32_t>(pair); }
+  static uint32_t second(uint64_t pair) { return static_cast<uint32_t>(pair >> 32); }
+#else
+  static uint32_t first(uint64_t pair) { return static_cast<uint32_t>(pair >> 32); }
+  static uint32_t second(uint64_t pair) { return static_cast<uint32_t>(pair); }
+#endif
+
+  Floats row(uint32_t offset) const { return load(reinterpret_cast<const float*>(rows_ + offset)); }
+
+  uintptr_t rows_;
 };
 
 #endif
@@ -359,13 +427,14 @@ void run_one(const T* x, T* y, size_t n, const Unit<A>& unit) {
   for_each_vector(x, y, n, [&](V v, size_t) { return ctu<kSloped>(v, unit); });
 }
 
-template <bool kSloped, class T>
+template <bool kSloped, class Grid, class T>
 void run_table(const T* x, T* y, size_t n, const Unit<float>& unit, const float* coefficients) {
-  const Table table(coefficients);
+  const Table<Grid> table(coefficients);
+  const float scale = unit.inv_s * Grid::kScale;
   for_each_vector(x, y, n, [&](Floats v, size_t) {
-    Floats small = table.at(absolute(v) * unit.inv_s + 1);
+    Floats small = table.at(absolute(v) * scale + 1);
     if (kSloped) small += below_zero(v, unit.slope);
-    return above_zero(v) + small;
+    return larger(Floats{}, v) + small;  // NaN where v is
   });
 }
 
@@ -376,8 +445,12 @@ void run(const T* x, T* y, size_t n, Units<A> units, size_t index, const float* 
   const bool sloped = unit.slope != 0;
   if constexpr (sizeof(A) == sizeof(float)) {
     if (table != nullptr) {
-      return sloped ? run_table<true>(x, y, n, unit, table)
-                    : run_table<false>(x, y, n, unit, table);
+      if (is_fine(unit)) {
+        return sloped ? run_table<true, Fine>(x, y, n, unit, table)
+                      : run_table<false, Fine>(x, y, n, unit, table);
+      }
+      return sloped ? run_table<true, Wide>(x, y, n, unit, table)
+                    : run_table<false, Wide>(x, y, n, unit, table);
     }
   }
   sloped ? run_one<true>(x, y, n, unit) : run_one<false>(x, y, n, unit);

@@ -1,12 +1,15 @@
 """What the tests share: small models as ONNX text, and real models from published packages."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -16,6 +19,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ctonnx import activations, ctu, rewrite
 from ctonnx.graph import scopes
+
+# The tests run in several processes, where PyTorch's threads would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "samples" / "digits"
@@ -34,6 +40,54 @@ def parsed(text):
     model = onnx.parser.parse_model(text)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+class Case(NamedTuple):
+    """A model of onnx's backend test data; inputs and outputs are arrays by name."""
+
+    name: str
+    model: ModelProto
+    inputs: dict
+    outputs: dict
+
+
+def backend_cases(kind):
+    """Yield the Cases of the backend test data of a kind. The wheel lacks the folder of the kind
+    "node", whose cases are made by onnx.backend.test.case."""
+    from onnx.backend.test.loader import load_model_tests
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = load_model_tests(kind=kind)
+    for case in found:
+        if kind == "node":
+            model, (inputs, outputs) = case.model, case.data_sets[0]
+        else:
+            folder = BACKEND_DATA / kind / case.name
+            model = onnx.load(folder / "model.onnx")
+            inputs, outputs = (
+                [
+                    TensorProto.FromString(file.read_bytes())
+                    for file in sorted(folder.glob(f"test_data_set_0/{put}_*.pb"))
+                ]
+                for put in ("input", "output")
+            )
+        constants = {tensor.name for tensor in model.graph.initializer}
+        names = [value.name for value in model.graph.input if value.name not in constants]
+        yield Case(
+            case.name,
+            model,
+            dict(zip(names, map(_value, inputs), strict=False)),
+            dict(
+                zip(
+                    (value.name for value in model.graph.output), map(_value, outputs), strict=False
+                )
+            ),
+        )
+
+
+def _value(data):
+    return numpy_helper.to_array(data) if isinstance(data, TensorProto) else data
 
 
 def op_model(dtype=TensorProto.FLOAT, sloped=False, function=True, opset=17, shape=None):

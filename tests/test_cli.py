@@ -13,6 +13,7 @@ import onnx
 import pytest
 from conftest import DIGITS, parsed
 
+import ctonnx
 from ctonnx import cli, ctu, rewrite
 
 NO_ACTIVATION = """<ir_version: 8, opset_import: ["" : 17]>
@@ -194,6 +195,7 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
 
 
 SWEEP = ["sweep", "digits.onnx", "--data"]
+VALIDATE = ("validate", "steered.onnx", "--against", "digits.onnx")
 
 # Arguments, exit code, what the one line says.
 MISTAKES = [
@@ -230,9 +232,19 @@ MISTAKES = [
     (["unpatch", "digits.onnx", "-o", "x.onnx"], 1, "no CTU"),
     (["unpatch", "missing.onnx"], 3, "no such file"),
     (["unpatch", "steered.onnx"], 2, "does not end in .ct.onnx"),
+    (["validate", "missing.onnx"], 3, "no such file"),
+    (["validate", "random.onnx"], 3, "not an ONNX model, or truncated"),
+    (["validate", "digits.onnx", "--against", "digits.onnx"], 1, "no CTU"),
+    (["validate", "steered.onnx", "--against", "missing.onnx"], 3, "missing.onnx: no such file"),
+    (["validate", "steered.onnx", "--shape", "8x8"], 2, "--shape 8x8: expected an input's name"),
+    ([*VALIDATE, "--shape", "x=1"], 2, "no input 'x': choose among image"),
+    ([*VALIDATE, "--shape", "image=1x3x8x8"], 2, "'image' is batchx1x8x8, got 1x3x8x8"),
+    ([*VALIDATE, "--inputs", "missing.npz"], 3, "missing.npz: no such file"),
+    ([*VALIDATE, "--inputs", "taken.onnx"], 3, "cannot be read as an .npz file"),
+    ([*VALIDATE, "--providers", "None"], 4, "None is not available: choose among"),
     (["frobnicate"], 2, "No such command 'frobnicate'"),
     ([*SWEEP, "missing.npz"], 3, "missing.npz: no such file"),
-    ([*SWEEP, "no_such:factory"], 2, "no_such:factory: cannot be imported"),
+    ([*SWEEP, "no_such:factory"], 2, "no_such: cannot be imported"),
     ([*SWEEP, "taken.onnx"], 2, "expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY"),
     ([*SWEEP, "empty.npz"], 3, "empty.npz: cannot be read: File is not a zip file"),
     ([*SWEEP, "few.npz", "--labels", "truth"], 2, "holds no array 'truth': it holds image, label"),
@@ -280,6 +292,162 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
     assert err.startswith("ctonnx: ")
     assert line in err
     assert files() == before
+
+
+def test_validate_passes_and_fails(run):
+    """Tables or one document, and an exit code; a failure says where, in a line each."""
+    assert run("patch", "digits.onnx", "--beta", "0.85")[0] == 0
+    arguments = ("validate", "digits.ct.onnx", "--against", "digits.onnx")
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("compared with digits.onnx in ONNX Runtime, at beta 1\n")
+    assert "CPUExecutionProvider with the op library: passed\n  OUTPUT  MAX ABS" in out
+    document = json.loads(run(*arguments, "--json")[1])
+    assert (document["schema_version"], document["ok"], document["diverges"]) == (1, True, {})
+    first = document["outputs"][0]
+    assert first["run"] == "CPUExecutionProvider with the op library"
+    assert (first["name"], first["ok"], first["reason"], first["top1"]) == ("logits", True, None, 1)
+    assert all(first[key] >= 0 for key in ("max_abs", "max_rel", "ulp", "cosine"))
+
+    np.savez("nan.npz", image=np.full((1, 1, 8, 8), np.nan, np.float32))
+    code, out, err = run(*arguments, "--inputs", "nan.npz")
+    assert (code, out.count("FAILED")) == (1, 3)
+    assert "with the op library: 'logits' NaN\n" in err
+    assert "with the op library: the first activation to differ is node_relu\n" in err
+    code, out, _ = run(*arguments, "--inputs", "nan.npz", "--json")
+    assert (code, json.loads(out, parse_constant=pytest.fail)["outputs"][0]["ulp"]) == (1, None)
+
+
+NETS = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Sequential(nn.Flatten(), nn.ReLU()))
+
+def make():
+    print("made")
+    return Net()
+
+def without():
+    return nn.Linear(3, 3)
+
+def failing():
+    raise KeyError("no\\nweights")
+
+number = 3
+"""
+
+
+@pytest.fixture
+def nets(run, monkeypatch):
+    """PyTorch models in the folder, nets.py and T-CT in t.pth: the T-CT model and an input."""
+    torch = pytest.importorskip("torch")
+    from ctonnx.torch import trainable
+
+    Path("nets.py").write_text(NETS)
+    monkeypatch.setattr(sys, "path", [*sys.path, os.getcwd()])
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    import nets
+
+    x = torch.randn(1, 1, 5, 5)
+    torch.export.save(torch.export.export(nets.Net().eval(), (x,)), "n.pt2")
+    model = trainable(nets.Net(), x)
+    for name, parameter in model.named_parameters():
+        if "_raw_" in name:
+            torch.nn.init.normal_(parameter)
+    torch.save(model.state_dict(), "t.pth")
+    torch.save({"1._raw_beta": torch.zeros(1), "1._raw_coeff": torch.zeros(1)}, "other.pth")
+    torch.save([model], "pickled.pth")
+    return model, x
+
+
+def outputs(path, x):
+    session = ctonnx.session(path)
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+def test_export(run, nets):
+    model, x = nets
+    base = ("export", "nets:make", "--input", "1x1x5x5")
+    code, out, err = run(*base, "--checkpoint", "t.pth", "-o", "t.onnx")
+    assert (code, out, err) == (0, "wrote t.onnx: 2 steered, 0 skipped\n", "made\n")
+    assert abs(outputs("t.onnx", x) - model(x).detach().numpy()).max() < 1e-6
+    # In a process of its own, for PyTorch's progress and warnings are no part of what is printed.
+    code, out, err = piped(*base, "--beta", "0.7", "--coeff", "0.4", "-o", "-", "--json")
+    assert code == 0
+    Path("b.onnx").write_bytes(out)
+    document = json.loads(err.removeprefix("made\n"))
+    assert (document["output"], len(document["replaced"]), document["skipped"]) == ("-", 2, [])
+    assert [a["module"] for a in document["replaced"]] == ["1", "2.1"]
+    # The file of torch.export gives the same, and so does steering what PyTorch exports.
+    for target in "n.pt2", "N.onnx":
+        if target == "N.onnx":
+            assert run("unpatch", "b.onnx", "-o", target)[0] == 0
+        command = "export" if target == "n.pt2" else "patch"
+        arguments = ("--beta", "0.7", "--coeff", "0.4", "-o", f"{target}.onnx")
+        assert run(command, target, *arguments)[0] == 0
+        np.testing.assert_array_equal(outputs(f"{target}.onnx", x), outputs("b.onnx", x))
+    assert abs(outputs("b.onnx", x) - outputs("t.onnx", x)).max() > 1e-3
+    # A checkpoint goes to the exported original, too.
+    assert run("patch", "N.onnx", "--params", "t.pth", "-o", "p.onnx")[0] == 0
+    np.testing.assert_allclose(outputs("p.onnx", x), outputs("t.onnx", x), atol=1e-6)
+
+
+NET = ("export", "nets:make", "--input", "1x1x5x5", "-o", "new.onnx")
+OUT = ("--input", "1x3", "-o", "new.onnx", "--beta", "0.8")
+EXPORT_MISTAKES = [
+    ((*NET,), 1, "nets:make: holds no CT unit: give --beta or --checkpoint"),
+    ((*NET, "--beta", "2"), 2, "beta must lie in [0, 1]"),
+    ((*NET, "--beta", "1", "-o", "digits.onnx"), 2, "digits.onnx: exists already"),
+    ((*NET, "--beta", "1", "--input", "1x1"), 3, "nets:make: cannot be exported: "),
+    ((*NET, "--beta", "1", "--input", "1x0"), 2, "--input 1x0: expected sizes like 1x3x224x224"),
+    ((*NET, "--beta", "1", "--input", "1,3"), 2, "--input 1,3: expected sizes"),
+    ((*NET, "--checkpoint", "none.pth"), 3, "none.pth: no such file"),
+    ((*NET, "--checkpoint", "digits.onnx"), 3, "digits.onnx: cannot be read as weights alone"),
+    ((*NET, "--checkpoint", "pickled.pth"), 3, "pickled.pth: cannot be read as weights alone"),
+    ((*NET, "--checkpoint", "other.pth"), 2, "does not fit the model: Missing key(s)"),
+    (("export", "nets:make", "--input", "1x1x5x5", "--beta", "1"), 2, "Missing option '-o'"),
+    (("export", "nets:make", "-o", "new.onnx"), 2, "the shape of its input is missing"),
+    (("export", "nets", *OUT), 2, "nets: expected PKG:FACTORY, or a .pt2 file"),
+    (("export", "nets:nothing", *OUT), 2, "nets:nothing: the module has no function of that name"),
+    (("export", "nets:number", *OUT), 2, "nets:number: the module has no function of that name"),
+    (("export", "nets:failing", *OUT), 2, "fails when it is called: KeyError: 'no"),
+    (("export", "nets:dict", *OUT), 2, "the module has no function of that name"),
+    (("export", "builtins:dict", *OUT), 2, "builtins:dict: gives a dict, expected an nn.Module"),
+    (("export", "no.such:net", *OUT), 2, "no.such: cannot be imported: ModuleNotFoundError"),
+    (("export", "nets:without", *OUT), 1, "nets:without: holds no activation"),
+    (("export", "n.pt2", *OUT), 2, "leave --input and --checkpoint out"),
+    (("export", "none.pt2", "-o", "new.onnx"), 3, "none.pt2: no such file"),
+    (("export", "bad.pt2", "-o", "new.onnx"), 3, "bad.pt2: cannot be read by torch.export"),
+    (("patch", "digits.onnx", "--params", "t.pth"), 2, "'1' is no module of an activation"),
+    (("patch", "digits.onnx", "--params", "digits.pth"), 3, "digits.pth: no such file"),
+]
+
+
+def test_mistakes_of_exports_are_one_line_and_write_nothing(run, nets):
+    Path("bad.pt2").write_bytes(b"bad")
+    before = files()
+    for arguments, code, line in EXPORT_MISTAKES:
+        got, out, err = run(*arguments)
+        assert (got, out) == (code, ""), (arguments, err)
+        err = err.removeprefix("made\n")
+        assert err.count("\n") == 1, err
+        assert err.startswith("ctonnx: ")
+        assert line in err
+    assert files() == before
+
+
+def test_without_pytorch_the_line_says_so(run):
+    program = "import sys; sys.modules['torch'] = None; from ctonnx.cli import main; main()"
+    for arguments in (NET, ("patch", "digits.onnx", "--params", "t.pth")):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (4, "")
+        line = "ctonnx: PyTorch is not installed: pip install torch onnxscript\n"
+        assert done.stderr == line
 
 
 def test_links_are_followed_and_modes_kept(run):
@@ -390,10 +558,10 @@ def test_standard_output_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_failing_check_writes_nothing(run, monkeypatch):
-    from ctonnx import validate
+    from ctonnx import compare
 
-    monkeypatch.setattr(validate, "_DEFAULT_TOLERANCE", 0.0)
-    monkeypatch.setattr(validate, "_NOISE", 0.0)
+    monkeypatch.setattr(compare, "_TOLERANCE", 0.0)
+    monkeypatch.setattr(compare, "_NOISE", 0.0)
     code, out, err = run("patch", "digits.onnx", "--beta", "0.85", "--check")
     assert (code, out) == (1, "")
     assert "at beta 1 against the original: output 'logits' differs by" in err
@@ -439,7 +607,7 @@ def test_help_and_version(run):
     code, out, _ = run("--help")
     assert code == 0
     assert run()[:2] == (0, out)
-    for command in ("patch", "inspect", "set", "sweep", "unpatch", "doctor"):
+    for command in ("patch", "inspect", "set", "sweep", "unpatch", "export", "doctor"):
         assert f"  {command} " in out
         assert run(command, "--help")[0] == 0
     assert run("--version")[1].startswith("ctonnx")

@@ -58,8 +58,9 @@ def steered(**options):
         lambda: steered(beta_as="required-input"),
         lambda: steered(params={"node_relu": [0.5] * 16, "node_relu_3": 0.7}),
         lambda: steered(lowering="op"),
+        lambda: steered(lowering="primitives", beta_as="input"),
     ],
-    ids=["original", "baked", "input", "required", "per activation", "op"],
+    ids=["original", "baked", "input", "required", "per activation", "op", "primitives"],
 )
 def test_a_model_may_be_steered_already(model):
     result = ctonnx.sweep(model(), (HELD["image"][:200], HELD["label"][:200]), BETAS, "nll")
@@ -511,6 +512,11 @@ def test_mistakes_are_one_clear_line():
         ((MODEL, DATA), {"confidence": 1.0}, UsageError, "confidence must lie in [0.5, 1)"),
         ((MODEL, DATA), {"resume": True}, UsageError, "resume goes with an output"),
         ((MODEL, DATA), {"coeffs": "2"}, UsageError, "coeff must lie in [0, 1]"),
+        (
+            *((steered(lowering="primitives", beta_as="input"), DATA), {"coeffs": "0.5"}),
+            *(UsageError, "c cannot be swept: the model is lowered to primitives"),
+        ),
+        ((steered(lowering="primitives"), DATA), {}, NothingToDo, "no CTU"),
         ((42, DATA), {}, UsageError, "expected a path or a ModelProto, got int"),
         (("missing.onnx", DATA), {}, ModelError, "missing.onnx: no such file"),
         (

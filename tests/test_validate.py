@@ -1,94 +1,26 @@
-"""The comparators can fail: on a wrong value, a missing or empty output, NaN, a wrong kernel."""
+"""Validation passes what is right and fails what is wrong: kernels, functions, files, outputs."""
 
-import re
+import shutil
+import subprocess
 
 import numpy as np
-import onnx.parser
 import pytest
-from conftest import DIGITS, op_model, parsed
+from conftest import DIGITS, ROOT, op_model, parsed
 
-from ctonnx import files, rewrite, validate
-from ctonnx.errors import CheckFailed, ModelError
+from ctonnx import files, rewrite, runtime, validate
+from ctonnx.errors import CheckFailed, EnvironmentLacks, ModelError, NothingToDo, UsageError
 
-RIGHT = {"a": np.float32([1, 2, 3]), "b": np.array([True, False])}
-
-
-def test_equal_runs_pass():
-    assert all(c.ok for c in validate.compare(RIGHT, RIGHT))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "reason"),
-    [
-        ({"a": RIGHT["a"]}, "missing"),
-        ({**RIGHT, "c": RIGHT["a"]}, "missing"),
-        ({**RIGHT, "a": np.float32([1, 2, 3.001])}, "relative 3.3e-04"),
-        ({**RIGHT, "a": np.float32([1, np.nan, 3])}, "NaN"),
-        ({**RIGHT, "a": np.float32([1, np.inf, 3])}, "infinite"),
-        ({**RIGHT, "a": np.float64([1, 2, 3])}, "float64"),
-        ({**RIGHT, "a": np.float32([[1, 2, 3]])}, r"\[1, 3\]"),
-        ({**RIGHT, "b": np.array([True, True])}, "differs"),
-    ],
-)
-def test_wrong_runs_fail(wrong, reason):
-    for pair in ((RIGHT, wrong), (wrong, RIGHT)):
-        failed = [c for c in validate.compare(*pair) if not c.ok]
-        assert len(failed) == 1
-    (failed,) = [c for c in validate.compare(RIGHT, wrong) if not c.ok]
-    assert re.search(reason, failed.reason)
-
-
-def test_sequences_and_empty_outputs():
-    """Each element of a sequence is compared; one empty output among others may be empty."""
-    text = """<ir_version: 8, opset_import: ["" : 17]>
-        g (float[4] x) => (seq(float[]) y, int64[1, n] i)
-        { s = Neg(x)  t = ReduceSum(x)  y = SequenceConstruct(s, t)
-          z = Sub(x, x)  i = NonZero(z) }"""
-    model = validate.Model(onnx.parser.parse_model(text).SerializeToString())
-    result = model.run({"x": np.float32([1, 2, 3, 4])})
-    assert list(result) == ["y[0]", "y[1]", "i"]
-    assert all(c.ok for c in validate.compare(result, result))
-    assert not all(c.ok for c in validate.compare(result, {**result, "y[1]": result["y[0]"]}))
-
-
-@pytest.mark.parametrize("value", [np.float32([]), np.float32([np.nan]), np.float32([0, np.nan])])
-def test_nothing_and_nan_never_pass(value):
-    assert not validate.compare({"a": value}, {"a": value})[0].ok
-
-
-def test_infinity_and_zero():
-    same = {"a": np.float32([np.inf, -np.inf, 1])}
-    assert validate.compare(same, same)[0].ok
-    assert not validate.compare(same, {"a": np.float32([np.inf, np.inf, 1])})[0].ok
-    zeros = {"a": np.zeros(3)}
-    assert validate.compare(zeros, zeros)[0].ok
-    assert not validate.compare(zeros, {"a": np.float64([0, 0, 1e-3])})[0].ok
-
-
-def test_noise_around_small_numbers_passes():
-    small = {"a": np.float32([1e-3])}
-    assert validate.compare(small, {"a": np.float32([1e-3 + 5e-7])})[0].ok
-    assert not validate.compare(small, {"a": np.float32([1e-3 + 5e-6])})[0].ok
-
-
-def test_tolerance_follows_the_dtype():
-    for dtype, off, ok in (
-        (np.float32, 1e-4, False),
-        (np.float16, 1e-3, True),
-        (np.float16, 0.1, False),
-    ):
-        pair = {"a": np.ones(2, dtype)}, {"a": np.array([1, 1 + off], dtype)}
-        assert validate.compare(*pair)[0].ok == ok
+ORIGINAL = DIGITS / "digits.onnx"
 
 
 def broken(tmp_path, damage):
     """The sample steered at 0.85, with its function's body damaged; what the check says of it."""
-    model = files.load(DIGITS / "digits.onnx")
+    model = files.load(ORIGINAL)
     report = rewrite.steer(model, 0.85)
     damage(model)
     path = tmp_path / "digits.ct.onnx"
     path.write_bytes(model.SerializeToString())
-    return validate.check_steered(DIGITS / "digits.onnx", path, report, 0.85, "portable")
+    return validate.check_steered(ORIGINAL, path, report, 0.85, "portable")
 
 
 def test_check_passes_on_the_sample(tmp_path):
@@ -139,3 +71,258 @@ def test_a_model_that_runs_on_nothing_tried_is_an_error():
         { y = MatMul(x, w) }"""
     with pytest.raises(CheckFailed, match="found no random input"):
         validate.random_inputs(validate.Model(parsed(text).SerializeToString()))
+
+
+# --- the whole validation
+
+
+def steered(folder, change=None, beta=0.85, **options):
+    """The sample, steered and changed, as a file."""
+    model = files.load(ORIGINAL)
+    rewrite.steer(model, beta, **options)
+    if change is not None:
+        change(model)
+    path = folder / "digits.ct.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def failed(result):
+    return {run.name for run in result.runs if not run.ok}
+
+
+WITH, WITHOUT = "CPUExecutionProvider with the op library", "CPUExecutionProvider without it"
+BLOCKED = "CPUExecutionProvider in the blocked layout"
+ALONE = "each CTU by itself, "
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, {WITH, WITHOUT, BLOCKED, ALONE + WITH, ALONE + WITHOUT}),
+        ({"lowering": "op"}, {WITH, BLOCKED, ALONE + WITH}),
+        ({"lowering": "primitives"}, {"CPUExecutionProvider"}),
+        ({"lowering": "primitives", "beta_as": "required-input"}, {"CPUExecutionProvider"}),
+        ({"beta_as": "input"}, {WITH, WITHOUT, BLOCKED, ALONE + WITH, ALONE + WITHOUT}),
+        ({"beta_as": "required-input"}, {WITH, WITHOUT, BLOCKED, ALONE + WITH, ALONE + WITHOUT}),
+    ],
+    ids=lambda v: "-".join(v.values()) or "defaults" if type(v) is dict else "",
+)
+def test_what_patch_writes_passes(tmp_path, options, names):
+    pytest.importorskip("torch")
+    path = steered(tmp_path, **options)
+    result = validate.validate(path)
+    assert result.ok
+    assert {run.name for run in result.runs} == names
+    if options == {"lowering": "primitives"}:
+        with pytest.raises(NothingToDo, match="holds no CTU"):
+            validate.validate(path, against=ORIGINAL)
+    else:
+        result = validate.validate(path, against=ORIGINAL)
+        assert result.ok
+        assert {run.name for run in result.runs} == {n for n in names if not n.startswith(ALONE)}
+    assert [p.name for p in tmp_path.iterdir()] == ["digits.ct.onnx"]
+
+
+@pytest.fixture(scope="module")
+def wrong_library(tmp_path_factory):
+    """A function that builds the op library with changes: file -> (old text, new text)."""
+
+    def build(changes):
+        if shutil.which("g++") is None:
+            pytest.skip("g++ is not installed")
+        folder = tmp_path_factory.mktemp("wrong")
+        shutil.copytree(ROOT / "custom_ops", folder, dirs_exist_ok=True)
+        for name, (old, new) in changes.items():
+            text = (folder / name).read_text()
+            assert text.count(old) == 1
+            (folder / name).write_text(text.replace(old, new))
+        sources = ("ctu_op.cc", "ctu_cpu.cc", "ctu_kernels.cc")
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-psabi", *sources]
+        command += ["-DCTONNX_LEVEL=portable", "-o", "wrong.so"]
+        subprocess.run(command, cwd=folder, check=True)
+        return str(folder / "wrong.so")
+
+    return build
+
+
+SWAPPED = {
+    "ctu_math.h": ("    const double s = ", "    coeff = 1 - coeff;\n    const double s = "),
+    "ctu_kernels.cc": ("coeff = parameters.coeff", "coeff = 1 - parameters.coeff"),
+}
+NO_EPSILON = {"ctu_math.h": (" + 1e-6;", ";"), "ctu_kernels.cc": (" + 1e-6)", ")")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen_in_outputs"),
+    # That little is not seen in the outputs, but in each CTU by itself.
+    [pytest.param(SWAPPED, True, id="swapped"), pytest.param(NO_EPSILON, False, id="no-epsilon")],
+)
+def test_a_wrong_kernel_fails(tmp_path, monkeypatch, wrong_library, changes, seen_in_outputs):
+    pytest.importorskip("torch")
+    path = steered(tmp_path, coeff=0.3)
+    library = wrong_library(changes)
+    monkeypatch.setattr(runtime, "get_library_path", lambda: library)
+    result = validate.validate(path)
+    assert failed(result) == {ALONE + WITH, *((WITH, BLOCKED) if seen_in_outputs else ())}
+    if seen_in_outputs:
+        assert {run.name: run.diverges for run in result.runs}[WITH] == "node_relu"
+
+
+def test_a_wrong_function_fails(tmp_path):
+    pytest.importorskip("torch")
+
+    def swap(model):
+        (node,) = [n for n in model.functions[-1].node if n.op_type == "Log"]
+        node.op_type = "Exp"
+
+    result = validate.validate(steered(tmp_path, swap))
+    assert failed(result) == {WITHOUT, ALONE + WITHOUT}
+
+
+def test_the_first_activation_to_differ_is_named(tmp_path):
+    """Against the original, where something in the file was changed behind the third activation."""
+
+    def change(model):
+        ctus = [i for i, n in enumerate(model.graph.node) if n.op_type == "CTU"]
+        conv = next(n for n in model.graph.node[ctus[2] :] if n.op_type == "Conv")
+        (weight,) = [t for t in model.graph.initializer if t.name == conv.input[1]]
+        weight.raw_data = bytes(len(weight.raw_data))
+
+    path = steered(tmp_path, change)
+    result = validate.validate(path, against=ORIGINAL)
+    assert not result.ok
+    names = [a.name for a in rewrite.find(files.load(path))]
+    assert {run.diverges for run in result.runs if run.name != BLOCKED} == {names[3]}
+
+
+def test_a_missing_output_and_nan_fail(tmp_path):
+    path = steered(tmp_path)
+    more = files.load(ORIGINAL)
+    more.graph.output.add().CopyFrom(more.graph.output[0])
+    more.graph.output[1].name = next(n.output[0] for n in more.graph.node if n.op_type == "Relu")
+    (tmp_path / "more.onnx").write_bytes(more.SerializeToString())
+    result = validate.validate(path, against=tmp_path / "more.onnx")
+    assert "missing" in str([o.reason for run in result.runs for o in run.outputs])
+    assert len(failed(result)) == 3
+
+    image = np.load(DIGITS / "digits_test.npz")["image"][:4]
+    np.savez(tmp_path / "inputs.npz", image=image)
+    assert validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz").ok
+    image[2] = np.nan
+    np.savez(tmp_path / "inputs.npz", image=image)
+    result = validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
+    assert len(failed(result)) == 3
+
+
+def test_sites_of_every_kind(tmp_path):
+    """A body, a function, a Clip, slopes of each channel and an element type of their own."""
+    pytest.importorskip("torch")
+    text = """<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
+        g (float[2, 3] x, bool go) => (float[2, 3] y, float16[2, 3] h, float[2, 3] w)
+        <float[3] slopes = {0.1, -0.5, 1.5}, float lo = {0.0}, float hi = {6.0}>
+        { r = PRelu(x, slopes)  c = Clip(r, lo, hi)
+          y = If(go) <then_branch = t () => (float[2, 3] a) { a = Relu(r) },
+                      else_branch = e () => (float[2, 3] b) { b = Relu(c) }>
+          q = Cast<to = 10>(x)  h = Relu(q)  w = f.twice(x) }
+        <domain: "f", opset_import: ["" : 17]> twice (v) => (z) { u = Relu(v)  z = Add(u, u) }"""
+    model = parsed(text)
+    report = rewrite.steer(model, 0.85, 0.3)
+    assert len(report.replaced) == 6
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    result = validate.validate(path)
+    assert result.ok
+    # That in the function is not tried by itself; those in the bodies are alike.
+    assert [len(run.outputs) for run in result.runs] == [3, 3, 4, 4]
+
+
+def test_inputs_and_shapes_that_do_not_fit(tmp_path):
+    path = steered(tmp_path, beta_as="required-input")
+    cases = [
+        ({"shapes": {"picture": [1]}}, "no input 'picture': choose among image"),
+        ({"shapes": {"image": [1, 8, 8]}}, "'image' is batchx1x8x8, got 1x8x8"),
+        ({"shapes": {"image": [1, 3, 8, 8]}}, "'image' is batchx1x8x8, got 1x3x8x8"),
+        ({"inputs": {"image": np.zeros((1, 1, 8, 8), np.float32)}}, "no array for input 'beta'"),
+        ({"inputs": {"image": 0, "beta": 0, "x": 0}}, "has no input 'x'"),
+        ({"inputs": {"image": np.array("a"), "beta": 0.5}}, "'image' is <U1, the model takes"),
+    ]
+    for options, message in cases:
+        if "inputs" in options:
+            np.savez(tmp_path / "inputs.npz", **options["inputs"])
+            options = {"inputs": tmp_path / "inputs.npz"}
+        with pytest.raises(UsageError, match=message):
+            validate.validate(path, against=ORIGINAL, **options)
+    assert validate.validate(path, against=ORIGINAL, shapes={"image": [5, 1, 8, 8]}).ok
+    with pytest.raises(EnvironmentLacks, match="NoProvider is not available"):
+        validate.validate(path, against=ORIGINAL, providers=["NoProvider"])
+    (tmp_path / "inputs.npz").write_bytes(b"no archive")
+    with pytest.raises(ModelError, match="cannot be read as an"):
+        validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
+
+
+NETWORKS = """
+import torch
+from torch import nn
+from ctonnx.torch import trainable
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU6(), nn.Flatten(),
+        nn.Linear(64, 8), nn.LeakyReLU(0.1), nn.Linear(8, 3),
+    )
+
+def more_outputs():
+    class Two(nn.Module):
+        inner = net()
+        def forward(self, x):
+            return self.inner(x), x
+    return Two()
+
+def tuned():
+    model = trainable(net(), torch.zeros(1, 1, 8, 8))
+    for name, parameter in model.named_parameters():
+        if "_raw" in name:
+            nn.init.normal_(parameter)
+    return model
+"""
+
+
+def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
+    """Steered as the ONNX model is; one activation that is not fails, and is named."""
+    pytest.importorskip("onnxscript")
+    from ctonnx import factory
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "networks_to_compare.py").write_text(NETWORKS)
+    name = "networks_to_compare:{}".format
+    path = tmp_path / "net.ct.onnx"
+    factory.export(name("net"), [[1, 1, 8, 8]], path, beta=0.85, coeff=0.3)
+    result = validate.validate(path, module=name("net"))
+    assert result.ok
+    assert result.against == "networks_to_compare:net in PyTorch"
+
+    result = validate.validate(path, module=name("more_outputs"))
+    assert [o.reason for o in result.runs[0].outputs] == [None, "missing in one of the runs"]
+
+    original = files.load(path)
+    rewrite.unsteer(original)
+    names = [a.name for a in rewrite.find(original)]
+    for beta_as in ("initializer", "required-input"):
+        model = files.load(path)
+        rewrite.unsteer(model)
+        rewrite.steer(model, 0.85, 0.3, exclude=f"^{names[1]}$", beta_as=beta_as)
+        path.write_bytes(model.SerializeToString())
+        result = validate.validate(path, module=name("net"))
+        assert failed(result) == {WITH, WITHOUT, BLOCKED}
+        assert {run.diverges for run in result.runs} == {names[1]}
+        assert result.notes == [f"not steered, though it could be: {names[1]}"]
+
+    factory.export(name("tuned"), [[1, 1, 8, 8]], path, force=True)
+    assert validate.validate(path, module=name("tuned")).ok
+    with pytest.raises(UsageError, match="have no beta in common"):
+        validate.validate(path, module=name("net"))
+    with pytest.raises(UsageError, match="give one"):
+        validate.validate(path, module=name("net"), against=path)

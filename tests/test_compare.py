@@ -1,0 +1,124 @@
+"""The comparators can fail: on a wrong value, a missing or empty output, NaN, off by a bit."""
+
+import re
+
+import numpy as np
+import onnx.parser
+import pytest
+
+from ctonnx.compare import compare, within
+from ctonnx.runs import Model
+
+RIGHT = {"a": np.float32([1, 2, 3]), "b": np.array([True, False])}
+
+
+def test_equal_runs_pass():
+    assert all(c.ok for c in compare(RIGHT, RIGHT))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"a": RIGHT["a"]}, "missing"),
+        ({**RIGHT, "c": RIGHT["a"]}, "missing"),
+        ({**RIGHT, "a": np.float32([1, 2, 3.001])}, "relative 3.3e-04"),
+        ({**RIGHT, "a": np.float32([1, np.nan, 3])}, "NaN"),
+        ({**RIGHT, "a": np.float32([1, np.inf, 3])}, "infinite"),
+        ({**RIGHT, "a": np.float64([1, 2, 3])}, "float64"),
+        ({**RIGHT, "a": np.float32([[1, 2, 3]])}, r"\[1, 3\]"),
+        ({**RIGHT, "b": np.array([True, True])}, "differs"),
+    ],
+)
+def test_wrong_runs_fail(wrong, reason):
+    for pair in ((RIGHT, wrong), (wrong, RIGHT)):
+        failed = [c for c in compare(*pair) if not c.ok]
+        assert len(failed) == 1
+    (failed,) = [c for c in compare(RIGHT, wrong) if not c.ok]
+    assert re.search(reason, failed.reason)
+
+
+def test_sequences_and_empty_outputs():
+    """Each element of a sequence is compared; one empty output among others may be empty."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[4] x) => (seq(float[]) y, int64[1, n] i)
+        { s = Neg(x)  t = ReduceSum(x)  y = SequenceConstruct(s, t)
+          z = Sub(x, x)  i = NonZero(z) }"""
+    model = Model(onnx.parser.parse_model(text).SerializeToString())
+    result = model.run({"x": np.float32([1, 2, 3, 4])})
+    assert list(result) == ["y[0]", "y[1]", "i"]
+    assert all(c.ok for c in compare(result, result))
+    assert not all(c.ok for c in compare(result, {**result, "y[1]": result["y[0]"]}))
+
+
+@pytest.mark.parametrize("value", [np.float32([]), np.float32([np.nan]), np.float32([0, np.nan])])
+def test_nothing_and_nan_never_pass(value):
+    assert not compare({"a": value}, {"a": value})[0].ok
+
+
+def test_infinity_and_zero():
+    same = {"a": np.float32([np.inf, -np.inf, 1])}
+    assert compare(same, same)[0].ok
+    assert not compare(same, {"a": np.float32([np.inf, np.inf, 1])})[0].ok
+    zeros = {"a": np.zeros(3)}
+    assert compare(zeros, zeros)[0].ok
+    assert not compare(zeros, {"a": np.float64([0, 0, 1e-3])})[0].ok
+
+
+def test_noise_around_small_numbers_passes():
+    small = {"a": np.float32([1e-3])}
+    assert compare(small, {"a": np.float32([1e-3 + 5e-7])})[0].ok
+    assert not compare(small, {"a": np.float32([1e-3 + 5e-6])})[0].ok
+
+
+def test_tolerance_follows_the_dtype():
+    for dtype, off, ok in (
+        (np.float32, 1e-4, False),
+        (np.float16, 1e-3, True),
+        (np.float16, 0.1, False),
+    ):
+        pair = {"a": np.ones(2, dtype)}, {"a": np.array([1, 1 + off], dtype)}
+        assert compare(*pair)[0].ok == ok
+
+
+def test_numbers_of_a_comparison():
+    expected = np.float32([[1, 2, -2], [4, 0, 0]])
+    actual = np.float32([[1, 2, -2], [2, 0, 3]])
+    (c,) = compare({"a": expected}, {"a": actual})
+    assert (c.ok, c.max_abs, c.max_rel, c.top1) == (False, 3.0, 0.75, 0.5)
+    assert c.cosine == pytest.approx((9 + 8) / (5 * np.sqrt(22)))
+    near = np.nextafter(np.float32([1.0, -3.0]), np.float32([2.0, 0.0]))
+    (c,) = compare({"a": np.float32([1.0, -3.0])}, {"a": near})
+    assert (c.ulp, c.top1) == (1.0, None)
+
+
+def test_integers_are_equal_or_fail():
+    pair = {"a": np.array([100_000, 7])}, {"a": np.array([100_001, 7])}
+    assert not compare(*pair, rtol=1.0)[0].ok
+    assert compare(*pair[:1], *pair[:1])[0].ok
+
+
+def test_a_reference_is_of_float64_and_no_other_type():
+    wide, narrow = {"a": np.float64([1.0])}, {"a": np.float32([1.0])}
+    assert compare(wide, narrow, reference=True)[0].ok
+    assert not compare(wide, narrow)[0].ok
+    assert not compare(wide, {"a": np.array([1])}, reference=True)[0].ok
+    # A network of float32 may be further from it than two runs from each other.
+    off = {"a": np.float32([1.0 + 5e-5])}
+    assert compare(wide, off, reference=True)[0].ok
+    assert not compare(narrow, off)[0].ok
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "ok"),
+    [
+        (np.float32, 2e-7, True),
+        (np.float32, 4e-7, False),
+        (np.float16, 4e-4, True),  # half of the distance of two neighbours is 4.9e-4
+        (np.float16, 9e-4, False),
+        (np.float32, np.nan, False),
+    ],
+)
+def test_the_contract_holds_element_by_element(dtype, off, ok):
+    expected, actual = np.float64([1.0 + off, 1e3]), np.array([1.0, 1e3]).astype(dtype)
+    (c,) = within({"z": expected}, {"z": actual}, {"z": 2.5e-7 * np.ones(2)})
+    assert c.ok == ok

@@ -1,0 +1,397 @@
+"""From PyTorch to ONNX: what PyTorch computes is what the file computes, on every way there."""
+
+import copy
+import functools
+import io
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ctonnx
+from ctonnx import ctu, params, rewrite
+from ctonnx.torch import CTU, export, pairs, restore, steer, trainable
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:.*legacy TorchScript:DeprecationWarning",
+    "ignore:.*isinstance.treespec:FutureWarning",
+    "ignore:The feature will be removed:DeprecationWarning",
+)
+
+
+class Block(nn.Module):
+    """As in ResNet-18: one module for both ReLUs."""
+
+    def __init__(self, width, out, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, out, 3, stride, 1), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1), nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.down = nn.Sequential()
+        if stride != 1:
+            self.down = nn.Sequential(nn.Conv2d(width, out, 1, stride), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(y + self.down(x))
+
+
+class ResNet(nn.Module):
+    example = (2, 3, 16, 16)
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(Block(8, 8, 1))
+        self.layer2 = nn.Sequential(Block(8, 12, 2))
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.layer2(self.layer1(x)).mean((2, 3)))
+
+
+class MLP(nn.Sequential):
+    """All kinds of activation modules."""
+
+    example = (7, 6)
+
+    def __init__(self):
+        kinds = [nn.ReLU(), nn.LeakyReLU(0.2), nn.PReLU(9), nn.ReLU6(), nn.Hardtanh(-0.5, 0.5)]
+        super().__init__(
+            nn.Linear(6, 9), *(m for act in kinds for m in (act, nn.Linear(9, 9))), nn.PReLU()
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.act, self.down = nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.out(torch.softmax(q @ k.transpose(1, 2) / 3, -1) @ v)
+        return x + self.down(self.act(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    example = (2, 5, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = Attention(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.block(x))
+
+
+class UNet(nn.Module):
+    """Some of its ReLUs are function calls, which T-CT does not reach."""
+
+    example = (2, 1, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.down1 = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
+        self.down2 = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.LeakyReLU(0.1))
+        self.up, self.merge = nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(8, 4, 3, padding=1)
+        self.out = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        a = self.down1(x)
+        b = self.down2(F.max_pool2d(a, 2))
+        y = torch.cat([a, self.up(b).relu_()], 1)
+        return self.out(F.relu(self.merge(y))).clamp(max=1.0)
+
+
+PARTS = (ResNet, MLP, Transformer, UNet)
+
+
+class All(nn.Module):
+    """Four networks in one, as an export takes a second whatever its size."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(part() for part in PARTS)
+
+    def forward(self, a, b, c, d):
+        return tuple(part(x) for part, x in zip(self.parts, (a, b, c, d), strict=True))
+
+
+def made():
+    """The model, always the same, in eval mode, and its example."""
+    torch.manual_seed(0)
+    model = All()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval(), tuple(torch.randn(part.example) for part in PARTS)
+
+
+@functools.cache
+def plain(dynamo):
+    """The bytes of the model as PyTorch exports it."""
+    model, x = made()
+    if dynamo:
+        return torch.onnx.export(model, x, verbose=False).model_proto.SerializeToString()
+    buffer = io.BytesIO()
+    torch.onnx.export(model, x, buffer, dynamo=False)
+    return buffer.getvalue()
+
+
+@functools.cache
+def tuned():
+    """T-CT of the model: pairs at random for each channel, then trained for a few steps."""
+    model, x = made()
+    with pytest.warns(UserWarning, match="3 activations that are function calls"):
+        model = trainable(model, x)
+    fitted = [p for key, p in model.named_parameters() if "_raw_" in key]
+    for parameter in fitted:
+        nn.init.normal_(parameter, std=2)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adam(fitted, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(y.square().mean() for y in model(*x)).backward()
+        optimizer.step()
+    moved = {key for key, value in model.state_dict().items() if not value.equal(before[key])}
+    assert moved == {key for key in before if "_raw_" in key}
+    return model
+
+
+def runs(proto, x):
+    """What ONNX Runtime computes with the op library and without."""
+    data = proto.SerializeToString()
+    names = [value.name for value in proto.graph.input]
+    feeds = {name: value.numpy() for name, value in zip(names, x, strict=True)}
+    for session in (ctonnx.session(data), ort.InferenceSession(data)):
+        yield session.run(None, feeds)
+
+
+def furthest(proto, x, want):
+    """For each output the largest difference between what the file and PyTorch compute."""
+    onnx.checker.check_model(proto, full_check=True)
+    worst = np.zeros(len(want))
+    for got in runs(proto, x):
+        for i, (one, other) in enumerate(zip(got, want, strict=True)):
+            assert one.shape == other.shape
+            assert np.isfinite(one).all()
+            worst[i] = max(worst[i], abs(one - other.detach().numpy()).max())
+    return worst
+
+
+both = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+
+
+@both
+def test_a_steered_model_is_what_is_exported(dynamo):
+    model, x = made()
+    original = model(*x)
+    with steer(model, 0.7, 0.4):
+        want = model(*x)
+        proto = export(model, x, dynamo=dynamo)
+    assert furthest(proto, x, want).max() < 1e-5
+    # Steering moves each output by far more than that.
+    assert furthest(proto, x, original).min() > 1e-2
+    patched = ctonnx.patch(onnx.load_from_string(plain(dynamo)), 0.7, 0.4)
+    assert furthest(patched, x, want).max() < 1e-5
+    # Nothing else is steered, and nothing less.
+    ops, others = (sorted(a.op for a in ctonnx.inspect(m)) for m in (proto, patched))
+    assert ops == others
+    assert [t.name for t in proto.graph.initializer].count("beta") == 1
+    # It can be changed and undone like any other.
+    with steer(model, 0.9, 0.4):
+        rewrite.set_beta(proto, 0.9)
+        assert furthest(proto, x, model(*x)).max() < 1e-5
+    back = ctonnx.unpatch(proto)
+    assert not any(map(ctu.is_ctu, back.graph.node))
+    assert furthest(back, x, original).max() < 1e-5
+
+
+@both
+def test_trained_pairs_are_what_is_exported_and_what_a_checkpoint_brings(dynamo, tmp_path):
+    model, x = tuned(), made()[1]
+    want = model(*x)
+    proto = export(model, x, dynamo=dynamo)
+    assert furthest(proto, x, want).max() < 1e-5
+    assert furthest(proto, x, made()[0](*x)).min() > 1e-2
+    # What makes a pair of the raw one is not in the file.
+    assert not any("_raw_" in tensor.name for tensor in proto.graph.initializer)
+    assert not any(node.op_type == "Sigmoid" for node in proto.graph.node)
+
+    torch.save(model.state_dict(), tmp_path / "t.pth")
+    (tmp_path / "m.onnx").write_bytes(plain(dynamo))
+    written = ctonnx.patch(tmp_path / "m.onnx", params=tmp_path / "t.pth")
+    assert furthest(onnx.load(written), x, want).max() < 1e-5
+    again = restore(made()[0], torch.load(tmp_path / "t.pth", weights_only=True))
+    assert all(map(torch.equal, again(*x), want))
+
+    # One channel of one module moves: the comparison sees it, in that network's output alone.
+    given = params.load(tmp_path / "t.pth")
+    beta = given["parts.0.layer2.0.relu"]["beta"]
+    beta[0, 3] = 1 - beta[0, 3].round()
+    moved = ctonnx.patch(onnx.load_from_string(plain(dynamo)), params=given)
+    worst = furthest(moved, x, want)
+    assert worst[0] > 1e-4
+    assert worst[1:].max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dynamo"),
+    [
+        (torch.float64, False),
+        (torch.float16, False),
+        (torch.float16, True),
+        (torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_element_types(dtype, dynamo):
+    """Of bfloat16, which ONNX Runtime does not feed, the file is only checked."""
+    units = [CTU(0.7), CTU([0.3, 0.5, 0.9], 0.2), CTU(lower=-1.0, upper=0.3), CTU(upper=0.2)]
+    units.append(CTU(0.8, slope=nn.Parameter(torch.tensor([0.1, 0.2, 0.3]))))
+    model, x = nn.Sequential(*units).to(dtype).eval(), torch.randn(4, 3).to(dtype)
+    proto = export(model, (x,), dynamo=dynamo)
+    onnx.checker.check_model(proto, full_check=True)
+    assert sum(map(ctu.is_ctu, proto.graph.node)) == 5
+    if dtype != torch.bfloat16:
+        # Both hold the same beta and c, in float32 in the file.
+        assert furthest(proto, (x,), (model(x),)) < (1e-3 if dtype == torch.float16 else 1e-7)
+
+
+def test_dynamic_shapes_stay():
+    model, x = UNet().eval(), torch.randn(UNet.example)
+    batch = torch.export.Dim("batch")
+    options = {"dynamic_shapes": {"x": {0: batch}}, "input_names": ["image"], "opset_version": 18}
+    with steer(model, 0.7):
+        proto = export(model, x, **options)
+        more = torch.randn(5, 1, 8, 8)
+        assert furthest(proto, (more,), (model(more),)) < 1e-5
+    assert proto.graph.input[0].name == "image"
+
+
+def test_one_part_steered_and_units_by_hand():
+    """Only what is steered in PyTorch is steered in the file."""
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()), CTU(0.5, 0.1), nn.ReLU())
+    x = torch.randn(3, 4)
+    with steer(model[1], 0.7):
+        proto = export(model, x, dynamo=False)
+        assert furthest(proto, (x,), (model(x),)) < 1e-6
+    found = [(a.status, a.beta) for a in ctonnx.inspect(proto)]
+    assert found == [("steerable", None), ("steered", 0.7), ("steered", 0.5), ("steerable", None)]
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.units = nn.ModuleList([CTU(0.6), CTU(0.9, 0.2, slope=0.1, trainable=True)])
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, self.units[0], self.units[1], (x,))
+
+
+def test_units_in_branches():
+    model, x = Branches().eval(), torch.randn(2, 3).abs()
+    proto = export(model, x)
+    assert [a.scope != "" for a in ctonnx.inspect(proto)] == [True, True]
+    for sign in 1, -1:
+        assert furthest(proto, (sign * x,), (model(sign * x),)) < 1e-6
+
+
+def test_a_unit_that_would_be_lost_is_refused():
+    """By the op itself, as CTU takes no such bound."""
+
+    class Guarding(nn.Module):
+        def forward(self, x):
+            pair = torch.full((), 0.5), torch.full((), 0.5)
+            y = torch.ops.ctonnx.ctu(x, *pair)
+            return torch.ops.ctonnx.ctu(y, *pair, None, 1e-6, None)
+
+    with pytest.raises(ctonnx.UsageError, match="'/CTUMax' matches no activation"):
+        export(Guarding(), torch.randn(3), dynamo=False)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    model, x = CTU(0.7), torch.randn(2, 3)
+    path = tmp_path / "m.onnx"
+    write = functools.partial(export, args=x, path=path, dynamo=False)
+    assert write(model) == path
+    assert furthest(onnx.load(path), (x,), (model(x),)) < 1e-6
+    before = path.read_bytes()
+    with pytest.raises(ctonnx.UsageError, match="exists already"):
+        write(model)
+    with pytest.raises(ctonnx.NothingToDo, match="holds no CT unit"):
+        write(nn.ReLU(), force=True)
+
+    class Moody(nn.Module):
+        def forward(self, x):
+            return torch.ops.ctonnx.ctu(x, x.mean().sigmoid(), x.new_zeros(()))
+
+    with pytest.raises(ctonnx.UsageError, match="depends on the input"):
+        write(Moody(), force=True)
+    with pytest.raises(ctonnx.UsageError, match="opset_version must be 11"):
+        write(model, force=True, opset_version=9)
+    assert path.read_bytes() == before
+    write(CTU(0.8), force=True)
+    assert path.read_bytes() != before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_exported_programs(tmp_path):
+    """An ExportedProgram holds the units as the op, and what makes their beta of the raw one."""
+    model, x = tuned().parts[2], torch.randn(Transformer.example)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "m.pt2")
+    proto = export(torch.export.load(tmp_path / "m.pt2"))
+    assert furthest(proto, (x,), (model(x),)) < 1e-5
+
+
+# --- checkpoints that do not fit
+
+
+class Two(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+
+
+def two(bare):
+    """The pairs of T-CT of a small model, the model's file, its input and what T-CT computes."""
+    torch.manual_seed(0)
+    model, x, buffer = Two(), torch.randn(3, 4), io.BytesIO()
+    torch.onnx.export(model, (x,), buffer, dynamo=False)
+    proto = onnx.load_from_string(buffer.getvalue())
+    for i, node in enumerate(proto.graph.node if bare else ()):
+        node.name = f"n{i}"
+    model = trainable(model, x)
+    for name, parameter in model.named_parameters():
+        if "_raw_" in name:
+            nn.init.normal_(parameter)
+    return params.Trained(pairs(model.state_dict())), proto, x, model(x)
+
+
+def test_where_nothing_names_modules_pairs_go_in_order():
+    given, proto, x, want = two(bare=True)
+    assert furthest(ctonnx.patch(proto, params=given), (x,), (want,)) < 1e-6
+    del given["3"]
+    with pytest.raises(ctonnx.UsageError, match="holds 1 pairs, the model 2 activations"):
+        ctonnx.patch(proto, params=given)
+
+
+def test_a_pair_too_much_or_of_another_width_is_refused():
+    given, proto, _, _ = two(bare=False)
+    with pytest.raises(ctonnx.UsageError, match=r"'head\.1' is no module of an activation"):
+        ctonnx.patch(proto, params=params.Trained({**given, "head.1": given["1"]}))
+    wide = {key: np.tile(value, 2) for key, value in given["1"].items()}
+    with pytest.raises(ctonnx.UsageError, match=r"\[1, 12\] does not broadcast to \[3, 6\]"):
+        ctonnx.patch(proto, params=params.Trained({**given, "1": wide}))
+    # A pair too little leaves an activation as it is.
+    steered = ctonnx.patch(proto, params=params.Trained({"1": given["1"]}))
+    assert [a.status for a in ctonnx.inspect(steered)] == ["steered", "steerable"]
