@@ -22,6 +22,7 @@ _HOMES = {
     "patch": "api",
     "register": "runtime",
     "session": "runtime",
+    "sweep": "sweeping",
     "unpatch": "api",
 }
 

@@ -1,10 +1,13 @@
 """The command line: parse, call, print. Only this file knows click."""
 
+import itertools
 import json
 import math
 import os
 import signal
 import sys
+import time
+import warnings
 from collections import Counter
 from dataclasses import asdict, replace
 
@@ -151,7 +154,7 @@ def inspect(model, as_json):
     click.echo(", ".join(f"{counts[state]} {state}" for state in states))
 
 
-_COLORS = {"steered": "green", "steerable": "cyan", "skipped": "yellow"}
+_COLORS = {"steered": "green", "steerable": "cyan", "skipped": "yellow", "*": "green"}
 
 
 def _table(activations):
@@ -237,6 +240,177 @@ def unpatch(model, output, force, as_json):
         _print_json(written)
     else:
         _echo(written, f"wrote {written}: the original")
+
+
+def _numbers(context, option, value):
+    """A tuple of numbers from a list with commas."""
+    try:
+        return None if value is None else tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers") from None
+
+
+@cli.command()
+@_model
+@click.option("--data", "dataset", metavar="DATA", required=True, help="See the README.")
+@click.option("--labels", metavar="NAME", help="Array or column of the labels, or a .npy file.")
+@click.option("--beta", "betas", metavar="GRID", default="0.7:1.0:0.01", show_default=True)
+@click.option("--coeff", "coeffs", metavar="GRID", help="Sweep the paper's c too.")
+@click.option("--metric", metavar="NAME|PKG:FUNCTION", default="accuracy", show_default=True)
+@click.option(
+    "--search",
+    type=click.Choice(["grid", "racing"]),
+    default="grid",
+    show_default=True,
+    help="All points on all data, or drop what is significantly worse on growing subsets.",
+)
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of racing.")
+@click.option("--batch", "batch_size", type=int, help="Samples per run.  [default: 32]")
+@click.option("--preset", help="For images: plain, imagenet or caffe.  [default: plain]")
+@click.option("--resize", type=int, help="Shorter side of the images.")
+@click.option("--crop", type=int, help="Height and width of their middle.")
+@click.option("--mean", callback=_numbers, help="Of pixels in [0, 1]: one number, or R,G,B.")
+@click.option("--std", callback=_numbers, help="Likewise.")
+@click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option("--address", help="Of the Ray cluster.  [default: what Ray finds]")
+@click.option("--gpus", type=float, default=0, help="GPUs per task on Ray.")
+@click.option("-o", "--output", help="Write the points to a .csv, .json or .parquet file.")
+@click.option("--resume", is_flag=True, help="Go on with the interrupted sweep beside OUTPUT.")
+@click.option(
+    "--plot",
+    "drawing",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="-",
+    help="Draw the curve: into a .png or .svg file, or here.",
+)
+@click.option("--save-best", metavar="FILE", help="Write the model with the best beta.")
+@click.option(
+    "--beta-as",
+    type=click.Choice(["initializer", "input"]),
+    default="initializer",
+    show_default=True,
+    help="In what --save-best writes.",
+)
+@_force
+@_json
+def sweep(
+    model,
+    dataset,
+    output,
+    resume,
+    drawing,
+    save_best,
+    beta_as,
+    preset,
+    resize,
+    crop,
+    mean,
+    std,
+    force,
+    as_json,
+    **choices,
+):
+    """Find the beta that serves your data: measure MODEL at each.
+
+    DATA is an .npz file (inputs by name, labels), .npy, .csv, a folder of images with one
+    sub-folder per class, or PKG:FACTORY. A GRID is FIRST:LAST:STEP, a number, or a list of these
+    with commas.
+    """
+    from . import files, images, plot, runtime, sweeping
+
+    if model == files.STDIO:
+        raise click.UsageError("a sweep takes the model's file, not -")
+    if resume and output is None:
+        raise click.UsageError("--resume goes with -o: progress is kept beside the output")
+    given = {"resize": resize, "crop": crop, "mean": mean, "std": std}
+    transform = None
+    if preset is not None or any(value is not None for value in given.values()):
+        transform = images.transform(preset or "plain", **given)
+    if drawing is not None:
+        plot.check(None if drawing == "-" else drawing)
+    for path in filter(None, (save_best, None if drawing == "-" else drawing)):
+        files.check_output(path, force)
+    if not runtime.has_library():
+        _say("the op library is not installed: the model runs as its fallback")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "running without fast kernels")
+            result = sweeping.sweep(
+                model,
+                dataset,
+                images=transform,
+                output=output,
+                force=force,
+                resume=resume,
+                progress=_progress("sweeping", rated=True),
+                **choices,
+            )
+    except (KeyboardInterrupt, SystemExit):
+        kept = sweeping.progress_path(output)
+        if kept is not None and kept.exists():
+            _say(f"what is measured is kept in {kept}: --resume goes on")
+        raise
+    if drawing not in (None, "-"):
+        result.plot(drawing)
+    if save_best is not None:
+        sweeping.save_best(model, result, save_best, beta_as, force)
+    for note in result.notes:
+        _say(note)
+    if as_json:
+        _print_json(output, **result.document())
+        return
+    for line in _points_table(result):
+        click.echo(line)
+    if drawing == "-":
+        click.echo(result.plot())
+    click.echo(_verdict(result))
+    for path in filter(None, (output, save_best, None if drawing == "-" else drawing)):
+        _say(f"wrote {path}")
+
+
+def _points_table(result):
+    """The lines of a table with a row for each point."""
+    rows = [("", "BETA", "C", result.metric.upper(), "ERROR", "GAIN", "95 %", "SAMPLES")]
+    most = max(point.samples for point in result.points)
+    form = _form(result)
+    for point in result.points:
+        mark = "*" if point is result.best else "=" if point is result.original else ""
+        gain = (f"{point.gain:+{form}}", f"{point.gain_low:+{form}} to {point.gain_high:+{form}}")
+        coeff = "" if point.coeff is None else f"{point.coeff:g}"
+        samples = "" if all(p.samples == most for p in result.points) else str(point.samples)
+        value = (f"{point.value:{form}}", f"{point.error:{form}}")
+        at_one = point is result.original
+        rows.append(
+            (mark, f"{point.beta:g}", coeff, *value, *(("", "") if at_one else gain), samples)
+        )
+    return _columns(rows)
+
+
+def _form(result):
+    """How numbers of the metric's size are written."""
+    largest = max((abs(p.value) for p in result.points if p.value == p.value), default=0)
+    return ".4f" if 0.01 <= largest < 1e5 else ".3e"
+
+
+def _verdict(result):
+    best, form = result.best, _form(result)
+    coeff = "" if best.coeff is None else f", c {best.coeff:g}"
+    line = f"best beta {best.beta:g}{coeff}: {result.metric} {best.value:{form}}"
+    if best is result.original:
+        line += ", the original"
+    else:
+        interval = f"{best.gain_low:+{form}} to {best.gain_high:+{form}}"
+        line += f", gain over the original {best.gain:+{form}} (95 %: {interval})"
+    if result.race:
+        race = result.race
+        line += (
+            f"\nracing: {race.passes} of {race.grid_passes} runs, {len(race.left)} left; "
+            f"the grid's best is at most {race.within:{form}} better "
+            f"({100 * race.confidence:g} % confidence)"
+        )
+    return line
 
 
 @cli.command()
@@ -445,11 +619,26 @@ def _echo(output, text):
     click.echo(text, err=output == "-")
 
 
-def _progress():
-    """What draws a bar on stderr while data are copied; None where that is no terminal."""
+def _progress(label="copying data", rated=False):
+    """What draws a bar on stderr while something is done; None where that is no terminal.
+
+    The total may be None, where it is not known. `rated` shows how many were done, and the rate.
+    """
     if not sys.stderr.isatty():
         return None
-    return lambda total: click.progressbar(length=total, label="copying data", file=sys.stderr)
+
+    def bar(total):
+        start = time.monotonic()
+
+        def rate(_):
+            return f"{made.pos / (time.monotonic() - start):.3g} runs/s"
+
+        shown = {"show_pos": True, "item_show_func": rate} if rated else {}
+        endless = None if total is not None else itertools.repeat(None)
+        made = click.progressbar(endless, length=total, label=label, file=sys.stderr, **shown)
+        return made
+
+    return bar
 
 
 def _say(message):

@@ -1,14 +1,14 @@
 """PyTorch models by name: `PKG:FACTORY`, a function that makes one, or a file of torch.export."""
 
-import importlib
 import logging
 import os
 import sys
 import warnings
 from contextlib import redirect_stdout
 
-from . import files, rewrite
+from . import files, objects, rewrite
 from .errors import CtonnxError, ModelError, NothingToDo, UsageError
+from .objects import cause
 from .runs import arrays
 from .torch import (  # torch, or the error that it is missing
     CTU,
@@ -40,21 +40,11 @@ def load(target):
     module, _, name = target.partition(":")
     if not module or not name:
         raise UsageError(f"{target}: expected PKG:FACTORY, or a .pt2 file of torch.export.save")
-    # For good, as for `python -m`: the model may import more when it runs.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory = importlib.import_module(module)
-    except Exception as error:  # Whatever the user's module raises.
-        raise UsageError(f"{module}: cannot be imported: {_line(error)}") from error
-    for part in name.split("."):
-        factory = getattr(factory, part, None)
-    if not callable(factory):
-        raise UsageError(f"{target}: the module has no function of that name")
+    factory = objects.load(target)
     try:
         model = factory()
     except Exception as error:
-        raise UsageError(f"{target}: fails when it is called: {_line(error)}") from error
+        raise UsageError(f"{target}: fails when it is called: {cause(error)}") from error
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{target}: gives a {type(model).__name__}, expected an nn.Module")
     return model.eval()
@@ -66,15 +56,7 @@ def _program(path):
     try:
         return torch.export.load(path)
     except Exception as error:
-        raise ModelError(f"{path}: cannot be read by torch.export: {_line(error)}") from None
-
-
-def _line(error):
-    """The cause of an error in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+        raise ModelError(f"{path}: cannot be read by torch.export: {cause(error)}") from None
 
 
 class _Record(torch.overrides.TorchFunctionMode):
@@ -123,7 +105,7 @@ def run(target, inputs, names, beta=None, coeff=None):
         with torch.no_grad(), record:
             result = model(*map(torch.from_numpy, inputs))
     except Exception as error:  # Whatever the user's module raises.
-        raise UsageError(f"{target}: fails with the model's inputs: {_line(error)}") from error
+        raise UsageError(f"{target}: fails with the model's inputs: {cause(error)}") from error
     values = list(result.values() if isinstance(result, dict) else _flat(result))
     names = [*names, *(f"output {i}" for i in range(len(names), len(values)))]
     outputs = arrays((name, value.numpy()) for name, value in zip(names, values, strict=False))
@@ -183,7 +165,7 @@ def _built(target, shapes, beta, coeff, checkpoint):
     except CtonnxError:
         raise
     except Exception as error:  # Whatever the exporter raises, or the model when it runs.
-        raise ModelError(f"{target}: cannot be exported: {_line(error)}") from error
+        raise ModelError(f"{target}: cannot be exported: {cause(error)}") from error
     if program and beta is not None:
         return rewrite.steer(proto, beta, coeff), proto
     try:

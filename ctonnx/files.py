@@ -161,16 +161,25 @@ def save(model, output, force=False):
     if output == STDIO:
         _write_standard_output(serialized)
         return output
-    target = output.resolve()
+    write(output, serialized)
+    return output
+
+
+def write(path, data):
+    """Write bytes to a file, which gets its name when all is there.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    target = Path(path).resolve()
     try:
         with _staging(target, {}, None) as (_, temporary):
-            _write(serialized, temporary)
+            _write(data, temporary)
             if target.exists():
                 shutil.copymode(target, temporary)
             os.replace(temporary, target)
     except OSError as error:
-        raise UsageError(f"{output}: cannot be written: {error.strerror}") from None
-    return output
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _data_to_copy(model, folder, target):

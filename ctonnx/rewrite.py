@@ -253,6 +253,47 @@ def beta_names(model):
         return {name}  # Lowered to primitives it holds no CTU, but may have this input.
 
 
+def parameters_of(model):
+    """As `beta_names`, and the names of those that hold a c: none after lowering to primitives."""
+    betas = beta_names(model)
+    try:
+        return betas, _inputs_of_ctus(_steered(model), 2, 3)
+    except NothingToDo:
+        return betas, set()
+
+
+def require_inputs(model, names):
+    """Make parameters of a steered ModelProto scalar inputs that must be fed, in place."""
+    keep(model.graph.initializer, lambda tensor: tensor.name not in names)
+    keep(model.graph.input, lambda value: value.name not in names)
+    for name in sorted(names):
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+
+
+def settle(model, beta, coeff=None, beta_as="initializer"):
+    """Give all CTUs of a steered ModelProto one beta, and one c where it is given, in place.
+
+    Whatever held them before, they are initializers then, beta of the optional inputs where
+    `beta_as` is "input".
+    """
+    betas, coeffs = parameters_of(model)
+    values = dict.fromkeys(betas, beta)
+    if coeff is not None:
+        values |= dict.fromkeys(coeffs, coeff)
+    require_inputs(model, values)
+    if beta_as == "initializer":
+        keep(model.graph.input, lambda value: value.name not in values)
+    else:
+        keep(model.graph.input, lambda value: value.name not in coeffs.intersection(values))
+    for name, value in sorted(values.items()):
+        model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
+    for entry in model.metadata_props:
+        if entry.key == "ctonnx.beta":
+            entry.value = repr(beta)
+        elif entry.key == "ctonnx.coeff" and coeff is not None:
+            entry.value = repr(coeff)
+
+
 def fill_beta(model, names, beta):
     """Give the initializers `names` of a ModelProto the value beta."""
     for tensor in model.graph.initializer:

@@ -194,6 +194,7 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
     assert "no C++ compiler was found" in err
 
 
+SWEEP = ["sweep", "digits.onnx", "--data"]
 VALIDATE = ("validate", "steered.onnx", "--against", "digits.onnx")
 
 # Arguments, exit code, what the one line says.
@@ -242,6 +243,26 @@ MISTAKES = [
     ([*VALIDATE, "--inputs", "taken.onnx"], 3, "cannot be read as an .npz file"),
     ([*VALIDATE, "--providers", "None"], 4, "None is not available: choose among"),
     (["frobnicate"], 2, "No such command 'frobnicate'"),
+    ([*SWEEP, "missing.npz"], 3, "missing.npz: no such file"),
+    ([*SWEEP, "no_such:factory"], 2, "no_such: cannot be imported"),
+    ([*SWEEP, "taken.onnx"], 2, "expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY"),
+    ([*SWEEP, "empty.npz"], 3, "empty.npz: cannot be read: File is not a zip file"),
+    ([*SWEEP, "few.npz", "--labels", "truth"], 2, "holds no array 'truth': it holds image, label"),
+    ([*SWEEP, "few.npz", "--beta", "0.9:0.7:0.1"], 2, "FIRST:LAST:STEP must ascend"),
+    ([*SWEEP, "few.npz", "--coeff", "2"], 2, "coeff must lie in [0, 1], got 2.0"),
+    ([*SWEEP, "few.npz", "--metric", "speed"], 2, "no metric 'speed': choose among accuracy"),
+    ([*SWEEP, "few.npz", "--confidence", "1"], 2, "confidence must lie in [0.5, 1), got 1.0"),
+    ([*SWEEP, "few.npz", "--batch", "0"], 2, "the batch size must be at least 1, got 0"),
+    ([*SWEEP, "few.npz", "--crop", "9"], 2, "is no folder of images: leave out the image"),
+    ([*SWEEP, "few.npz", "--mean", "a"], 2, "'a' is no list of numbers"),
+    ([*SWEEP, "few.npz", "--preset", "best"], 2, "no preset 'best': choose among plain, imagenet"),
+    ([*SWEEP, "few.npz", "--resume"], 2, "--resume goes with -o"),
+    ([*SWEEP, "few.npz", "-o", "r.txt"], 2, "r.txt: results go to .csv, .json, .parquet"),
+    ([*SWEEP, "few.npz", "--save-best", "taken.onnx"], 2, "taken.onnx: exists already"),
+    ([*SWEEP, "few.npz", "--plot", "c.pdf"], 2, "c.pdf: drawings go to .png or .svg"),
+    (["sweep", "none.onnx", "--data", "few.npz"], 1, "no activation to steer"),
+    (["sweep", "-", "--data", "few.npz"], 2, "a sweep takes the model's file, not -"),
+    (["sweep", "digits.onnx"], 2, "Missing option '--data'"),
 ]
 
 
@@ -259,8 +280,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
         "none.onnx": parsed(NO_ACTIVATION).SerializeToString(),
         "wrong.onnx": digits.replace(b"Conv", b"Cnov"),
         "taken.onnx": b"precious",
+        "empty.npz": b"",
     }.items():
         Path(name).write_bytes(data)
+    np.savez("few.npz", image=np.zeros((2, 1, 8, 8), np.float32), label=[0, 1])
     assert run("patch", "digits.onnx", "--beta", "0.5", "-o", "steered.onnx")[0] == 0
     before = files()
     got, out, err = run(*arguments)
@@ -570,8 +593,13 @@ def test_interruption(run, monkeypatch):
     assert list(files()) == ["digits.onnx"]
 
 
-def test_the_choices_are_those_of_the_rewrite():
+def test_the_choices_are_those_of_the_library():
     """They are written out in cli.py, for --help must not wait for onnx."""
+    from ctonnx import sweeping
+
+    options = {option.name: option.type for option in cli.sweep.params}
+    assert tuple(options["search"].choices) == sweeping.SEARCHES
+    assert tuple(options["engine"].choices) == sweeping.ENGINES
     options = {option.name: option.type for option in cli.patch.params}
     assert tuple(options["lowering"].choices) == rewrite.LOWERINGS
     assert tuple(options["beta_as"].choices) == rewrite.BETA_AS
@@ -581,7 +609,7 @@ def test_help_and_version(run):
     code, out, _ = run("--help")
     assert code == 0
     assert run()[:2] == (0, out)
-    for command in ("patch", "inspect", "set", "unpatch", "export", "doctor"):
+    for command in ("patch", "inspect", "set", "sweep", "unpatch", "export", "doctor"):
         assert f"  {command} " in out
         assert run(command, "--help")[0] == 0
     assert run("--version")[1].startswith("ctonnx")
@@ -596,7 +624,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.25
-    heavy = "onnx onnxruntime numpy torch matplotlib"
+    heavy = "onnx onnxruntime numpy torch matplotlib sklearn scipy plotext PIL ray"
     program = f"""if True:
         import sys, ctonnx.cli
         assert not set("{heavy}".split()) & set(sys.modules)"""

@@ -1,0 +1,108 @@
+"""What a sweep costs beside its runs: verified first, then timed side by side.
+
+    python benchmarks/sweep.py MODEL.onnx [--points 5] [--images 64] [--rounds 3]
+
+MODEL takes one image, and its first output holds a score per class. A sweep over a folder of PNG
+images, decoding included, is timed in turns with bare `session.run` loops, one per β, over batches
+that lie prepared in memory. Opening the session is in the sweep's time and is given apart too. CPU
+time
+is that of the process: on a machine that others use, it is the steadier of the two.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import ctonnx
+from ctonnx import engine
+from ctonnx.data import open_source
+
+SIZE = 32
+
+
+def write_images(folder, count):
+    """Smooth random pictures of 256 by 256 in two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        target = folder / f"class{i % 2}" / f"{i:04}.png"
+        target.parent.mkdir(exist_ok=True)
+        small.resize((256, 256), Image.Resampling.BICUBIC).save(target)
+
+
+def timed(function):
+    """Seconds by the clock and of CPU, and what the function gave."""
+    start = np.array([time.perf_counter(), time.process_time()])
+    result = function()
+    return np.array([time.perf_counter(), time.process_time()]) - start, result
+
+
+def bare(session, model, batches, betas):
+    """The outputs of every β, as a list of lists."""
+    return [
+        [
+            session.run([model.output], {**inputs, model.betas[0]: np.array(beta, np.float32)})[0]
+            for inputs in batches
+        ]
+        for beta in betas
+    ]
+
+
+def verify(result, outputs, labels, betas):
+    """Leave with a message where the sweep's values are not those of the outputs."""
+    values = {point.beta: point.value for point in result.points}
+    for beta, parts in zip(betas, outputs, strict=True):
+        expected = (np.concatenate(parts).argmax(1) == labels).mean()
+        if values[beta] != expected:
+            sys.exit(f"beta {beta}: the sweep has accuracy {values[beta]}, bare runs {expected}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="MODEL.onnx")
+    parser.add_argument("--points", type=int, default=5)
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    betas = np.linspace(0.7, 1.0, args.points).round(6).tolist()
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_images(folder, args.images)
+        opening, (model, session) = timed(lambda: opened(args.model))
+        source = open_source(folder, model.inputs, size=SIZE)
+        batches = [source.batch(i) for i in range(len(source))]
+        labels = np.concatenate([batch.labels for batch in batches])
+        inputs = [batch.inputs for batch in batches]
+        times = {"sweep": [], "bare": []}
+        for turn in range(args.rounds):
+            seconds, result = timed(lambda: ctonnx.sweep(args.model, folder, betas))
+            times["sweep"].append(seconds)
+            seconds, outputs = timed(lambda: bare(session, model, inputs, betas))
+            times["bare"].append(seconds)
+            if not turn:
+                verify(result, outputs, labels, betas)
+                print("outputs agree, timing", file=sys.stderr)
+
+    sweep, loops = (np.median(values, axis=0) for values in times.values())
+    print(f"{args.points} points, {args.images} images; clock and CPU seconds, medians")
+    for name, value, ratio in [
+        ("bare loops", loops, loops / loops),
+        ("sweep", sweep, sweep / loops),
+        ("without opening", sweep - opening, (sweep - opening) / loops),
+    ]:
+        print(f"{name:16} {value[0]:8.2f} {value[1]:8.2f}   ratio {ratio[0]:.3f} {ratio[1]:.3f}")
+
+
+def opened(path):
+    model = engine.prepare(path)
+    return model, model.open()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Data in batches: arrays in files or memory, CSV, or what a function of the user's gives.
+
+A source is a sequence of batches: `source.batch(i)`, which is None behind the last, and
+`len(source)` where that is known. Only the batches asked for are in memory.
+"""
+
+import hashlib
+import os
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from . import objects
+from .batches import LABELS, Batch, conform, label_column, names_of
+from .errors import ModelError, UsageError
+from .rows import Lines, Rows, read_npz
+
+
+def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=None, skip=False):
+    """The source of a data set.
+
+    Args:
+        data: a path (.npz, .npy, .csv, or a folder of images), "PKG:FACTORY", a function without
+            arguments that gives an iterable of (inputs, labels), or (inputs, labels) themselves;
+            inputs are an array, or a dict from input name to array, with a row per sample.
+        inputs: the model's Inputs.
+        labels: name of the labels' array or column, or a path of an .npy file; found where None.
+        size: samples per batch; the model's own where it is fixed, 32 where None.
+        shuffle: give the samples in a random order, always the same.
+        images: images.Transform for images; its defaults where None.
+        skip: leave unreadable images out, and count them.
+
+    Raises:
+        UsageError: the data do not fit the model.
+        ModelError: the data cannot be read.
+    """
+    size = _batch_size(size, inputs)
+    if callable(data) or (isinstance(data, str) and not os.path.exists(data) and ":" in data):
+        if labels is not None:
+            raise UsageError("labels come with the batches of a factory: leave out --labels")
+        return Stream(data, inputs)
+    if isinstance(data, tuple):
+        arrays, target = _named(data, inputs)
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        target = None if target is None else np.asarray(target)
+        held = [*arrays.values(), *([] if target is None else [target])]
+        stamp = ["the arrays", digest(b"".join(a.tobytes() for a in held))]
+        return Arrays(arrays, target, inputs, size, shuffle, stamp)
+    path = Path(data)
+    kind = path.suffix.lower()
+    rank = len(inputs[0].shape or ())
+    if path.is_dir() or (kind == ".csv" and rank == 4):
+        from .images import Images
+
+        return Images(path, inputs, labels, size, shuffle, images, skip)
+    if images is not None:
+        raise UsageError(f"{path}: is no folder of images: leave out the image options")
+    if kind == ".csv":
+        return Table(path, inputs, labels, size, shuffle)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    if kind == ".npz":
+        arrays, folder = read_npz(path)
+        held, target = _split(path, arrays, inputs, labels)
+        return Arrays(held, target, inputs, size, shuffle, _identity(path), folder)
+    if kind == ".npy":
+        target = None if labels is None else Rows(labels)
+        held = {_only(inputs, path).name: Rows(path)}
+        return Arrays(held, target, inputs, size, shuffle, _identity(path))
+    raise UsageError(f"{path}: expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY")
+
+
+class Indexed:
+    """Base of sources whose samples have numbers; `_read` gives the Batch of an array of them."""
+
+    def __init__(self, count, inputs, size, shuffle, identity):
+        if not count:
+            raise ModelError(f"{identity[0]}: holds no samples")
+        self.samples, self.inputs, self._size = count, inputs, size
+        self.identity = [*identity, count, size, shuffle]
+        self._order = np.random.default_rng(0).permutation(count) if shuffle else None
+
+    def __len__(self):
+        return -(-self.samples // self._size)
+
+    def batch(self, i):
+        if i >= len(self):
+            return None
+        span = np.arange(i * self._size, min((i + 1) * self._size, self.samples))
+        if self._order is not None:
+            span = np.sort(self._order[span])
+        return conform(self._read(span), self.inputs)
+
+
+class Arrays(Indexed):
+    """Arrays, or Rows, with a row per sample."""
+
+    def __init__(self, arrays, labels, inputs, size, shuffle, identity, folder=None):
+        counts = {name: len(array) for name, array in arrays.items()}
+        if labels is not None:
+            counts["labels"] = len(labels)
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise UsageError(f"{identity[0]}: the numbers of rows differ: {listed}")
+        super().__init__(min(counts.values()), inputs, size, shuffle, identity)
+        self._arrays, self._labels, self._folder = arrays, labels, folder
+
+    def _read(self, indices):
+        labels = None if self._labels is None else self._labels[indices]
+        return Batch({name: array[indices] for name, array in self._arrays.items()}, labels)
+
+
+class Table(Indexed):
+    """A CSV file of numbers: a column per input where their names agree, features otherwise."""
+
+    def __init__(self, path, inputs, labels, size, shuffle):
+        self._lines = Lines(path)
+        header = self._lines.header
+        self._label = label_column(path, header, [i.name for i in inputs], labels)
+        names = [i.name for i in inputs]
+        if set(names) <= set(header):
+            self._columns = {name: [header.index(name)] for name in names}
+        else:
+            rest = [c for c in range(len(header)) if c != self._label]
+            self._columns = {_only(inputs, path).name: rest}
+        super().__init__(len(self._lines), inputs, size, shuffle, _identity(path))
+
+    def _read(self, indices):
+        rows = self._lines[indices]
+        try:
+            table = np.array([[float(field) for field in row] for row in rows])
+        except ValueError as error:
+            raise ModelError(f"{self._lines.path}: {error}") from None
+        arrays = {}
+        for i in self.inputs:
+            columns = table[:, self._columns[i.name]]
+            integral = np.issubdtype(i.dtype, np.integer)
+            columns = columns.astype(i.dtype) if integral else columns
+            arrays[i.name] = columns[:, 0] if len(i.shape or ()) == 1 else columns
+        return Batch(arrays, None if self._label is None else table[:, self._label])
+
+
+class Stream:
+    """The batches that a factory gives, in turn; where they can be indexed, by index."""
+
+    samples = None
+
+    def __init__(self, factory, inputs):
+        self._factory = objects.load(factory) if isinstance(factory, str) else factory
+        self._spec = factory
+        self.inputs = inputs
+        self.identity = [factory if isinstance(factory, str) else type(factory).__name__]
+        self._batches, self._next = self._factory(), 0
+        self._indexable = hasattr(self._batches, "__getitem__") and hasattr(
+            self._batches, "__len__"
+        )
+        self._iterator = None if self._indexable else iter(self._batches)
+
+    def __len__(self):
+        return len(self._batches)  # TypeError where it has none.
+
+    def batch(self, i):
+        if self._indexable:
+            given = self._batches[i] if i < len(self._batches) else None
+        else:
+            if i < self._next:
+                self._iterator, self._next = iter(self._factory()), 0
+            given = next(islice(self._iterator, i - self._next, None), None)
+            self._next = i + 1
+        if given is None:
+            return None
+        if not isinstance(given, tuple):
+            given = given, None
+        if len(given) != 2:
+            raise UsageError(f"{self._spec}: gave {len(given)} values, expected inputs and labels")
+        arrays, labels = _named(given, self.inputs)
+        return conform(Batch(arrays, labels), self.inputs)
+
+
+def digest(data):
+    """A short digest of bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _split(path, arrays, inputs, labels):
+    """The arrays that are inputs, and the labels among the others or None."""
+    names = [i.name for i in inputs]
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise UsageError(
+            f"{path}: holds no array {missing[0]!r}, an input of the model, but {names_of(arrays)}"
+        )
+    if labels is None:
+        rest = [name for name in arrays if name not in names]
+        found = rest if len(rest) == 1 else [name for name in LABELS if name in rest][:1]
+        labels = found[0] if found else None
+    elif labels not in arrays:
+        raise UsageError(f"{path}: holds no array {labels!r}: it holds {names_of(arrays)}")
+    return {name: arrays[name] for name in names}, arrays.get(labels)
+
+
+def _named(given, inputs):
+    """Inputs as a dict, and labels."""
+    arrays, labels = given
+    if not isinstance(arrays, dict):
+        arrays = {_only(inputs, "the data").name: arrays}
+    return arrays, labels
+
+
+def _only(inputs, what):
+    if len(inputs) > 1:
+        names = names_of(i.name for i in inputs)
+        raise UsageError(
+            f"{what}: the model has several inputs, {names}: give them by name in .npz"
+        )
+    return inputs[0]
+
+
+def _batch_size(size, inputs):
+    """The number of samples per batch: the model may have it fixed."""
+    fixed = {i.shape[0] for i in inputs if i.shape} - {None}
+    if size is not None and size < 1:
+        raise UsageError(f"the batch size must be at least 1, got {size}")
+    if not fixed:
+        return size or 32
+    if size not in (None, *fixed):
+        raise UsageError(f"the model takes batches of {max(fixed)}, got a batch size of {size}")
+    return max(fixed)
+
+
+def _identity(path):
+    held = path.stat()
+    return [str(path), held.st_size, held.st_mtime_ns]

@@ -1,0 +1,248 @@
+"""Running one model at many points, (β, c), over batches: one session, fed at run time."""
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper
+
+from . import files, rewrite, runtime
+from .batches import Input
+from .data import digest
+from .errors import ModelError, UsageError
+
+# The point that is the original network, in every list of points the first.
+ORIGINAL = 0
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+
+
+@dataclass
+class Steerable:
+    """A steered model whose β, and c where it is swept, are inputs that must be fed.
+
+    `inputs` are those of the data, `outputs` all names, `output` the first of floating type;
+    `folder` is where external data are, if there are any.
+    """
+
+    data: bytes
+    folder: str | None
+    inputs: list[Input]
+    outputs: list[str]
+    output: str
+    betas: list[str]
+    coeffs: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def open(self, providers=None, threads=0):
+        """A session; `threads` 0 leaves their number to ONNX Runtime.
+
+        Raises:
+            ModelError: ONNX Runtime does not load the model.
+        """
+        ort = runtime.import_onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        with self._beside_its_data() as model:
+            try:
+                return runtime.session(model, providers, options)
+            except (RuntimeError, ValueError) as error:
+                line = str(error).partition("\n")[0]
+                raise ModelError(f"ONNX Runtime cannot load the model: {line}") from error
+
+    def digest(self):
+        return digest(self.data)
+
+    def _beside_its_data(self):
+        """A context of what a session is made of: bytes, or a file where external data are."""
+        if self.folder is None:
+            return nullcontext(self.data)
+        return _file(self.data, self.folder)
+
+
+@contextmanager
+def _file(data, folder):
+    """Yield the path of a file in `folder`, which is there for as long as the block lasts."""
+    try:
+        stream = tempfile.NamedTemporaryFile(suffix=".onnx", prefix=".ctonnx-", dir=folder)  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from None
+    with stream:
+        stream.write(data)
+        stream.flush()
+        yield stream.name
+
+
+def prepare(model, sweep_coeff=False):
+    """Make a model Steerable; one that is not steered is steered first.
+
+    Args:
+        model: a path or a ModelProto. It is not changed.
+        sweep_coeff: make c an input too.
+
+    Raises:
+        NothingToDo: there is no activation to steer.
+        ModelError: the model cannot be read.
+        UsageError: its inputs or outputs are not arrays with a row per sample.
+    """
+    proto, folder = ModelProto(), None
+    if isinstance(model, ModelProto):
+        proto.CopyFrom(model)
+    elif isinstance(model, (str, Path)):
+        proto = files.load(model)
+        if files.check_external_data(proto, Path(model).parent):
+            folder = str(Path(model).parent)
+    else:
+        raise UsageError(f"expected a path or a ModelProto, got {type(model).__name__}")
+    notes = []
+    if not any(a.status == "steered" for a in rewrite.find(proto)):
+        report = rewrite.steer(proto, 1.0, beta_as="required-input")
+        count = f"{len(report.replaced)} activations, {len(report.skipped)} skipped"
+        notes.append(f"steered on the fly: {count}")
+    betas, coeffs = rewrite.parameters_of(proto)
+    if sweep_coeff and not coeffs:
+        raise UsageError("c cannot be swept: the model is lowered to primitives")
+    if len(betas) > 1:
+        notes.append(f"all activations get one beta, in place of {len(betas)}")
+    held = {tensor.name for tensor in proto.graph.initializer}
+    coeffs = coeffs if sweep_coeff or not coeffs <= held else set()
+    rewrite.require_inputs(proto, betas | coeffs)
+    fed = [v for v in proto.graph.input if v.name not in held | betas | coeffs]
+    if not fed:
+        raise UsageError("the model takes no input: there is nothing to sweep over")
+    return Steerable(
+        proto.SerializeToString(deterministic=True),
+        folder,
+        [_input(value) for value in fed],
+        [value.name for value in proto.graph.output],
+        _scores(proto.graph.output),
+        sorted(betas),
+        sorted(coeffs),
+        notes,
+    )
+
+
+def _input(value):
+    kind = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or kind.elem_type == TensorProto.STRING:
+        raise UsageError(f"input {value.name!r} is no array of numbers: it cannot be swept")
+    shape = None
+    if kind.HasField("shape"):
+        shape = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
+        if not shape:
+            raise UsageError(f"input {value.name!r} is a single value: it has no row per sample")
+    return Input(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape)
+
+
+def _scores(outputs):
+    found = [v.name for v in outputs if v.type.tensor_type.elem_type in _FLOATS]
+    if not found:
+        raise UsageError("the model has no floating-point output to measure")
+    return found[0]
+
+
+class Runner:
+    """A session whose inputs and outputs stay bound to its device.
+
+    On CUDA a batch is copied there once for all points; only outputs come back. (That device has
+    not been run on.)
+    """
+
+    def __init__(self, steerable, providers=None, threads=0):
+        self._model = steerable
+        self._session = steerable.open(providers, threads)
+        cuda = "CUDAExecutionProvider" in self._session.get_providers()
+        self._device = "cuda" if cuda else "cpu"
+
+    def measure(self, batch, points, metric):
+        """The statistics of a metric: array (points, samples, k).
+
+        Args:
+            batch: batches.Batch.
+            points: list of (beta, coeff); the original comes first.
+            metric: metrics.Metric. What one compares with the original is the first point.
+        """
+        if not len(batch):
+            return None
+        names = self._model.outputs if metric.takes_all_outputs else [self._model.output]
+        ort = runtime.import_onnxruntime()
+        binding = self._session.io_binding()
+        size, values = len(batch), []
+        for i in self._model.inputs:
+            array = batch.inputs[i.name]
+            # The last batch of a model with a fixed size is filled up.
+            short = (i.shape[0] or size) - size if i.shape else 0
+            if short > 0:
+                array = np.concatenate([array, np.repeat(array[-1:], short, 0)])
+            values.append(ort.OrtValue.ortvalue_from_numpy(array, self._device, 0))
+            binding.bind_ortvalue_input(i.name, values[-1])
+        for name in names:
+            binding.bind_output(name, self._device)
+        original, rows = None, []
+        for beta, coeff in points:
+            given = dict.fromkeys(self._model.betas, beta)
+            given |= dict.fromkeys(self._model.coeffs, 0.5 if coeff is None else coeff)
+            # What is bound must live until the run is done.
+            scalars = {name: np.array(value, np.float32) for name, value in given.items()}
+            for name, scalar in scalars.items():
+                binding.bind_cpu_input(name, scalar)
+            outputs = self._run(binding, names, size)
+            scores = outputs if metric.takes_all_outputs else outputs[names[0]]
+            original = scores if original is None else original
+            rows.append(metric.measure(scores, batch.labels, original))
+        return np.stack(rows)
+
+    def _run(self, binding, names, size):
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
+            line = str(error).partition("\n")[0][:300]
+            raise UsageError(f"the model does not run on the data: {line}") from error
+        outputs = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+        for name, value in outputs.items():
+            if not value.ndim or len(value) < size:
+                raise UsageError(
+                    f"output {name!r} is {list(value.shape)} for {size} samples: a metric needs a "
+                    "row per sample"
+                )
+        return {name: value[:size] for name, value in outputs.items()}
+
+
+def run_local(runner, source, metric, points, work):
+    """Do the work in this process; the next batch is prepared while one runs.
+
+    Args:
+        points: list of (beta, coeff), the original first.
+        work: iterable of (batch index, list of point indices).
+
+    Yields:
+        (batch index, point indices, statistics as Runner.measure gives them, count of unreadable
+        samples). It ends where the source does.
+    """
+    work = iter(work)
+    with ThreadPoolExecutor(1) as pool:
+
+        def ahead():
+            item = next(work, None)
+            return item and (*item, pool.submit(source.batch, item[0]))
+
+        item = ahead()
+        while item:
+            index, chosen, future = item
+            batch = future.result()
+            if batch is None:
+                return
+            item = ahead()
+            yield index, chosen, measure(runner, batch, metric, points, chosen), batch.broken
+
+
+def measure(runner, batch, metric, points, chosen):
+    """As Runner.measure, for the indices `chosen`, with the original where the metric needs it."""
+    extra = metric.needs_original and ORIGINAL not in chosen
+    wanted = [ORIGINAL, *chosen] if extra else chosen
+    rows = runner.measure(batch, [points[i] for i in wanted], metric)
+    return rows[1:] if extra and rows is not None else rows

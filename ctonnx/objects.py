@@ -1,0 +1,36 @@
+"""Functions of the user's by name, `PKG:FUNCTION`."""
+
+import importlib
+import os
+import sys
+
+from .errors import UsageError
+
+
+def load(target):
+    """The function that `target`, `package.module:function`, names; the current folder counts too.
+
+    Raises:
+        UsageError: there is no such function.
+    """
+    module, _, name = target.partition(":")
+    # For good, as for `python -m`: the module may import more when it runs.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # Whatever the user's module raises.
+        raise UsageError(f"{module}: cannot be imported: {cause(error)}") from error
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise UsageError(f"{target}: the module has no function of that name")
+    return found
+
+
+def cause(error):
+    """The cause of an error in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,0 +1,40 @@
+"""Factories of shifted MNIST digits for `ctonnx sweep --data shifts:NAME`.
+
+The first half of mnist_test.npz is to choose β on, the second, `NAME_check`, to check it on.
+"""
+
+from functools import partial
+
+import numpy as np
+from scipy import ndimage
+
+_BATCH = 50
+_HALF = 1000
+
+
+def _rotated(images):
+    return ndimage.rotate(images, 30, axes=(2, 3), reshape=False, order=1)
+
+
+def _noisy(images):
+    noise = np.random.default_rng(0).normal(scale=0.5, size=images.shape)
+    return np.clip(images + noise, 0, 1)
+
+
+def _blurred(images):
+    return ndimage.gaussian_filter(images, 2.5, axes=(2, 3))
+
+
+def _batches(shift, check=False):
+    """A list of (images, labels)."""
+    held = np.load("mnist_test.npz")
+    half = slice(_HALF, None) if check else slice(_HALF)
+    images, labels = held["image"][half] / np.float32(255), held["label"][half]
+    images = shift(images).astype(np.float32)
+    return [(images[i : i + _BATCH], labels[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
+
+
+clean, clean_check = (partial(_batches, lambda images: images, check) for check in (False, True))
+rotated, rotated_check = (partial(_batches, _rotated, check) for check in (False, True))
+noisy, noisy_check = (partial(_batches, _noisy, check) for check in (False, True))
+blurred, blurred_check = (partial(_batches, _blurred, check) for check in (False, True))

@@ -1,0 +1,536 @@
+"""Sweeping: the numbers of bare runs, searches, interruption, what is written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import DIGITS, parsed
+
+import ctonnx
+from ctonnx import intervals, journal, metrics, racing, results, runtime, sweeping
+from ctonnx.errors import CtonnxError, ModelError, NothingToDo, UsageError
+
+pytest.importorskip("sklearn")
+MODEL, DATA = str(DIGITS / "digits.onnx"), str(DIGITS / "digits_test.npz")
+HELD = dict(np.load(DATA))
+BETAS = [0.6, 0.8, 1.0]
+
+
+def accuracies(betas, coeff=0.5):
+    """Of models with each beta baked in, run as a whole."""
+    values = []
+    for beta in betas:
+        session = ctonnx.session(ctonnx.patch(onnx.load(MODEL), beta, coeff))
+        (logits,) = session.run(None, {"image": HELD["image"]})
+        values.append((logits.argmax(1) == HELD["label"]).mean())
+    return values
+
+
+def test_points_are_those_of_baked_models():
+    result = ctonnx.sweep(MODEL, DATA, "0.6:1:0.2")
+    assert [point.beta for point in result.points] == BETAS
+    assert [point.value for point in result.points] == pytest.approx(accuracies(BETAS), abs=0)
+    assert result.best is result.original is result.points[-1]
+    first = result.points[0]
+    assert first.gain == pytest.approx(first.value - result.original.value)
+    assert first.error == pytest.approx(np.sqrt(first.value * (1 - first.value) / 539))
+    assert first.gain_low < first.gain < first.gain_high
+    assert first.samples == 540
+
+
+def steered(**options):
+    return ctonnx.patch(onnx.load(MODEL), 0.9, **options)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: onnx.load(MODEL),
+        steered,
+        lambda: steered(beta_as="input"),
+        lambda: steered(beta_as="required-input"),
+        lambda: steered(params={"node_relu": [0.5] * 16, "node_relu_3": 0.7}),
+        lambda: steered(lowering="op"),
+        lambda: steered(lowering="primitives", beta_as="input"),
+    ],
+    ids=["original", "baked", "input", "required", "per activation", "op", "primitives"],
+)
+def test_a_model_may_be_steered_already(model):
+    result = ctonnx.sweep(model(), (HELD["image"][:200], HELD["label"][:200]), BETAS, "nll")
+    plain = ctonnx.sweep(MODEL, (HELD["image"][:200], HELD["label"][:200]), BETAS, "nll")
+    values = [[p.value for p in r.points] for r in (result, plain)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_one_session_is_opened(monkeypatch):
+    opened = []
+    before = runtime.session
+    monkeypatch.setattr(runtime, "session", lambda *a, **k: opened.append(1) or before(*a, **k))
+    ctonnx.sweep(MODEL, DATA, "0.7:1:0.05", coeffs="0.3,0.5")
+    assert opened == [1]
+
+
+def test_coeff_is_swept_too():
+    result = ctonnx.sweep(MODEL, DATA, "0.7,0.8", coeffs=[0.2, 0.5])
+    assert [(p.beta, p.coeff) for p in result.points] == [
+        *((0.7, 0.2), (0.8, 0.2), (0.7, 0.5), (0.8, 0.5), (1.0, 0.5))
+    ]
+    values = [p.value for p in result.points]
+    assert values[:2] == accuracies([0.7, 0.8], 0.2)
+    assert values[2:] == accuracies([0.7, 0.8, 1.0], 0.5)
+    assert values[:2] != values[2:4]
+
+
+def test_fixed_batches_external_data_and_several_outputs(tmp_path):
+    """The last batch is filled up; weights stay beside the model, and nothing is left there."""
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[4, 3] x) => (int64[4] k, float[4, 3] y)
+        <float[3] w = {1.0, -2.0, 3.0}>
+        { z = Mul(x, w) y = Relu(z) k = ArgMax<axis = 1, keepdims = 0>(y) }"""
+    )
+    onnx.save(
+        *(model, tmp_path / "m.onnx"),
+        **{"save_as_external_data": True, "size_threshold": 0, "location": "w"},
+    )
+    x = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
+    y = np.maximum(x * [1, -2, 3], 0)
+    before = sorted(os.listdir(tmp_path))
+    result = ctonnx.sweep(tmp_path / "m.onnx", (x, y), [0.5], "mae")
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (result.best.beta, result.original.samples) == (1.0, 10)
+    assert result.original.value == pytest.approx(0, abs=1e-6)
+    from ctonnx.ctu import ctu
+
+    expected = np.abs(ctu(x * np.array([1, -2, 3]), 0.5) - y).mean()
+    assert result.points[0].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_constant_metric_says_so():
+    result = ctonnx.sweep(MODEL, DATA, [0.999, 0.9995], metric=lambda outputs, labels: labels * 1.0)
+    assert "at every point: it tells nothing apart" in result.notes[-1]
+    assert result.best is result.original
+
+
+def test_equals_go_to_the_nearest_to_the_original():
+    result = ctonnx.sweep(
+        MODEL, DATA, BETAS, lambda outputs, labels: (outputs["logits"][:, 0] > 1e9) * 1.0
+    )
+    assert result.best is result.original
+
+
+def test_grid_syntax():
+    assert sweeping.grid("beta", "0.7:1.0:0.1") == [0.7, 0.8, 0.9, 1.0]
+    assert sweeping.grid("beta", "0.5,0.7:0.9:0.1") == [0.5, 0.7, 0.8, 0.9]
+    assert len(sweeping.grid("beta", "0.7:1.0:0.01")) == 31
+    assert sweeping.grid("beta", np.array([0.9, 0.5, 0.9])) == [0.5, 0.9]
+    assert sweeping.grid("beta", 0.9) == [0.9]
+    for wrong, line in [
+        ("", "'' is neither a number nor FIRST:LAST:STEP"),
+        ("0.7:1.0", "'0.7:1.0' is neither"),
+        ("0.7:1.0:0", "must ascend"),
+        ("1:0.7:0.1", "must ascend"),
+        ("0.5,1.5", "beta must lie in [0, 1], got 1.5"),
+        ("nan", "beta must lie in [0, 1]"),
+        ("0:1:1e-9", "more than 10000 values"),
+        ([], "holds no values"),
+    ]:
+        with pytest.raises(UsageError) as caught:
+            sweeping.grid("beta", wrong)
+        assert line in str(caught.value)
+
+
+# --- racing
+
+
+def synthetic(seed, accuracy):
+    """Scores (points, samples) over β with a peak somewhere, and the βs, the original first.
+
+    A sample's score moves slowly with β, as it does in a network: a Gaussian process along β beside
+    what is common to all. With `accuracy` it is 1 where the process lies below a threshold.
+    """
+    rng = np.random.default_rng(seed)
+    betas = np.linspace(1.0, 0.7, 31)
+    peak, width, height = rng.uniform(0.7, 1), rng.uniform(0.05, 0.2), rng.uniform(0.02, 0.1)
+    curve = rng.uniform(0.6, 0.95) - height * np.minimum(((betas - peak) / width) ** 2, 6)
+    reach = rng.uniform(0.05, 0.3)
+    near = np.exp(-0.5 * ((betas[:, None] - betas) / reach) ** 2)
+    samples = int(rng.choice([2000, 5000]))
+    root = np.linalg.cholesky(0.85 + 0.15 * near + 1e-9 * np.eye(31))
+    process = root @ rng.normal(size=(31, samples))
+    if not accuracy:
+        return curve[:, None] - 0.2 * np.exp(0.8 * process), betas
+    ordered = np.sort(rng.normal(size=100_000))
+    threshold = ordered[(np.clip(curve, 0.02, 0.995) * 100_000).astype(int)]
+    return (process < threshold[:, None]).astype(float), betas
+
+
+@pytest.mark.parametrize("accuracy", [True, False])
+def test_racing_finds_the_grids_best_with_few_passes(accuracy):
+    """On 20 problems: the best, or one not significantly worse, and within what is stated."""
+    metric, found, bounds = metrics.Metric("score", None), 0, []
+    for seed in range(20):
+        scores, betas = synthetic(seed, accuracy)
+        batches, runs = -(-scores.shape[1] // 32), []
+        seen = np.zeros(31, int)
+
+        def evaluate(span, points, seen=seen, runs=runs):
+            assert (seen[points] == span.start).all()
+            seen[points] = span.stop
+            runs.append(len(span) * len(points))
+
+        outcome = racing.race(
+            *(evaluate, lambda p, s=scores, n=seen: s[p, : 32 * n[p], None]),
+            *(metric, 31, batches, 1 - betas, 0.95),
+        )
+        values = scores.mean(1)
+        best = int(values.argmax())
+        difference, error, _ = intervals.compare(
+            metric, scores[best][:, None], scores[outcome.best][:, None]
+        )
+        found += (
+            difference <= 1.96 * error and values[best] - values[outcome.best] <= outcome.within
+        )
+        bounds.append(outcome.within)
+        assert outcome.passes == sum(runs)
+        assert outcome.passes <= 0.3 * outcome.grid_passes
+    assert found >= 19
+    # What is stated says something.
+    assert np.median(bounds) < 0.01
+
+
+def test_racing_on_a_model():
+    grid = ctonnx.sweep(MODEL, DATA, "0.5:1:0.02", "nll", batch_size=10)
+    race = ctonnx.sweep(MODEL, DATA, "0.5:1:0.02", "nll", batch_size=10, search="racing")
+    assert race.race.passes <= 0.3 * race.race.grid_passes
+    values = {point.beta: point.value for point in grid.points}
+    assert values[race.best.beta] - values[grid.best.beta] <= race.race.within
+    assert race.best.beta > 0.8
+    worst = race.points[0]
+    assert (worst.beta, worst.samples < race.best.samples) == (0.5, True)
+    document = race.document()["race"]
+    assert document["confidence"] == 0.95
+    assert document["left"] >= 1
+
+
+def test_racing_keeps_what_it_cannot_tell_apart():
+    """Equal points all stay, and the original is taken."""
+    scores = np.random.default_rng(0).normal(size=(1, 640, 1)).repeat(5, 0)
+    seen = {}
+    outcome = racing.race(
+        lambda span, points: seen.update(dict.fromkeys(points, span.stop)),
+        lambda p: scores[p, : 32 * seen[p]],
+        *(metrics.Metric("score", None), 5, 20, np.arange(5.0)),
+    )
+    assert (outcome.best, len(outcome.left)) == (0, 5)
+    assert outcome.passes <= 0.3 * 100
+
+
+# --- interruption
+
+
+class Interrupted:
+    """Batches of which one raises, and a list of those that were asked for."""
+
+    def __init__(self, stop):
+        self.stop, self.asked = stop, []
+
+    def __call__(self):
+        return self
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, i):
+        self.asked.append(i)
+        if i == self.stop:
+            raise KeyboardInterrupt
+        rows = slice(60 * i, 60 * (i + 1))
+        return HELD["image"][rows], HELD["label"][rows]
+
+
+@pytest.mark.parametrize("search", ["grid", "racing"])
+def test_an_interrupted_sweep_is_resumed(tmp_path, search):
+    output, options = tmp_path / "r.csv", {"search": search, "metric": "nll"}
+    whole = ctonnx.sweep(MODEL, Interrupted(None), BETAS, **options).to_csv()
+    stop, again = (1, 1) if search == "racing" else (4, 6)
+    with pytest.raises(KeyboardInterrupt):
+        ctonnx.sweep(MODEL, Interrupted(stop), BETAS, output=output, **options)
+    assert os.listdir(tmp_path) == ["r.csv.progress"]
+    progress = tmp_path / "r.csv.progress"
+    assert len(progress.read_bytes().splitlines()) == 1 + stop
+    # As if it had been cut off while a line was written.
+    with open(progress, "ab") as stream:
+        stream.write(b'{"batch": 4, "poi')
+    with pytest.raises(UsageError, match="holds an interrupted sweep: go on with --resume"):
+        ctonnx.sweep(MODEL, Interrupted(None), BETAS, output=output, **options)
+    with pytest.raises(UsageError, match="is of a sweep with another points: remove it"):
+        ctonnx.sweep(MODEL, Interrupted(None), [0.5], output=output, resume=True, **options)
+    with pytest.raises(KeyboardInterrupt):
+        ctonnx.sweep(MODEL, Interrupted(again), BETAS, output=output, resume=True, **options)
+    rest = Interrupted(None)
+    ctonnx.sweep(MODEL, rest, BETAS, output=output, resume=True, **options)
+    assert min(rest.asked) == again
+    assert os.listdir(tmp_path) == ["r.csv"]
+    assert output.read_text() == whole
+
+
+def test_a_damaged_progress_file_is_one_line(tmp_path):
+    header = {"metric": "x"}
+    path = tmp_path / "r.csv.progress"
+    journal.Journal(path, header).close()
+    path.write_bytes(path.read_bytes() + b"nonsense\n")
+    with pytest.raises(ModelError, match=r"progress: is damaged: remove it to start anew"):
+        journal.Journal(path, header, resume=True)
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(UsageError, match="is no sweep's progress"):
+        journal.Journal(path, header, resume=True)
+
+
+def test_what_cannot_be_written_keeps_the_progress(tmp_path, monkeypatch):
+    def full(*_):
+        raise UsageError("r.csv: cannot be written: No space left on device")
+
+    monkeypatch.setattr(results.Sweep, "write", full)
+    with pytest.raises(UsageError, match="No space"):
+        ctonnx.sweep(MODEL, DATA, BETAS, output=tmp_path / "r.csv")
+    monkeypatch.undo()
+    result = ctonnx.sweep(MODEL, DATA, BETAS, output=tmp_path / "r.csv", resume=True)
+    assert (tmp_path / "r.csv").read_text() == result.to_csv()
+
+
+def test_ctrl_c_exits_130_and_keeps_what_is_finished(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\nimport numpy as np\n"
+        f"held = dict(np.load({DATA!r}))\n"
+        "def batches():\n"
+        "    for i in range(0, 540, 60):\n"
+        "        time.sleep(0.1)\n"
+        "        yield held['image'][i:i + 60], held['label'][i:i + 60]\n"
+    )
+    arguments = ["sweep", MODEL, "--data", "slow:batches", "--beta", "0.6,0.8", "-o", "r.csv"]
+    command = [sys.executable, "-m", "ctonnx", *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    progress = tmp_path / "r.csv.progress"
+    deadline = time.monotonic() + 60
+    while not progress.exists() or progress.read_bytes().count(b"\n") < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "what is measured is kept in r.csv.progress: --resume goes on\n" in err
+    assert err.endswith("ctonnx: interrupted\n")
+    assert "Traceback" not in err
+    assert not (tmp_path / "r.csv").exists()
+    subprocess.run([*command, "--resume"], cwd=tmp_path, check=True, capture_output=True)
+    result = ctonnx.sweep(MODEL, DATA, [0.6, 0.8], batch_size=60)
+    assert (tmp_path / "r.csv").read_text() == result.to_csv()
+
+
+# --- the command line
+
+
+def command(*arguments, **options):
+    """Run the command line: exit code, stdout, stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ctonnx", "sweep", *map(str, arguments)],
+        **({"stderr": subprocess.PIPE} | options),
+        stdout=subprocess.PIPE,
+    )
+    return done.returncode, done.stdout.decode(), (done.stderr or b"").decode()
+
+
+def test_the_command_prints_the_result_alone(tmp_path):
+    """A folder of images with a broken one; the table, a drawing, a saved model; then JSON."""
+    Image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("plotext")
+    for i in range(60):
+        path = tmp_path / "images" / str(HELD["label"][i]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(HELD["image"][i, 0] * 255)).save(path)
+    (tmp_path / "images" / "3" / "bad.png").write_bytes(b"no image")
+    arguments = [MODEL, "--data", "images", "--beta", "0.6,0.8"]
+    code, out, err = command(*arguments, cwd=tmp_path)
+    assert (code, out) == (3, "")
+    assert err.startswith("ctonnx: images/3/bad.png: cannot be read as an image: cannot identify")
+    assert err.count("\n") == 1
+    arguments += ["--skip-broken", "--batch", "9"]
+    written = ["--save-best", "best.onnx", "-o", "r.json", "--plot"]
+    code, out, err = command(*arguments, *written, cwd=tmp_path)
+    assert code == 0, err
+    assert err.splitlines() == [
+        *("steered on the fly: 7 activations, 0 skipped", "skipped 1 unreadable images"),
+        *("wrote r.json", "wrote best.onnx"),
+    ]
+    lines = out.splitlines()
+    assert lines[0].split() == ["BETA", "ACCURACY", "ERROR", "GAIN", "95", "%"]
+    assert [line[0] for line in lines[1:4]] == [" ", " ", "*"]
+    assert "┌" in lines[5]
+    assert lines[-1] == "best beta 1: accuracy 1.0000, the original"
+    assert [a.beta for a in ctonnx.inspect(tmp_path / "best.onnx")] == [1.0] * 7
+    code, out, _ = command(*arguments, "--json", cwd=tmp_path)
+    document = json.loads(out)
+    assert (code, document["metric"], document["broken"]) == (0, "accuracy", 1)
+    assert [point["beta"] for point in document["points"]] == [0.6, 0.8, 1.0]
+    assert document["best"] == document["points"][-1]
+    assert document == json.loads((tmp_path / "r.json").read_text())
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_progress_bar_with_rate_is_for_terminals(tmp_path, endless):
+    (tmp_path / "gen.py").write_text(
+        f"import numpy as np\nheld = dict(np.load({DATA!r}))\n"
+        "def batches(): yield held['image'], held['label']\n"
+    )
+    terminal, other = os.openpty()
+    data = "gen:batches" if endless else DATA
+    code, out, _ = command(MODEL, "--data", data, "--beta", "0.8", cwd=tmp_path, stderr=other)
+    os.close(other)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert code == 0
+    assert "sweeping" not in out
+    assert "runs/s" in shown
+    assert ("34/34" in shown) == (not endless)
+
+
+# --- what is written
+
+
+def test_results_in_every_format(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    result = ctonnx.sweep(MODEL, DATA, BETAS)
+    for name in ("r.csv", "r.json", "r.parquet"):
+        result.write(tmp_path / name)
+    lines = (tmp_path / "r.csv").read_text().splitlines()
+    assert lines[0] == "beta,coeff,value,error,gain,gain_low,gain_high,samples"
+    assert [line.split(",")[0] for line in lines[1:]] == ["0.6", "0.8", "1.0"]
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert (document["schema_version"], document["metric"]) == (1, "accuracy")
+    assert document["best"] == document["points"][-1]
+    table = pyarrow.read_table(tmp_path / "r.parquet").to_pylist()
+    assert table == document["points"]
+    assert [point["value"] for point in table] == [point.value for point in result.points]
+    with pytest.raises(UsageError, match=r"results go to \.csv, \.json, \.parquet"):
+        result.write(tmp_path / "r.txt")
+
+
+def test_the_curve_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("plotext")
+    result = ctonnx.sweep(MODEL, DATA, "0.6,0.8", coeffs="0.4,0.5")
+    for name, start in ("c.png", b"\x89PNG"), ("c.svg", b"<?xml"):
+        result.plot(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    text = result.plot()
+    assert "accuracy" in text
+    assert "c = 0.4" in text
+    assert "\x1b" not in text
+    assert len(text.splitlines()) == 20
+    with pytest.raises(UsageError, match=r"drawings go to \.png or \.svg"):
+        result.plot(tmp_path / "c.pdf")
+
+
+@pytest.mark.parametrize("before", [None, "initializer", "input", "required-input"])
+@pytest.mark.parametrize("beta_as", ["initializer", "input"])
+def test_the_best_is_saved(tmp_path, before, beta_as):
+    """It gives what the sweep measured there; undone, it is the original."""
+    model = tmp_path / "m.onnx"
+    model.write_bytes(Path(MODEL).read_bytes())
+    if before:
+        model = ctonnx.patch(model, 0.9, beta_as=before)
+    data = (HELD["image"][:100], HELD["label"][:100])
+    # Of all but the original: entropy prefers it, its negative does not.
+    result = ctonnx.sweep(model, data, [0.8], lambda out, _: -out["logits"].max(1), coeffs=[0.4])
+    assert result.best.beta == 0.8
+    saved = sweeping.save_best(model, result, tmp_path / "best.onnx", beta_as)
+    session = ctonnx.session(saved)
+    assert [i.name for i in session.get_overridable_initializers()] == ["beta"] * (
+        beta_as == "input"
+    )
+    (logits,) = session.run(["logits"], {"image": data[0]})
+    assert -logits.max(1).mean() == pytest.approx(result.best.value, rel=1e-5)
+    assert {(a.beta, a.coeff) for a in ctonnx.inspect(saved)} == {(0.8, 0.4)}
+    assert onnx.load(ctonnx.unpatch(saved, tmp_path / "back.onnx")) == onnx.load(MODEL)
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """Peak memory of sweeps over 4 MB and 48 MB."""
+    program = """if True:
+        import re, sys, ctonnx
+        ctonnx.sweep(sys.argv[1], sys.argv[2], [0.8, 0.9])
+        print(re.search("VmHWM:\\\\s*(\\\\d+)", open("/proc/self/status").read())[1])"""
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 4096] x) => (float[N, 2] y)
+        <int64[2] at = {0, 1}> { z = Relu(x) y = Gather<axis=1>(z, at) }"""
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    peaks = []
+    for count in (250, 3000):
+        data = tmp_path / f"{count}.npz"
+        np.savez(data, x=np.zeros((count, 4096), np.float32), label=np.zeros(count, int))
+        command = [sys.executable, "-c", program, str(tmp_path / "m.onnx"), str(data)]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True).stdout))
+    assert peaks[1] - peaks[0] < 8_000, peaks
+
+
+def test_mistakes_are_one_clear_line():
+    images, labels = HELD["image"], HELD["label"]
+    scalar = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float x) => (float y) { y = Relu(x) }"""
+    whole = """<ir_version: 8, opset_import: ["" : 17]>
+        g (int64[N] x) => (int64[N] z) { y = Cast<to=1>(x) r = Relu(y) z = Cast<to=7>(r) }"""
+    mean = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 2] x) => (float[1, 2] y)
+        { r = Relu(x) y = ReduceMean<axes = [0], keepdims = 1>(r) }"""
+    pair = (np.zeros((9, 2), np.float32), np.zeros(9, int))
+    nan = (np.full((9, 2), np.nan, np.float32), np.zeros(9, int))
+    relu = mean.replace("[1, 2] y", "[N, 2] r").replace(
+        "y = ReduceMean<axes = [0], keepdims = 1>(r)", ""
+    )
+    for arguments, options, kind, line in [
+        ((parsed(scalar), pair), {}, UsageError, "'x' is a single value: it has no row per"),
+        ((parsed(whole), pair), {}, UsageError, "no floating-point output to measure"),
+        ((parsed(mean), pair), {}, UsageError, "output 'y' is [1, 2] for 9 samples: a metric"),
+        ((parsed(relu), nan), {}, UsageError, "accuracy is NaN at every point"),
+        ((MODEL, (images, labels + 1)), {}, UsageError, "label 10 is out of range"),
+        ((MODEL, (images[:, :, :4], labels)), {}, UsageError, "model takes float32[N,1,8,8]"),
+        ((MODEL, (images, labels[:3])), {}, UsageError, "the numbers of rows differ"),
+        ((MODEL, (images, None)), {}, UsageError, "accuracy needs labels"),
+        ((MODEL, DATA), {"metric": "miou"}, UsageError, "miou needs scores (N, classes, H, W)"),
+        ((MODEL, DATA), {"search": "all"}, UsageError, "search must be one of grid, racing"),
+        ((MODEL, DATA), {"confidence": 1.0}, UsageError, "confidence must lie in [0.5, 1)"),
+        ((MODEL, DATA), {"resume": True}, UsageError, "resume goes with an output"),
+        ((MODEL, DATA), {"coeffs": "2"}, UsageError, "coeff must lie in [0, 1]"),
+        (
+            *((steered(lowering="primitives", beta_as="input"), DATA), {"coeffs": "0.5"}),
+            *(UsageError, "c cannot be swept: the model is lowered to primitives"),
+        ),
+        ((steered(lowering="primitives"), DATA), {}, NothingToDo, "no CTU"),
+        ((42, DATA), {}, UsageError, "expected a path or a ModelProto, got int"),
+        (("missing.onnx", DATA), {}, ModelError, "missing.onnx: no such file"),
+        (
+            *((MODEL, lambda: iter([(images, labels)])), {"search": "racing"}),
+            *(UsageError, "the factory's iterable must have a length"),
+        ),
+        ((MODEL, lambda: []), {}, ModelError, "the data hold no sample that can be read"),
+        (
+            (parsed(relu.replace("Relu", "Sigmoid")), pair),
+            *({}, NothingToDo, "no activation to steer"),
+        ),
+    ]:
+        with pytest.raises(kind) as caught:
+            ctonnx.sweep(*arguments, "0.9", **options)
+        assert line in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert isinstance(caught.value, CtonnxError)
