@@ -1,8 +1,7 @@
 """Running one model at many points, (β, c), over batches: one session, fed at run time."""
 
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from onnx import ModelProto, TensorProto, helper
 from . import files, rewrite, runtime
 from .batches import Input
 from .data import digest
-from .errors import ModelError, UsageError
+from .errors import ModelError, UsageError, first_line
+from .runs import beside
 
 # The point that is the original network, in every list of points the first.
 ORIGINAL = 0
@@ -51,7 +51,7 @@ class Steerable:
             try:
                 return runtime.session(model, providers, options)
             except (RuntimeError, ValueError) as error:
-                line = str(error).partition("\n")[0]
+                line = first_line(error)
                 raise ModelError(f"ONNX Runtime cannot load the model: {line}") from error
 
     def digest(self):
@@ -61,20 +61,7 @@ class Steerable:
         """A context of what a session is made of: bytes, or a file where external data are."""
         if self.folder is None:
             return nullcontext(self.data)
-        return _file(self.data, self.folder)
-
-
-@contextmanager
-def _file(data, folder):
-    """Yield the path of a file in `folder`, which is there for as long as the block lasts."""
-    try:
-        stream = tempfile.NamedTemporaryFile(suffix=".onnx", prefix=".ctonnx-", dir=folder)  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from None
-    with stream:
-        stream.write(data)
-        stream.flush()
-        yield stream.name
+        return beside(self.data, self.folder)
 
 
 def prepare(model, sweep_coeff=False):
@@ -155,7 +142,7 @@ class Runner:
     def __init__(self, steerable, providers=None, threads=0):
         self._model = steerable
         self._session = steerable.open(providers, threads)
-        cuda = "CUDAExecutionProvider" in self._session.get_providers()
+        cuda = set(runtime.CUDA_PROVIDERS).intersection(self._session.get_providers())
         self._device = "cuda" if cuda else "cpu"
 
     def measure(self, batch, points, metric):
@@ -200,7 +187,7 @@ class Runner:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
-            line = str(error).partition("\n")[0][:300]
+            line = first_line(error)
             raise UsageError(f"the model does not run on the data: {line}") from error
         outputs = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
         for name, value in outputs.items():

@@ -1,7 +1,7 @@
 """Running models, to compare them: ONNX Runtime on one thread, and inputs to feed."""
 
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -100,24 +100,30 @@ def _arrays(name, value):
         yield name, value
 
 
-@contextmanager
 def variant(path, model):
-    """What opens as `model`, a changed ModelProto of the one at `path`, for as long as this lasts.
-
-    Its bytes; or, as external data are found beside their model only, a file there.
+    """What opens as `model`, a changed ModelProto of the one at `path`, for as long as it is entered:
+    a context of its bytes, or of a file beside that, where its external data are.
 
     Raises:
         UsageError: the model's folder cannot be written to.
     """
-    if not files.has_external_data(model):
-        yield model.SerializeToString()
-        return
+    data = model.SerializeToString()
+    return beside(data, path.parent) if files.has_external_data(model) else nullcontext(data)
+
+
+@contextmanager
+def beside(data, folder):
+    """The path of a file of `data`, a model, in `folder`, for as long as this lasts.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
     try:
-        stream = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".ctonnx-", suffix=".onnx")  # noqa: SIM115
+        stream = tempfile.NamedTemporaryFile(dir=folder, prefix=".ctonnx-", suffix=".onnx")  # noqa: SIM115
     except OSError as error:
-        raise UsageError(f"{path.parent}: cannot be written to: {error.strerror}") from None
+        raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from None
     with stream:
-        stream.write(model.SerializeToString())
+        stream.write(data)
         stream.flush()
         yield Path(stream.name)
 
