@@ -101,8 +101,9 @@ def _arrays(name, value):
 
 
 def variant(path, model):
-    """What opens as `model`, a changed ModelProto of the one at `path`, for as long as it is entered:
-    a context of its bytes, or of a file beside that, where its external data are.
+    """A context of what opens as `model`, a changed ModelProto of the one at `path`.
+
+    Its bytes, or a file beside that, where its external data are.
 
     Raises:
         UsageError: the model's folder cannot be written to.
