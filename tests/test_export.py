@@ -3,6 +3,8 @@
 import copy
 import functools
 import io
+import sys
+import types
 
 import numpy as np
 import onnx
@@ -13,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ctonnx
-from ctonnx import ctu, params, rewrite
-from ctonnx.torch import CTU, export, pairs, restore, steer, trainable
+from ctonnx import ctu, factory, params, rewrite
+from ctonnx.tct import pairs
+from ctonnx.torch import CTU, export, restore, steer, trainable
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",
@@ -377,9 +380,14 @@ def two(bare):
     return params.Trained(pairs(model.state_dict())), proto, x, model(x)
 
 
-def test_where_nothing_names_modules_pairs_go_in_order():
+def test_where_nothing_names_modules_pairs_go_in_order_and_it_is_said():
     given, proto, x, want = two(bare=True)
-    assert furthest(ctonnx.patch(proto, params=given), (x,), (want,)) < 1e-6
+    again = onnx.ModelProto.FromString(proto.SerializeToString())
+    report = rewrite.steer(again, params=given)
+    assert furthest(again, (x,), (want,)) < 1e-6
+    assert any("in order: 1 for n1, 3 for n3" in note for note in report.notes)
+    _, named, _, _ = two(bare=False)
+    assert not any("in order" in note for note in rewrite.steer(named, params=given).notes)
     del given["3"]
     with pytest.raises(ctonnx.UsageError, match="holds 1 pairs, the model 2 activations"):
         ctonnx.patch(proto, params=given)
@@ -395,3 +403,71 @@ def test_a_pair_too_much_or_of_another_width_is_refused():
     # A pair too little leaves an activation as it is.
     steered = ctonnx.patch(proto, params=params.Trained({"1": given["1"]}))
     assert [a.status for a in ctonnx.inspect(steered)] == ["steered", "steerable"]
+
+
+# --- models by name
+
+
+class Giving(nn.Module):
+    """A model that prints, and gives what `call` makes of its input after a ReLU."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        print("ran")
+        return self.call(x.relu())
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """What makes a model the one that a PKG:FACTORY names, and gives that."""
+
+    def name(model):
+        def make():
+            print("made")
+            return model
+
+        monkeypatch.setitem(sys.modules, "models_by_name", types.SimpleNamespace(make=make))
+        return "models_by_name:make"
+
+    return name
+
+
+def test_a_model_by_name_runs_and_stays_as_it_was(named, capsys):
+    """Steered for as long as it runs; what it prints is no result."""
+    model, x = Giving(lambda y: y), torch.randn(2, 3)
+    target = named(model)
+    for beta in 0.7, 0.9:
+        got, units = factory.run(target, [x.numpy()], ["y"], beta, 0.5)
+        np.testing.assert_array_equal(got["y"], CTU(beta)(x))
+        np.testing.assert_array_equal(units, [got["y"]])
+    assert capsys.readouterr() == ("", "made\nran\n" * 2)
+    assert type(model) is Giving
+    for pair, lack in ((None, 0.5), "beta"), ((0.7, None), "c"):
+        with pytest.raises(ctonnx.UsageError, match=f"have no {lack} in common to steer it with"):
+            factory.run(target, [x.numpy()], ["y"], *pair)
+
+
+def test_an_export_by_name_leaves_the_model_as_it_was(named, tmp_path, capsys):
+    model = Giving(lambda y: y)
+    factory.export(named(model), [[2, 3]], tmp_path / "m.onnx", beta=0.7)
+    assert type(model) is Giving
+    assert capsys.readouterr().out == ""
+
+
+def test_outputs_of_a_model_by_name(named):
+    """They have the exporters' order, in which None is none."""
+    x = torch.rand(2, 3) + 1
+    nested = named(Giving(lambda y: {"a": (y, [None, 2 * y]), "b": nn.Parameter(y).bfloat16()}))
+    got, _ = factory.run(nested, [x.numpy()], ["first"], 1.0, 0.5)
+    want = {"first": x, "output 1": 2 * x, "output 2": x.bfloat16().float()}
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value)
+    for other in 3, np.zeros(2), "y":
+        target = named(Giving(lambda y, other=other: (y, {"n": other})))
+        message = f"{target}: gives an output of type {type(other).__name__}, expected tensors"
+        with pytest.raises(ctonnx.UsageError, match=message):
+            factory.run(target, [x.numpy()], ["y"], 0.7, 0.5)
