@@ -384,7 +384,7 @@ def test_export(run, nets):
         del node.metadata_props[:]
     onnx.save(model, "B.onnx")
     code, _, err = run("patch", "B.onnx", "--params", "t.pth", "-o", "q.onnx")
-    order = "took the pairs in order: 1 for node_relu, 2.1 for node_relu_1\n"
+    order = "took the pairs in order: 1 for node_ctu, 2.1 for node_ctu_1\n"
     assert (code, err.partition("modules: ")[2].startswith(order)) == (0, True), err
     np.testing.assert_array_equal(outputs("q.onnx", x), outputs("p.onnx", x))
 

@@ -18,6 +18,7 @@ import ctonnx
 from ctonnx import ctu, factory, params, rewrite
 from ctonnx.tct import pairs
 from ctonnx.torch import CTU, export, restore, steer, trainable
+from ctonnx.torch_export import exported
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",
@@ -199,10 +200,18 @@ both = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscr
 def test_a_steered_model_is_what_is_exported(dynamo):
     model, x = made()
     original = model(*x)
+    options = {}
+    if dynamo:
+        options["dynamic_shapes"] = [None, None, None, {0: torch.export.Dim("batch")}]
+        options |= {"input_names": list("pqrs"), "opset_version": 18}
     with steer(model, 0.7, 0.4):
         want = model(*x)
-        proto = export(model, x, dynamo=dynamo)
-    assert furthest(proto, x, want).max() < 1e-5
+        proto = export(model, x, dynamo=dynamo, **options)
+        assert furthest(proto, x, want).max() < 1e-5
+        if dynamo:  # The exporter's options hold.
+            more = (*x[:3], torch.randn(5, *UNet.example[1:]))
+            assert furthest(proto, more, model(*more)).max() < 1e-5
+            assert [value.name for value in proto.graph.input] == list("pqrs")
     # Steering moves each output by far more than that.
     assert furthest(proto, x, original).min() > 1e-2
     patched = ctonnx.patch(onnx.load_from_string(plain(dynamo)), 0.7, 0.4)
@@ -269,17 +278,6 @@ def test_element_types(dtype, dynamo):
     if dtype != torch.bfloat16:
         # Both hold the same beta and c, in float32 in the file.
         assert furthest(proto, (x,), (model(x),)) < (1e-3 if dtype == torch.float16 else 1e-7)
-
-
-def test_dynamic_shapes_stay():
-    model, x = UNet().eval(), torch.randn(UNet.example)
-    batch = torch.export.Dim("batch")
-    options = {"dynamic_shapes": {"x": {0: batch}}, "input_names": ["image"], "opset_version": 18}
-    with steer(model, 0.7):
-        proto = export(model, x, **options)
-        more = torch.randn(5, 1, 8, 8)
-        assert furthest(proto, (more,), (model(more),)) < 1e-5
-    assert proto.graph.input[0].name == "image"
 
 
 def test_one_part_steered_and_units_by_hand():
@@ -351,7 +349,8 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 def test_exported_programs(tmp_path):
     """An ExportedProgram holds the units as the op, and what makes their beta of the raw one."""
-    model, x = tuned().parts[2], torch.randn(Transformer.example)
+    x = torch.randn(2, 3)
+    model = trainable(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), x)
     torch.export.save(torch.export.export(model, (x,)), tmp_path / "m.pt2")
     proto = export(torch.export.load(tmp_path / "m.pt2"))
     assert furthest(proto, (x,), (model(x),)) < 1e-5
@@ -450,7 +449,11 @@ def test_a_model_by_name_runs_and_stays_as_it_was(named, capsys):
             factory.run(target, [x.numpy()], ["y"], *pair)
 
 
-def test_an_export_by_name_leaves_the_model_as_it_was(named, tmp_path, capsys):
+def test_an_export_by_name_leaves_the_model_as_it_was(named, tmp_path, capsys, monkeypatch):
+    def quicker(model, args, dynamo, options):
+        return exported(model, args, False, options)
+
+    monkeypatch.setattr(factory, "exported", quicker)
     model = Giving(lambda y: y)
     factory.export(named(model), [[2, 3]], tmp_path / "m.onnx", beta=0.7)
     assert type(model) is Giving
