@@ -193,6 +193,9 @@ def furthest(proto, x, want):
     return worst
 
 
+# Threads only get in the way of tensors this small.
+torch.set_num_threads(1)
+
 both = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 
 
