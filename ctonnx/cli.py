@@ -108,8 +108,7 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
     )
     if choices["lowering"] == "portable" and not runtime.has_library():
         report.notes.append("the op library is not installed: here the model runs as its fallback")
-    for note in report.notes:
-        _say(note)
+    _say_of(report, as_json)
     if as_json:
         _print_json(
             output,
@@ -124,15 +123,12 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
             ],
         )
         return
-    for a in report.skipped:
-        _say(f"skipped {_where(a)}: {a.reason}")
     for name, comparisons in checks.items():
         worst = max(c.max_rel for c in comparisons)
         _say(f"check passed: {name}, largest relative difference {worst:.1e}")
-    count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
     at = f"{beta:.12g}" if given is None else "per activation"
     done = "would write" if dry_run else "wrote"
-    _echo(output, f"{done} {output}: {count} at beta {at}")
+    _echo(output, f"{done} {output}: {_counts(report)} at beta {at}")
 
 
 @cli.command()
@@ -566,13 +562,13 @@ def export(model, inputs, output, as_json, **choices):
     from . import factory
 
     report, written = factory.export(model, shapes, output, **choices)
+    _say_of(report, as_json)
     if as_json:
         replaced = [_as_json(a, "module") for a in report.replaced]
         skipped = [_as_json(a, "reason") for a in report.skipped]
         _print_json(written, replaced=replaced, skipped=skipped, notes=report.notes)
     else:
-        count = f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
-        _echo(written, f"wrote {written}: {count}")
+        _echo(written, f"wrote {written}: {_counts(report)}")
 
 
 @cli.command()
@@ -599,8 +595,16 @@ def doctor(as_json):
         sys.exit(4)
 
 
-def _where(activation):
-    return f"{activation.scope}/{activation.name}" if activation.scope else activation.name
+def _say_of(report, as_json):
+    """Say what a rewrite.Report has besides what was asked; the document lists what was skipped."""
+    for note in report.notes:
+        _say(note)
+    for a in () if as_json else report.skipped:
+        _say(f"skipped {a.path}: {a.reason}")
+
+
+def _counts(report):
+    return f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
 
 
 def _as_json(activation, *more):

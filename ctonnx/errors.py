@@ -39,4 +39,11 @@ class EnvironmentLacks(CtonnxError):
 
 def first_line(error):
     """What an exception of another library says, in one line."""
-    return str(error).partition("\n")[0][:300]
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def cause(error):
+    """Type and first line of what an exception comes from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")

@@ -4,20 +4,13 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 
 from . import files, objects, rewrite
-from .errors import CtonnxError, ModelError, NothingToDo, UsageError
-from .objects import cause
+from .errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
 from .runs import arrays
-from .torch import (  # torch, or the error that it is missing
-    CTU,
-    is_steered,
-    read_checkpoint,
-    restore,
-    steer,
-    torch,
-)
+from .tct import pairs, read_checkpoint, restore
+from .torch import CTU, is_steered, steer, torch  # torch, or the error that it is missing
 from .torch_export import exported, resteer
 
 
@@ -35,8 +28,11 @@ def load(target):
         UsageError: there is no such function, it fails, or gives something else.
         ModelError: the file cannot be read.
     """
-    if target.endswith(".pt2"):
-        return _program(target)
+    with redirect_stdout(sys.stderr):  # What the user's code prints is no result.
+        return _program(target) if target.endswith(".pt2") else _made(target)
+
+
+def _made(target):
     module, _, name = target.partition(":")
     if not module or not name:
         raise UsageError(f"{target}: expected PKG:FACTORY, or a .pt2 file of torch.export.save")
@@ -86,37 +82,50 @@ def run(target, inputs, names, beta=None, coeff=None):
         dict from name to array of the outputs, and the list of what its CT units gave.
 
     Raises:
-        UsageError: as for `load`; it fails with these inputs, or holds no CT units and beta is
-            None.
+        UsageError: as for `load`; it fails with these inputs, gives what is no tensor, or holds no
+            CT units and beta or coeff is None.
         ModelError: as for `load`.
     """
     model = load(target)
     if isinstance(model, torch.export.ExportedProgram):
         raise UsageError(f"{target}: is a graph, which cannot be steered: name a PKG:FACTORY")
-    if not is_steered(model) and not any(isinstance(m, CTU) for m in model.modules()):
-        if beta is None:
+    own = is_steered(model) or any(isinstance(module, CTU) for module in model.modules())
+    for name, value in ("beta", beta), ("c", coeff):
+        if value is None and not own:
             raise UsageError(
-                f"{target}: holds no CT units, and those of the ONNX model have no beta in common "
-                "to steer it with"
+                f"{target}: holds no CT units, and those of the ONNX model have no {name} in "
+                "common to steer it with"
             )
-        steer(model, beta, coeff)
+    steering = nullcontext() if own else steer(model, beta, coeff)
     record = _Record()
     try:
-        with torch.no_grad(), record:
+        with redirect_stdout(sys.stderr), steering, torch.no_grad(), record:
             result = model(*map(torch.from_numpy, inputs))
+        values = [_array(value) for value in _flat(result)]
+    except CtonnxError as error:
+        raise UsageError(f"{target}: {error}") from None
     except Exception as error:  # Whatever the user's module raises.
         raise UsageError(f"{target}: fails with the model's inputs: {cause(error)}") from error
-    values = list(result.values() if isinstance(result, dict) else _flat(result))
     names = [*names, *(f"output {i}" for i in range(len(names), len(values)))]
-    outputs = arrays((name, value.numpy()) for name, value in zip(names, values, strict=False))
-    return outputs, [value.numpy() for value in record.values]
+    outputs = arrays(zip(names, values, strict=False))
+    return outputs, [_array(value) for value in record.values]
 
 
 def _flat(result):
-    """The tensors in nested tuples and lists."""
+    """What nested dicts, tuples and lists hold, in order; as exporters do it, without None."""
+    if isinstance(result, dict):
+        result = list(result.values())
     if isinstance(result, tuple | list):
-        return [tensor for part in result for tensor in _flat(part)]
-    return [result]
+        return [value for part in result for value in _flat(part)]
+    return [] if result is None else [result]
+
+
+def _array(value):
+    if not isinstance(value, torch.Tensor):
+        raise UsageError(f"gives an output of type {type(value).__name__}, expected tensors")
+    value = value.detach().cpu()
+    # NumPy lacks that type, and ONNX Runtime gives no such arrays.
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
 def export(target, shapes, output, *, beta=None, coeff=0.5, checkpoint=None, force=False):
@@ -155,11 +164,11 @@ def _built(target, shapes, beta, coeff, checkpoint):
     if not program and not shapes:
         raise UsageError(f"{target}: the shape of its input is missing: --input 1x3x224x224")
     if checkpoint is not None:
-        model = restore(model, read_checkpoint(checkpoint))
-    if beta is not None and not program:
-        steer(model, beta, coeff)
+        state = read_checkpoint(checkpoint)
+        model = restore(model, state)
+    steering = nullcontext() if beta is None or program else steer(model, beta, coeff)
     try:
-        with warnings.catch_warnings():
+        with steering, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             proto = exported(model, tuple(torch.zeros(shape) for shape in shapes), True, {})
     except CtonnxError:
@@ -171,5 +180,7 @@ def _built(target, shapes, beta, coeff, checkpoint):
     try:
         return resteer(proto), proto
     except NothingToDo:
+        if beta is None and checkpoint is not None:
+            pairs(state)  # It says that there is none.
         lack = "no activation" if beta is not None else "no CT unit: give --beta or --checkpoint"
         raise NothingToDo(f"{target}: holds {lack}") from None

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from .errors import UsageError
+from .errors import UsageError, cause
 
 
 def load(target):
@@ -26,11 +26,3 @@ def load(target):
     if not callable(found):
         raise UsageError(f"{target}: the module has no function of that name")
     return found
-
-
-def cause(error):
-    """The cause of an error in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -31,9 +31,9 @@ def load(path):
     """
     path = Path(path)
     if path.suffix in (".pth", ".pt"):
-        from . import torch
+        from . import tct
 
-        return Trained(torch.pairs(torch.read_checkpoint(path)))
+        return Trained(tct.pairs(tct.read_checkpoint(path)))
     try:
         if path.suffix == ".npz":
             return _from_arrays(path)
@@ -50,19 +50,23 @@ def load(path):
 class Trained(dict):
     """The pairs of a T-CT state dict: a key is a PyTorch module, and nothing else."""
 
-    def of(self, activations):
+    def of(self, activations, notes):
         """The pairs under names of activations: by module; where the exporter did not write modules
-        down, by the names that the TorchScript exporter makes of them, or else in order.
+        down, by the names that the TorchScript exporter makes of them, or else in order, which is
+        then told in `notes`: a state dict has the order of definition, a graph that of use.
 
         Raises:
             UsageError: the state dict and the model do not fit.
         """
-        paths = [f"{a.scope}/{a.name}" if a.scope else a.name for a in activations]
         modules = [a.module for a in activations]
         if not any(modules):
             modules = [self._module(a.name) for a in activations]
             if not any(modules) and len(self) == len(activations):
                 modules = list(self)
+                taken = ", ".join(
+                    f"{module} for {a.path}" for module, a in zip(modules, activations, strict=True)
+                )
+                notes.append(f"the model names no modules: took the pairs in order: {taken}")
         missing = sorted(self.keys() - set(modules))
         if missing and not any(modules):
             raise UsageError(
@@ -74,8 +78,8 @@ class Trained(dict):
                 f"params: the checkpoint's {missing[0]!r} is no module of an activation that is "
                 "steered, see `ctonnx inspect`"
             )
-        found = zip(paths, modules, strict=True)
-        return {path: self[module] for path, module in found if module in self}
+        found = zip(activations, modules, strict=True)
+        return {a.path: self[module] for a, module in found if module in self}
 
     def _module(self, name):
         """The key that a name like "/layer1/layer1.0/relu_1/Relu" stands for, None for none."""
@@ -101,7 +105,7 @@ def _from_arrays(path):
     return params
 
 
-def resolve(params, beta, coeff, activations):
+def resolve(params, beta, coeff, activations, notes):
     """What each activation gets.
 
     Args:
@@ -110,6 +114,7 @@ def resolve(params, beta, coeff, activations):
             in scope/name. A name outweighs a pattern, and a later pattern an earlier one. Those of
             Trained are modules.
         beta, coeff: for what `params` does not give; beta may be None.
+        notes: a list, to which goes what the user should know.
 
     Returns:
         list with a dict for each: "beta", a float32 array or None, "coeff", a float32 array, and
@@ -119,7 +124,7 @@ def resolve(params, beta, coeff, activations):
         UsageError: a key matches nothing, or a value is not in [0, 1].
     """
     if isinstance(params, Trained):
-        params = params.of(activations)
+        params = params.of(activations, notes)
     resolved = [{"beta": beta, "coeff": coeff, "common": True} for _ in activations]
     matches = {key: _matches(key, activations) for key in params or {}}
     # Names after patterns, as the last decides.
@@ -160,15 +165,14 @@ def _values(key, given):
 
 def _matches(key, activations):
     """Whether a key is a name, and the indices of the activations that it stands for."""
-    paths = [f"{a.scope}/{a.name}" if a.scope else a.name for a in activations]
-    exact = [i for i, a in enumerate(activations) if key in (a.name, paths[i], a.module)]
+    exact = [i for i, a in enumerate(activations) if key in (a.name, a.path, a.module)]
     if exact:
         return True, exact
     try:
         pattern = re.compile(key)
     except re.error as error:
         raise UsageError(f"params: {key!r} is neither a name nor a pattern: {error}") from None
-    return False, [i for i, path in enumerate(paths) if pattern.search(path)]
+    return False, [i for i, a in enumerate(activations) if pattern.search(a.path)]
 
 
 def per_channel(array, shape, name):

@@ -72,6 +72,11 @@ class Activation:
     shape: list[int | str | None] | None = None
     module: str | None = None
 
+    @property
+    def path(self):
+        """`scope/name`, which no other activation of the model has."""
+        return f"{self.scope}/{self.name}" if self.scope else self.name
+
 
 @dataclass
 class Report:
@@ -527,7 +532,8 @@ def _of_fitting_types(candidates, opset, with_function, report):
 
 def _with_parameters(sites, given, beta, coeff, report):
     """The sites that have a beta, and the arrays of each; those without are skipped."""
-    resolved = params.resolve(given, beta, coeff, [site.activation for site in sites])
+    found = [site.activation for site in sites]
+    resolved = params.resolve(given, beta, coeff, found, report.notes)
     kept = []
     for site, values in zip(sites, resolved, strict=True):
         if values["beta"] is None:

@@ -2,8 +2,8 @@
 
     CTU        the unit as a module, with fixed or trainable beta and c
     steer      every piecewise-affine activation of a model, modules and function calls alike
-    trainable  T-CT: a pair (beta, c) for each channel of each activation module
-    restore    a model from the state dict of a trained one
+    trainable  T-CT: a pair (beta, c) for each channel of each activation module, see ctonnx.tct
+    restore    a model from the state dict of a trained one, there too
     export     a model with CT units as ONNX, see ctonnx.torch_export
 
 The unit is the op `torch.ops.ctonnx.ctu`, which the ONNX exporters see as one op and PyTorch takes
@@ -11,15 +11,12 @@ apart for everything else: autograd, torch.compile, devices.
 """
 
 import itertools
-import math
 import numbers
-import warnings
-from contextlib import ExitStack
 from typing import Final
 
 from .activations import bounds_that_bend
 from .ctu import EPSILON, check_unit_interval
-from .errors import EnvironmentLacks, ModelError, UsageError
+from .errors import EnvironmentLacks, UsageError
 
 try:
     import torch
@@ -31,10 +28,17 @@ from torch.overrides import TorchFunctionMode
 
 from .torch_export import export
 
-__all__ = ["CTU", "export", "restore", "steer", "trainable"]
+__all__ = ["CTU", "export", "restore", "steer", "trainable"]  # noqa: F822
 
-# Where the authors' code starts training: beta 0.8, c 0.5.
-RAW_BETA, RAW_COEFF = 1.386, 0.0
+
+def __getattr__(name):
+    # On first use, for that module needs what is here.
+    if name not in ("restore", "trainable"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import tct
+
+    return getattr(tct, name)
+
 
 torch.library.define(
     "ctonnx::ctu",
@@ -155,19 +159,20 @@ class CTU(nn.Module):
         else:
             return self._coeff
 
-    def forward(self, x: Tensor) -> Tensor:
+    # Its argument has the name that those of nn.ReLU and the like have.
+    def forward(self, input: Tensor) -> Tensor:
         beta, coeff = self.beta, self.coeff
-        if x.dim() >= 4 and beta.dim() == 1:
-            beta = _on_dim_1(beta, x)
-        if x.dim() >= 4 and coeff.dim() == 1:
-            coeff = _on_dim_1(coeff, x)
+        if input.dim() >= 4 and beta.dim() == 1:
+            beta = _on_dim_1(beta, input)
+        if input.dim() >= 4 and coeff.dim() == 1:
+            coeff = _on_dim_1(coeff, input)
         slope: Tensor | None = None
         weight = self.weight
         if weight is not None:
-            slope = _on_dim_1(weight, x)
+            slope = _on_dim_1(weight, input)
         elif self.slope != 0.0:
             slope = torch.full([], self.slope, dtype=torch.float64)
-        return torch.ops.ctonnx.ctu(x, beta, coeff, slope, self.lower, self.upper)
+        return torch.ops.ctonnx.ctu(input, beta, coeff, slope, self.lower, self.upper)
 
     def extra_repr(self):
         parts = []
@@ -282,7 +287,7 @@ def _spellings():
 _SPELLINGS = _spellings()
 
 
-def _read(func, args, kwargs):
+def read_call(func, args, kwargs):
     """The input, CTU parameters and target of a call that is an activation, else None.
 
     The target is the tensor that takes the result: the input where that changes in place, or None.
@@ -306,7 +311,7 @@ class _Steering(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        found = _read(func, args, kwargs)
+        found = read_call(func, args, kwargs)
         if found is None:
             return func(*args, **kwargs)
         x, given, target = found
@@ -370,7 +375,7 @@ def steer(model, beta, coeff=0.5):
     tensor([0.])
     """
     beta, coeff = check_unit_interval("beta", beta), check_unit_interval("coeff", coeff)
-    _check_plain(model)
+    check_plain(model)
     if is_steered(model):
         raise UsageError("the model is already steered: remove the handle of that first")
     # As the ONNX op has them.
@@ -394,7 +399,8 @@ def is_steered(model):
     return any(isinstance(module, _Steered) for module in model.modules())
 
 
-def _check_plain(model):
+def check_plain(model):
+    """Refuse with a UsageError what cannot be steered: no nn.Module, compiled, or DataParallel."""
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected an nn.Module, got {type(model).__name__}")
     for module in model.modules():
@@ -402,217 +408,3 @@ def _check_plain(model):
             raise UsageError("the model is compiled: steer it before torch.jit or torch.compile")
         if isinstance(module, nn.DataParallel):
             raise UsageError("DataParallel runs copies of the model: take its `module`")
-
-
-# --- T-CT
-
-
-def trainable(model, example_input):
-    """Make T-CT of a model: each activation module becomes a CTU with trainable beta and c for each
-    channel, starting at the authors' 0.8 and 0.5.
-
-    Channels are dim 1 of 4-D inputs and the last of 2-D and 3-D ones; the pairs are named
-    `<module>._raw_beta` and `<module>._raw_coeff` in the state dict, as the authors' are. The paper
-    trains only them and a new head: which other parameters to freeze is for the caller to say, here
-    their `requires_grad` stays as it is.
-
-    Args:
-        model: nn.Module, changed in place, like by `SyncBatchNorm.convert_sync_batchnorm`.
-        example_input: a tensor, or a tuple of arguments: it is run once, in eval mode, for sizes.
-
-    Returns:
-        The model, or its CTU where it is itself an activation.
-
-    Raises:
-        UsageError: there is no activation module, or one is used with different numbers of
-            channels or dimensions, or of another number of dimensions than 2, 3 and 4.
-    """
-    _check_plain(model)
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    shapes, bare = _run_once(model, args)
-    if not shapes:
-        raise UsageError("no activation module was used: T-CT needs nn.ReLU and the like")
-    new = {}
-    for module, (name, shape) in shapes.items():
-        if len(shape) not in (2, 3, 4):
-            raise UsageError(f"{name}: T-CT knows inputs of 2 to 4 dimensions, got {len(shape)}")
-        unit = _unit_like(module, shape, shape)
-        nn.init.constant_(unit._raw_beta, RAW_BETA)
-        nn.init.constant_(unit._raw_coeff, RAW_COEFF)
-        new[module] = unit.to(_device(model))
-    unused = [n for n, m in model.named_modules() if _is_activation(m) and m not in new]
-    if bare or unused:
-        warnings.warn(
-            f"not trainable: {bare} activations that are function calls, and {len(unused)} modules "
-            "that the example did not use",
-            stacklevel=2,
-        )
-    return _replace(model, new)
-
-
-class _Watch(TorchFunctionMode):
-    """Counts the activations that are called while no activation module runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.inside, self.count = False, 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if not self.inside and _read(func, args, kwargs) is not None:
-            self.count += 1
-        return func(*args, **kwargs)
-
-
-def _run_once(model, args):
-    """Activation module -> (name, shape of its pair), and the number of other activations."""
-    shapes, watch = {}, _Watch()
-
-    def note(name):
-        def hook(module, inputs):
-            watch.inside = True
-            shape = [1] * inputs[0].dim()
-            channel = 1 if len(shape) >= 4 else -1
-            shape[channel] = inputs[0].shape[channel]
-            if shapes.setdefault(module, (name, shape))[1] != shape:
-                raise UsageError(
-                    f"{name} is used with {max(shapes[module][1])} and with {max(shape)} channels: "
-                    "give each use a module of its own"
-                )
-
-        return hook
-
-    def leave(module, inputs, output):
-        watch.inside = False
-
-    training = {module: module.training for module in model.modules()}
-    with ExitStack() as undo:
-        for module, was in training.items():
-            undo.callback(setattr, module, "training", was)
-        for name, module in model.named_modules():
-            if _is_activation(module):
-                for handle in (
-                    module.register_forward_pre_hook(note(name or "the model")),
-                    module.register_forward_hook(leave),
-                ):
-                    undo.callback(handle.remove)
-        model.eval()
-        undo.enter_context(torch.no_grad())
-        undo.enter_context(watch)
-        model(*args)
-    return shapes, watch.count
-
-
-def _is_activation(module):
-    return isinstance(
-        module, nn.ReLU | nn.LeakyReLU | nn.PReLU | nn.Hardtanh
-    )  # ReLU6 is a Hardtanh
-
-
-def _unit_like(module, beta_shape, coeff_shape):
-    """A trainable CTU with the kinks of an activation module."""
-    kind = {}
-    if isinstance(module, nn.LeakyReLU):
-        kind = {"slope": module.negative_slope}
-    elif isinstance(module, nn.PReLU):
-        kind = {"slope": module.weight}
-    elif isinstance(module, nn.Hardtanh):
-        kind = {"lower": module.min_val, "upper": module.max_val}
-    pair = torch.full(beta_shape, 0.5), torch.full(coeff_shape, 0.5)
-    return CTU(*pair, trainable=True, **kind).train(module.training)
-
-
-def _device(model):
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _replace(model, new):
-    """Put the modules of `new`, old -> new, in place of the old ones wherever they are used."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in new:
-                parent._modules[name] = new[child]
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    # Its fused path of inference has a ReLU inside.
-                    parent.activation_relu_or_gelu = 0
-    return new.get(model, model)
-
-
-def restore(model, state_dict):
-    """Give an original model the CTUs and all other values of the state dict of a T-CT model.
-
-    Args:
-        model: nn.Module, changed in place: as it was before `trainable`, or the authors' code, but
-            with the new head.
-        state_dict: of the trained model.
-
-    Returns:
-        The model, or its CTU where it is itself an activation.
-
-    Raises:
-        UsageError: the state dict and the model do not fit.
-    """
-    _check_plain(model)
-    modules, new = dict(model.named_modules(remove_duplicate=False)), {}
-    for key, value in state_dict.items():
-        path, _, last = f".{key}".rpartition(".")
-        path = path[1:]
-        if last != "_raw_beta" or isinstance(modules.get(path), CTU):
-            continue
-        coeff = state_dict.get(f"{path}._raw_coeff" if path else "_raw_coeff")
-        if not _is_activation(modules.get(path)):
-            raise UsageError(f"the checkpoint has a pair for {path!r}, no activation of the model")
-        if coeff is None:
-            raise UsageError(f"the checkpoint has a beta for {path!r}, but no coeff")
-        new.setdefault(modules[path], _unit_like(modules[path], value.shape, coeff.shape))
-    model = _replace(model, new).to(_device(model))
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise UsageError(f"the checkpoint does not fit the model: {' '.join(lines[1:3])}") from None
-    return model
-
-
-def read_checkpoint(path):
-    """The state dict in a file; weights only, no code is run.
-
-    Raises:
-        ModelError: the file cannot be read, or holds no state dict.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
-    except Exception:  # Whatever the reader raises for a damaged file, or one with code in it.
-        raise ModelError(
-            f"{path}: cannot be read as weights alone: save model.state_dict()"
-        ) from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        raise ModelError(f"{path}: holds no state dict: save model.state_dict()")
-    return state
-
-
-def pairs(state_dict):
-    """Module -> {"beta" and "coeff": float32 array} of the CTUs in a state dict.
-
-    Raises:
-        UsageError: there is none, or a pair is not complete.
-    """
-    found = {}
-    for key, value in state_dict.items():
-        path, _, last = f".{key}".rpartition(".")
-        if last in ("_raw_beta", "_raw_coeff"):
-            array = torch.sigmoid(value.to(torch.float32)).numpy()
-            found.setdefault(path[1:], {})[last.removeprefix("_raw_")] = array
-    for path, pair in found.items():
-        if len(pair) < 2 or not all(math.prod(array.shape) for array in pair.values()):
-            raise UsageError(f"the pair of {path!r} in the checkpoint is not complete")
-    if not found:
-        raise UsageError("the checkpoint holds no _raw_beta: it is not of a T-CT model")
-    return found

@@ -149,9 +149,8 @@ def resteer(model):
             if not ctu.is_ctu(node):
                 continue
             pair = [_least(_constant(scope, name, opset)) for name in node.input[1:3]]
-            name = graph.node_label(node)
-            path = f"{scope.path}/{name}" if scope.path else name
-            given[path] = dict(zip(("beta", "coeff"), pair, strict=True))
+            unit = rewrite.Activation(graph.node_label(node), node.op_type, scope.path, "steered")
+            given[unit.path] = dict(zip(("beta", "coeff"), pair, strict=True))
             released.update(node.input[1:])
             _restore(node, lambda name, scope=scope: _constant(scope, name, opset))
     if not given:

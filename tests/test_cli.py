@@ -327,7 +327,8 @@ from torch import nn
 class Net(nn.Sequential):
     def __init__(self):
         torch.manual_seed(0)
-        super().__init__(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Sequential(nn.Flatten(), nn.ReLU()))
+        flat = nn.Sequential(nn.Flatten(), nn.ReLU())
+        super().__init__(nn.Conv2d(1, 3, 3), nn.ReLU(), flat, nn.Sigmoid())
 
 def make():
     print("made")
@@ -363,6 +364,7 @@ def nets(run, monkeypatch):
     torch.save(model.state_dict(), "t.pth")
     torch.save({"1._raw_beta": torch.zeros(1), "1._raw_coeff": torch.zeros(1)}, "other.pth")
     torch.save([model], "pickled.pth")
+    torch.save(nets.Net().state_dict(), "plain.pth")
     return model, x
 
 
@@ -375,14 +377,19 @@ def test_export(run, nets):
     model, x = nets
     base = ("export", "nets:make", "--input", "1x1x5x5")
     code, out, err = run(*base, "--checkpoint", "t.pth", "-o", "t.onnx")
-    assert (code, out, err) == (0, "wrote t.onnx: 2 steered, 0 skipped\n", "made\n")
+    assert (code, out) == (0, "wrote t.onnx: 2 steered, 1 skipped\n")
+    assert err.startswith("made\nskipped node_sigmoid_4: it is not piecewise affine: ")
+    assert err.count("\n") == 2
     assert abs(outputs("t.onnx", x) - model(x).detach().numpy()).max() < 1e-6
     # In a process of its own, for PyTorch's progress and warnings are no part of what is printed.
-    code, out, err = piped(*base, "--beta", "0.7", "--coeff", "0.4", "-o", "-", "--json")
+    # A state dict without pairs brings its values.
+    arguments = ("--checkpoint", "plain.pth", "--beta", "0.7", "--coeff", "0.4", "-o", "-")
+    code, out, err = piped(*base, *arguments, "--json")
     assert code == 0
     Path("b.onnx").write_bytes(out)
     document = json.loads(err.removeprefix("made\n"))
-    assert (document["output"], len(document["replaced"]), document["skipped"]) == ("-", 2, [])
+    assert (document["output"], len(document["replaced"])) == ("-", 2)
+    assert [a["name"] for a in document["skipped"]] == ["node_sigmoid"]
     assert [a["module"] for a in document["replaced"]] == ["1", "2.1"]
     # The file of torch.export gives the same, and so does steering what PyTorch exports.
     for target in "n.pt2", "N.onnx":
@@ -396,6 +403,15 @@ def test_export(run, nets):
     # A checkpoint goes to the exported original, too.
     assert run("patch", "N.onnx", "--params", "t.pth", "-o", "p.onnx")[0] == 0
     np.testing.assert_allclose(outputs("p.onnx", x), outputs("t.onnx", x), atol=1e-6)
+    # In order, where no module is named: then it is said which pair went where.
+    model = onnx.load("N.onnx")
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    onnx.save(model, "B.onnx")
+    code, _, err = run("patch", "B.onnx", "--params", "t.pth", "-o", "q.onnx")
+    order = "took the pairs in order: 1 for node_ctu, 2.1 for node_ctu_1\n"
+    assert (code, err.partition("modules: ")[2].startswith(order)) == (0, True), err
+    np.testing.assert_array_equal(outputs("q.onnx", x), outputs("p.onnx", x))
 
 
 NET = ("export", "nets:make", "--input", "1x1x5x5", "-o", "new.onnx")
@@ -411,6 +427,7 @@ EXPORT_MISTAKES = [
     ((*NET, "--checkpoint", "digits.onnx"), 3, "digits.onnx: cannot be read as weights alone"),
     ((*NET, "--checkpoint", "pickled.pth"), 3, "pickled.pth: cannot be read as weights alone"),
     ((*NET, "--checkpoint", "other.pth"), 2, "does not fit the model: Missing key(s)"),
+    ((*NET, "--checkpoint", "plain.pth"), 2, "no _raw_beta: it is not of a T-CT model"),
     (("export", "nets:make", "--input", "1x1x5x5", "--beta", "1"), 2, "Missing option '-o'"),
     (("export", "nets:make", "-o", "new.onnx"), 2, "the shape of its input is missing"),
     (("export", "nets", *OUT), 2, "nets: expected PKG:FACTORY, or a .pt2 file"),

@@ -3,6 +3,8 @@
 import copy
 import functools
 import io
+import sys
+import types
 
 import numpy as np
 import onnx
@@ -13,8 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import ctonnx
-from ctonnx import ctu, params, rewrite
-from ctonnx.torch import CTU, export, pairs, restore, steer, trainable
+from ctonnx import ctu, factory, params, rewrite
+from ctonnx.tct import pairs
+from ctonnx.torch import CTU, export, restore, steer, trainable
+from ctonnx.torch_export import exported
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",
@@ -189,6 +193,9 @@ def furthest(proto, x, want):
     return worst
 
 
+# Threads only get in the way of tensors this small.
+torch.set_num_threads(1)
+
 both = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 
 
@@ -196,10 +203,18 @@ both = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscr
 def test_a_steered_model_is_what_is_exported(dynamo):
     model, x = made()
     original = model(*x)
+    options = {}
+    if dynamo:
+        options["dynamic_shapes"] = [None, None, None, {0: torch.export.Dim("batch")}]
+        options |= {"input_names": list("pqrs"), "opset_version": 18}
     with steer(model, 0.7, 0.4):
         want = model(*x)
-        proto = export(model, x, dynamo=dynamo)
-    assert furthest(proto, x, want).max() < 1e-5
+        proto = export(model, x, dynamo=dynamo, **options)
+        assert furthest(proto, x, want).max() < 1e-5
+        if dynamo:  # The exporter's options hold.
+            more = (*x[:3], torch.randn(5, *UNet.example[1:]))
+            assert furthest(proto, more, model(*more)).max() < 1e-5
+            assert [value.name for value in proto.graph.input] == list("pqrs")
     # Steering moves each output by far more than that.
     assert furthest(proto, x, original).min() > 1e-2
     patched = ctonnx.patch(onnx.load_from_string(plain(dynamo)), 0.7, 0.4)
@@ -266,17 +281,6 @@ def test_element_types(dtype, dynamo):
     if dtype != torch.bfloat16:
         # Both hold the same beta and c, in float32 in the file.
         assert furthest(proto, (x,), (model(x),)) < (1e-3 if dtype == torch.float16 else 1e-7)
-
-
-def test_dynamic_shapes_stay():
-    model, x = UNet().eval(), torch.randn(UNet.example)
-    batch = torch.export.Dim("batch")
-    options = {"dynamic_shapes": {"x": {0: batch}}, "input_names": ["image"], "opset_version": 18}
-    with steer(model, 0.7):
-        proto = export(model, x, **options)
-        more = torch.randn(5, 1, 8, 8)
-        assert furthest(proto, (more,), (model(more),)) < 1e-5
-    assert proto.graph.input[0].name == "image"
 
 
 def test_one_part_steered_and_units_by_hand():
@@ -348,7 +352,8 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 def test_exported_programs(tmp_path):
     """An ExportedProgram holds the units as the op, and what makes their beta of the raw one."""
-    model, x = tuned().parts[2], torch.randn(Transformer.example)
+    x = torch.randn(2, 3)
+    model = trainable(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), x)
     torch.export.save(torch.export.export(model, (x,)), tmp_path / "m.pt2")
     proto = export(torch.export.load(tmp_path / "m.pt2"))
     assert furthest(proto, (x,), (model(x),)) < 1e-5
@@ -377,9 +382,14 @@ def two(bare):
     return params.Trained(pairs(model.state_dict())), proto, x, model(x)
 
 
-def test_where_nothing_names_modules_pairs_go_in_order():
+def test_where_nothing_names_modules_pairs_go_in_order_and_it_is_said():
     given, proto, x, want = two(bare=True)
-    assert furthest(ctonnx.patch(proto, params=given), (x,), (want,)) < 1e-6
+    again = onnx.ModelProto.FromString(proto.SerializeToString())
+    report = rewrite.steer(again, params=given)
+    assert furthest(again, (x,), (want,)) < 1e-6
+    assert any("in order: 1 for n1, 3 for n3" in note for note in report.notes)
+    _, named, _, _ = two(bare=False)
+    assert not any("in order" in note for note in rewrite.steer(named, params=given).notes)
     del given["3"]
     with pytest.raises(ctonnx.UsageError, match="holds 1 pairs, the model 2 activations"):
         ctonnx.patch(proto, params=given)
@@ -395,3 +405,75 @@ def test_a_pair_too_much_or_of_another_width_is_refused():
     # A pair too little leaves an activation as it is.
     steered = ctonnx.patch(proto, params=params.Trained({"1": given["1"]}))
     assert [a.status for a in ctonnx.inspect(steered)] == ["steered", "steerable"]
+
+
+# --- models by name
+
+
+class Giving(nn.Module):
+    """A model that prints, and gives what `call` makes of its input after a ReLU."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        print("ran")
+        return self.call(x.relu())
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """What makes a model the one that a PKG:FACTORY names, and gives that."""
+
+    def name(model):
+        def make():
+            print("made")
+            return model
+
+        monkeypatch.setitem(sys.modules, "models_by_name", types.SimpleNamespace(make=make))
+        return "models_by_name:make"
+
+    return name
+
+
+def test_a_model_by_name_runs_and_stays_as_it_was(named, capsys):
+    """Steered for as long as it runs; what it prints is no result."""
+    model, x = Giving(lambda y: y), torch.randn(2, 3)
+    target = named(model)
+    for beta in 0.7, 0.9:
+        got, units = factory.run(target, [x.numpy()], ["y"], beta, 0.5)
+        np.testing.assert_array_equal(got["y"], CTU(beta)(x))
+        np.testing.assert_array_equal(units, [got["y"]])
+    assert capsys.readouterr() == ("", "made\nran\n" * 2)
+    assert type(model) is Giving
+    for pair, lack in ((None, 0.5), "beta"), ((0.7, None), "c"):
+        with pytest.raises(ctonnx.UsageError, match=f"have no {lack} in common to steer it with"):
+            factory.run(target, [x.numpy()], ["y"], *pair)
+
+
+def test_an_export_by_name_leaves_the_model_as_it_was(named, tmp_path, capsys, monkeypatch):
+    def quicker(model, args, dynamo, options):
+        return exported(model, args, False, options)
+
+    monkeypatch.setattr(factory, "exported", quicker)
+    model = Giving(lambda y: y)
+    factory.export(named(model), [[2, 3]], tmp_path / "m.onnx", beta=0.7)
+    assert type(model) is Giving
+    assert capsys.readouterr().out == ""
+
+
+def test_outputs_of_a_model_by_name(named):
+    """They have the exporters' order, in which None is none."""
+    x = torch.rand(2, 3) + 1
+    nested = named(Giving(lambda y: {"a": (y, [None, 2 * y]), "b": nn.Parameter(y).bfloat16()}))
+    got, _ = factory.run(nested, [x.numpy()], ["first"], 1.0, 0.5)
+    want = {"first": x, "output 1": 2 * x, "output 2": x.bfloat16().float()}
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value)
+    for other in 3, np.zeros(2), "y":
+        target = named(Giving(lambda y, other=other: (y, {"n": other})))
+        message = f"{target}: gives an output of type {type(other).__name__}, expected tensors"
+        with pytest.raises(ctonnx.UsageError, match=message):
+            factory.run(target, [x.numpy()], ["y"], 0.7, 0.5)

@@ -136,19 +136,27 @@ def test_formula_is_what_is_compared():
 KINKS = [{}, {"slope": 0.1}, {"slope": nn.Parameter(torch.rand(4))}, {"lower": -1.0, "upper": 2.0}]
 
 
-@pytest.mark.parametrize("kinks", KINKS, ids=["relu", "leaky", "prelu", "clip"])
+class Side(nn.ModuleList):
+    """Modules beside each other: one compilation is as quick as one of each."""
+
+    def forward(self, x):
+        return torch.stack([module(x) for module in self])
+
+
 @pytest.mark.parametrize("fit", [False, True], ids=["fixed", "trainable"])
-def test_modules_script_compile_and_export(kinks, fit):
-    module = CTU(torch.tensor([0.3, 0.5, 0.7, 0.9]), 0.4, trainable=fit, **kinks)
+def test_modules_script_compile_and_export(fit):
+    beta = torch.tensor([0.3, 0.5, 0.7, 0.9])
+    model = Side(CTU(beta, 0.4, trainable=fit, **kinks) for kinks in KINKS)
     x = torch.randn(3, 4, 5, 5)
-    want = module(x)
-    assert torch.equal(torch.jit.script(module)(x), want)
-    assert torch.equal(torch.export.export(module, (x,)).module()(x), want)
+    want = model(x)
+    for module, y in zip(model, want, strict=True):
+        assert torch.equal(torch.jit.script(module)(x), y)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), want)
     if fit:
-        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), want)
         compiled(x).sum().backward()
-        assert module._raw_beta.grad.abs().min() > 0
+        assert all(module._raw_beta.grad.abs().min() > 0 for module in model)
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 3, 4), (2, 4, 3, 5), (2, 4, 3, 5, 2)], ids=str)
@@ -416,6 +424,21 @@ def test_trainable_gives_each_module_a_pair_per_channel():
         torch.testing.assert_close(model.eval()(x), original(x), rtol=0, atol=1e-6)
 
 
+def test_modules_called_by_keyword_are_trainable():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(input=x)
+
+    x = torch.randn(2, 3)
+    model = trainable(Keyword(), x)
+    assert model.act._raw_beta.shape == (1, 3)
+    torch.testing.assert_close(model(x), unit(x, torch.sigmoid(torch.tensor(1.386))))
+
+
 def test_training_moves_the_pairs_and_restore_brings_them_back():
     torch.manual_seed(0)
     x, target = torch.randn(16, 3, 8, 8), torch.randn(16, 5)
@@ -486,8 +509,14 @@ def test_trainable_tells_what_it_cannot_do():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s | {"conv._raw_beta": torch.zeros(1)}, "'conv', no activation of the model"),
-        (lambda s: {k: v for k, v in s.items() if k != "act._raw_coeff"}, "'act', but no coeff"),
+        (
+            lambda s: s | dict.fromkeys(("conv._raw_beta", "conv._raw_coeff"), torch.zeros(1)),
+            "'conv', no activation of the model",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "act._raw_coeff"},
+            "the pair of 'act' in the checkpoint is not complete",
+        ),
         (lambda s: {k: v for k, v in s.items() if k != "conv.bias"}, "Missing key(s)"),
         (lambda s: s | {"head.0.weight": torch.zeros(7, 6)}, "size mismatch for head.0.weight"),
         (lambda s: s | {"more": torch.zeros(1)}, "Unexpected key(s)"),
