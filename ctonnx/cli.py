@@ -495,11 +495,12 @@ def validate(model, shapes, providers, as_json, **options):
         sys.exit(CheckFailed.exit_code)
 
 
-def _sizes(option, text):
-    sizes = text.split("x")
-    if not all(size.isdecimal() and int(size) for size in sizes):
+def _sizes(option, text, names=False):
+    """The numbers in `1x3x224x224`, and names if there may be any."""
+    sizes = [int(size) if size.isdecimal() else size for size in text.split("x")]
+    if not all(size and (type(size) is int or (names and size.isidentifier())) for size in sizes):
         raise click.UsageError(f"--{option} {text}: expected sizes like 1x3x224x224")
-    return [int(size) for size in sizes]
+    return sizes
 
 
 def _named_sizes(text):
@@ -542,7 +543,8 @@ def _measurements(run):
     "inputs",
     multiple=True,
     metavar="SHAPE",
-    help="Shape of an input, like 1x3x224x224; once for each, in order.",
+    help="Shape of a float32 input, like 1x3x224x224, or batchx3x224x224 for any batch; once for "
+    "each, in order.",
 )
 @click.option("--beta", type=float, help="Curvature in [0, 1] of all activations.")
 @click.option(
@@ -558,7 +560,7 @@ def export(model, inputs, output, as_json, **choices):
     FACTORY is a function without arguments, in a package or module that can be imported from the
     current folder, and gives the nn.Module. A .pt2 file of torch.export.save can take its place.
     """
-    shapes = [_sizes("input", text) for text in inputs]
+    shapes = [_sizes("input", text, names=True) for text in inputs]
     from . import factory
 
     report, written = factory.export(model, shapes, output, **choices)

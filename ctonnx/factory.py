@@ -94,7 +94,7 @@ def run(target, inputs, names, beta=None, coeff=None):
         if value is None and not own:
             raise UsageError(
                 f"{target}: holds no CT units, and those of the ONNX model have no {name} in "
-                "common to steer it with"
+                "common: let it give the T-CT model, by ctonnx.torch.restore(model, state_dict)"
             )
     steering = nullcontext() if own else steer(model, beta, coeff)
     record = _Record()
@@ -133,7 +133,8 @@ def export(target, shapes, output, *, beta=None, coeff=0.5, checkpoint=None, for
 
     Args:
         target: as for `load`.
-        shapes: of its float32 inputs; none for a .pt2 file, which knows its own.
+        shapes: of its float32 inputs, lists of sizes and of names for dimensions that may have any;
+            none for a .pt2 file, which knows its own.
         output: where to write.
         beta, coeff: of all activations, or of those that `checkpoint` has no pair for.
         checkpoint: the path of a T-CT state dict.
@@ -153,6 +154,17 @@ def export(target, shapes, output, *, beta=None, coeff=0.5, checkpoint=None, for
     return report, files.save(proto, output, force)
 
 
+def _arguments(shapes):
+    """The example arguments, whether the newer exporter takes them, and its options."""
+    # Of a size of 1 it would make a constant.
+    examples = [torch.zeros([2 if isinstance(d, str) else d for d in shape]) for shape in shapes]
+    dims = [
+        {i: torch.export.Dim(d) for i, d in enumerate(shape) if isinstance(d, str)}
+        for shape in shapes
+    ]
+    return tuple(examples), True, {"dynamic_shapes": tuple(dims)} if any(dims) else {}
+
+
 def _built(target, shapes, beta, coeff, checkpoint):
     """What `export` writes: rewrite.Report and ModelProto."""
     # PyTorch's log and warnings are of its own inner life, and errors come as exceptions.
@@ -170,7 +182,7 @@ def _built(target, shapes, beta, coeff, checkpoint):
     try:
         with steering, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            proto = exported(model, tuple(torch.zeros(shape) for shape in shapes), True, {})
+            proto = exported(model, *_arguments(shapes))
     except CtonnxError:
         raise
     except Exception as error:  # Whatever the exporter raises, or the model when it runs.

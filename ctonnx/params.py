@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from onnx import TensorProto, numpy_helper
 
 from .errors import ModelError, UsageError
 
@@ -33,7 +34,8 @@ def load(path):
     if path.suffix in (".pth", ".pt"):
         from . import tct
 
-        return Trained(tct.pairs(tct.read_checkpoint(path)))
+        state = tct.read_checkpoint(path)
+        return Trained(tct.pairs(state), {n: v.numpy() for n, v in state.items() if v.dim()})
     try:
         if path.suffix == ".npz":
             return _from_arrays(path)
@@ -48,7 +50,23 @@ def load(path):
 
 
 class Trained(dict):
-    """The pairs of a T-CT state dict: a key is a PyTorch module, and nothing else."""
+    """The pairs of a T-CT state dict: a key is a PyTorch module, and nothing else.
+
+    `weights` is name -> array of all that the state dict holds.
+    """
+
+    def __init__(self, pairs, weights=()):
+        super().__init__(pairs)
+        self.weights = dict(weights)
+
+    def differing(self, initializers):
+        """The names of the TensorProtos that are not what the state dict holds under their name."""
+        for tensor in initializers:
+            trained = self.weights.get(tensor.name)
+            if trained is None or tensor.data_location == TensorProto.EXTERNAL:
+                continue
+            if not np.array_equal(numpy_helper.to_array(tensor), trained):
+                yield tensor.name
 
     def of(self, activations, notes):
         """The pairs under names of activations: by module; where the exporter did not write modules

@@ -159,6 +159,7 @@ def steer(
         candidates = [replace(site, dtypes=site.dtypes or {usual}) for site in candidates]
     sites = _of_fitting_types(candidates, opset, with_function, report)
     sites, given = _with_parameters(sites, params, beta, coeff, report)
+    _note_weights(model, params, report)
     if opset < 7 and any(values[key].ndim for values in given for key in ("beta", "coeff")):
         raise UsageError("params: one value per channel needs opset 7")
     if not sites:
@@ -668,6 +669,16 @@ def _insert_activations(model, sites):
         copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
         del scope.body.node[:]
         scope.body.node.extend(copies)
+
+
+def _note_weights(model, given, report):
+    """Note where a state dict holds other weights than the model: T-CT trains a head as well."""
+    names = list(given.differing(model.graph.initializer)) if hasattr(given, "differing") else []
+    if names:
+        report.notes.append(
+            f"took beta and c alone: {len(names)} weights of the checkpoint differ from those in "
+            f"the model, such as {names[0]}; `ctonnx export --checkpoint` takes all"
+        )
 
 
 def _note_calibrated(model, sites, report):

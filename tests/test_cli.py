@@ -376,11 +376,13 @@ def outputs(path, x):
 def test_export(run, nets):
     model, x = nets
     base = ("export", "nets:make", "--input", "1x1x5x5")
-    code, out, err = run(*base, "--checkpoint", "t.pth", "-o", "t.onnx")
+    dynamic = ("export", "nets:make", "--input", "batchx1x5x5")
+    code, out, err = run(*dynamic, "--checkpoint", "t.pth", "-o", "t.onnx")
     assert (code, out) == (0, "wrote t.onnx: 2 steered, 1 skipped\n")
     assert err.startswith("made\nskipped node_sigmoid_4: it is not piecewise affine: ")
     assert err.count("\n") == 2
-    assert abs(outputs("t.onnx", x) - model(x).detach().numpy()).max() < 1e-6
+    for images in x, x.repeat(3, 1, 1, 1):
+        assert abs(outputs("t.onnx", images) - model(images).detach().numpy()).max() < 1e-6
     # In a process of its own, for PyTorch's progress and warnings are no part of what is printed.
     # A state dict without pairs brings its values.
     arguments = ("--checkpoint", "plain.pth", "--beta", "0.7", "--coeff", "0.4", "-o", "-")

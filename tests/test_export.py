@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import numpy_helper
 from torch import nn
 
 import ctonnx
@@ -395,6 +396,20 @@ def test_where_nothing_names_modules_pairs_go_in_order_and_it_is_said():
         ctonnx.patch(proto, params=given)
 
 
+def test_other_weights_than_the_checkpoint_has_are_noted():
+    """T-CT trains a head too, which an older export does not hold."""
+    given, proto, _, _ = two(bare=False)
+    weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    copy = onnx.ModelProto.FromString(proto.SerializeToString())
+    assert rewrite.steer(copy, params=params.Trained(given, weights)).notes == []
+    name = min(weights)
+    weights[name] = weights[name] + 1
+    report = rewrite.steer(proto, params=params.Trained(given, weights))
+    (note,) = report.notes
+    assert note.startswith("took beta and c alone: 1 weights of the checkpoint differ")
+    assert f"such as {name};" in note
+
+
 def test_a_pair_too_much_or_of_another_width_is_refused():
     given, proto, _, _ = two(bare=False)
     with pytest.raises(ctonnx.UsageError, match=r"'head\.1' is no module of an activation"):
@@ -448,7 +463,7 @@ def test_a_model_by_name_runs_and_stays_as_it_was(named, capsys):
     assert capsys.readouterr() == ("", "made\nran\n" * 2)
     assert type(model) is Giving
     for pair, lack in ((None, 0.5), "beta"), ((0.7, None), "c"):
-        with pytest.raises(ctonnx.UsageError, match=f"have no {lack} in common to steer it with"):
+        with pytest.raises(ctonnx.UsageError, match=f"have no {lack} in common: let it give"):
             factory.run(target, [x.numpy()], ["y"], *pair)
 
 
