@@ -365,6 +365,7 @@ def nets(run, monkeypatch):
     torch.save({"1._raw_beta": torch.zeros(1), "1._raw_coeff": torch.zeros(1)}, "other.pth")
     torch.save([model], "pickled.pth")
     torch.save(nets.Net().state_dict(), "plain.pth")
+    torch.save(nets.without().state_dict(), "linear.pth")
     return model, x
 
 
@@ -439,7 +440,7 @@ EXPORT_MISTAKES = [
     (("export", "nets:dict", *OUT), 2, "the module has no function of that name"),
     (("export", "builtins:dict", *OUT), 2, "builtins:dict: gives a dict, expected an nn.Module"),
     (("export", "no.such:net", *OUT), 2, "no.such: cannot be imported: ModuleNotFoundError"),
-    (("export", "nets:without", *OUT), 1, "nets:without: holds no activation"),
+    (("export", "nets:without", *OUT, "--checkpoint", "linear.pth"), 1, "holds no activation"),
     (("export", "n.pt2", *OUT), 2, "leave --input and --checkpoint out"),
     (("export", "none.pt2", "-o", "new.onnx"), 3, "none.pt2: no such file"),
     (("export", "bad.pt2", "-o", "new.onnx"), 3, "bad.pt2: cannot be read by torch.export"),

@@ -481,9 +481,10 @@ def test_an_export_by_name_leaves_the_model_as_it_was(named, tmp_path, capsys, m
 def test_outputs_of_a_model_by_name(named):
     """They have the exporters' order, in which None is none."""
     x = torch.rand(2, 3) + 1
-    nested = named(Giving(lambda y: {"a": (y, [None, 2 * y]), "b": nn.Parameter(y).bfloat16()}))
+    given = {"a": lambda y: (y, [None, 2 * y]), "b": nn.Parameter, "c": torch.Tensor.bfloat16}
+    nested = named(Giving(lambda y: {key: make(y) for key, make in given.items()}))
     got, _ = factory.run(nested, [x.numpy()], ["first"], 1.0, 0.5)
-    want = {"first": x, "output 1": 2 * x, "output 2": x.bfloat16().float()}
+    want = {"first": x, "output 1": 2 * x, "output 2": x, "output 3": x.bfloat16().float()}
     assert got.keys() == want.keys()
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value)
