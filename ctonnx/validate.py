@@ -355,8 +355,7 @@ def _activations_by_output(model):
             within = (a for scope, a in inside.items() if scope.startswith(f"{node_label(node)}."))
             activation = next(within, None)
         if activation is not None and node.output:
-            where = f"{activation.scope}/" if activation.scope else ""
-            labels[node.output[0]] = where + activation.name
+            labels[node.output[0]] = activation.path
     return labels
 
 
