@@ -396,7 +396,7 @@ def test_beta_as_required_input_must_be_fed():
     model, _ = steered(parsed(PLAIN), 0.85, beta_as="required-input")
     session = Model(model.SerializeToString())
     assert {i.name for i in session.inputs} == {"x", "beta"}
-    with pytest.raises(ValueError, match="beta"):
+    with pytest.raises(ModelError, match="beta"):
         session.run(INPUTS["plain"])
 
 
