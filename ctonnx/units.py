@@ -26,6 +26,12 @@ class Units:
 
     def __init__(self, model, fed):
         held = {t.name: t for t in model.graph.initializer}
+        for node in model.graph.node:
+            tensors = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
+            if node.op_type == "Constant" and node.output and tensors:
+                held[node.output[0]] = TensorProto()
+                held[node.output[0]].CopyFrom(tensors[0])
+                held[node.output[0]].name = node.output[0]
         held.update((name, numpy_helper.from_array(array, name)) for name, array in fed.items())
         external = TensorProto.EXTERNAL
         held = {name: t for name, t in held.items() if t.data_location != external}

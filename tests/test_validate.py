@@ -294,8 +294,8 @@ def test_sites_of_every_kind(tmp_path):
     pytest.importorskip("torch")
     text = """<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
         g (float[2, 3] x, bool go) => (float[2, 3] y, float16[2, 3] h, float[2, 3] w)
-        <float[3] slopes = {0.1, -0.5, 1.5}, float lo = {0.0}, float hi = {6.0}>
-        { r = PRelu(x, slopes)  c = Clip(r, lo, hi)
+        <float[3] slopes = {0.1, -0.5, 1.5}, float lo = {0.0}>
+        { r = PRelu(x, slopes)  hi = Constant<value = float {6.0}>()  c = Clip(r, lo, hi)
           y = If(go) <then_branch = t () => (float[2, 3] a) { a = Relu(r) },
                       else_branch = e () => (float[2, 3] b) { b = Relu(c) }>
           q = Cast<to = 10>(x)  h = Relu(q)  w = f.twice(x) }
