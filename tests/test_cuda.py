@@ -1,8 +1,6 @@
 """The CUDA kernels: what can be shown without a GPU, and, marked `gpu`, all that needs one.
 
-`cuda_test.cc` runs the kernels' threads on the host. That it fails for a wrong one is seen by
-spoiling one: let a packet begin elsewhere in ctu_thread.h, or let next_point, origin or whole_count
-be off by one in ctu_launch.h, or lower kFastFromBeta in ctu_math.h.
+`cuda_test.cc` runs the kernels' threads on the host, for test_kernels.py, which builds it.
 """
 
 import ctypes
@@ -51,28 +49,6 @@ NO_GPU = why_no_gpu()
 
 
 # ---- Without a GPU ------------------------------------------------------------------------------
-
-
-@needs_cmake
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "-mfma -ffp-contract=fast",  # as nvcc contracts
-        "-fsanitize=address,undefined -fno-sanitize-recover=all",
-    ],
-    ids=["fma", "sanitizers"],
-)
-def test_threads_on_the_host(tmp_path, flags):
-    if "-mfma" in flags and "fma" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this machine has no fused multiply-add")
-    off = ["-DCTONNX_CUDA=OFF", "-DCTONNX_PORTABLE_ONLY=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
-    configure = ["cmake", "-S", SOURCES, "-B", tmp_path, *off, f"-DCMAKE_CXX_FLAGS={flags}"]
-    subprocess.run(configure, check=True, capture_output=True)
-    build = ["cmake", "--build", tmp_path, "--target", "cuda_test"]
-    subprocess.run(build, check=True, capture_output=True)
-    done = subprocess.run([tmp_path / "cuda_test"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "0 failures\n"
 
 
 @pytest.fixture(scope="module")
