@@ -203,12 +203,11 @@ void test_special_values() {
     for (double value : {infinity, -infinity, std::nan(""), -0.0}) x.push_back(T(value));
   }
   std::vector<T> y(x.size());
-  for (float beta : {0.3f, 0.85f, 1.f}) {
-    for (double slope : {0.0, 0.25, -0.5}) {
-      const One<T> one({beta, 0.5f, slope});
-      run(x.data(), y.data(), x.size(), one.grid);
-      check("special values", x.data(), y.data(), x.size(), one.parameters);
-    }
+  for (Parameters p : {Parameters{0, 0.5f, 1}, {0.3f, 0.5f, 0}, {0.5f, 0.5f, -0.5},
+                       {0.85f, 0.5f, 0}, {0.85f, 0.5f, 0.25}, {1, 0.5f, -0.5}}) {
+    const One<T> one(p);
+    run(x.data(), y.data(), x.size(), one.grid);
+    check("special values", x.data(), y.data(), x.size(), one.parameters);
   }
   const float nan = std::nanf("");
   for (Parameters p : {Parameters{-0.1f, 0.5f, 0}, {1.1f, 0.5f, 0}, {nan, 0.5f, 0},

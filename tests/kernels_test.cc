@@ -66,13 +66,12 @@ void test_special_values() {
     }
   }
   std::vector<T> y(x.size());
-  for (float beta : {0.1f, 0.5f, 1.f}) {
-    for (double slope : {0.0, 0.25, -0.5}) {
-      for (size_t inner : {size_t{1}, size_t{100000}}) {
-        const One<T> one({beta, 0.5f, slope}, inner);
-        Plan<T>(one.grid, cpu_level()).run(x.data(), y.data(), 0, x.size(), 1 << 20);
-        check("special values", x.data(), y.data(), x.size(), one.parameters);
-      }
+  for (Parameters p : {Parameters{0, 0.5f, 1}, {0.1f, 0.5f, 0.25}, {0.5f, 0.5f, 0},
+                       {1, 0.5f, -0.5}}) {
+    for (size_t inner : {size_t{1}, size_t{100000}}) {
+      const One<T> one(p, inner);
+      Plan<T>(one.grid, cpu_level()).run(x.data(), y.data(), 0, x.size(), 1 << 20);
+      check("special values", x.data(), y.data(), x.size(), one.parameters);
     }
   }
 }

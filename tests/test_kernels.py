@@ -79,7 +79,7 @@ def programs(tmp_path_factory):
                 configure = ["cmake", "-S", ROOT / "custom_ops", "-B", folder, "-DCTONNX_CUDA=OFF"]
                 configure += SANITIZERS[sanitizer]
                 if sanitizer != "plain":  # Sanitizers take long to compile at -O3.
-                    configure.append("-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+                    configure.append("-DCMAKE_CXX_FLAGS_RELEASE=-Og")
                 subprocess.run(configure, check=True, capture_output=True)
             target = ["cmake", "--build", folder, "--target", *PROGRAMS[sanitizer]]
             subprocess.run(target, check=True, capture_output=True)
