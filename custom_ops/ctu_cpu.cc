@@ -10,7 +10,6 @@
 #include <cpuid.h>
 #endif
 
-
 namespace ctonnx {
 
 #if defined(CTONNX_X86)
