@@ -1,28 +1,35 @@
 """The op on a GPU: verified first, then timed beside a copy, ONNX Runtime's Relu and the fallback.
 
-    python benchmarks/cuda.py [--build [--arch 90]] [--sanitize] [NETWORK.onnx]
+    python benchmarks/cuda.py [--build [--arch 90]] [--sanitize] [--only PART] [NETWORK.onnx]
 
 `--build` compiles the op library and the kernels' benchmark with the machine's nvcc for one
 architecture. `--sanitize` runs some of the verification under compute-sanitizer, memcheck and
 racecheck. Torch provides device memory. The network is timed in float32 and float16, at several
-batches. Exit codes: 0 all is right, 1 something is not, 4 no GPU, or what is needed is not there.
+batches. `--only` does one part: verify, kernels or models. Rows are printed as they are measured,
+and once more at the end. Exit codes: 0 all is right, 1 something is not, 4 no GPU, or what is
+needed is not there.
 """
 
 import argparse
 import ctypes
+import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
 KERNELS = BUILD / "libcuda_kernel.so"
+SHADOW = ROOT / "ctonnx" / "libctonnx_ops.so"  # while it exists, used before the installed one
 TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
 TESTS += [str(ROOT / "tests" / "test_cuda.py")]
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 BETA, COEFF = 0.85, 0.5
 SIZES = [1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 24, 1 << 26, 1 << 28, 1 << 30]  # bytes of X
@@ -47,25 +54,37 @@ def shell(command, code, what, **options):
         leave(code, f"{what} failed, see above")
 
 
+def compile_kernels(arch, library, *options):
+    """The command that compiles the kernels alone for one architecture into `library`."""
+    command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-shared", "-Xcompiler=-fPIC"]
+    command += [f'-DCTONNX_CUDA_KERNELS="sm_{arch}"', *options]
+    return [*command, Path(__file__).with_name("cuda_kernel.cu"), "-o", library]
+
+
 def build(arch):
-    """The op library beside ctonnx's sources, where they look for it first; the benchmark's."""
+    """The op library, and the benchmark's."""
+    if NVCC is None:
+        leave(4, "nvcc is not installed")
     options = [f"-DCTONNX_CUDA_ARCHITECTURES={arch}", "-DCTONNX_CUDA=ON"]
+    options += [f"-DCMAKE_CUDA_COMPILER={NVCC}"]
     shell(["cmake", "-S", ROOT / "custom_ops", "-B", BUILD, *options], 4, "configuring")
-    shell(["cmake", "--build", BUILD, "--target", "ctonnx_ops"], 4, "building")
-    (ROOT / "ctonnx" / "libctonnx_ops.so").write_bytes((BUILD / "libctonnx_ops.so").read_bytes())
-    nvcc = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-shared", "-Xcompiler", "-fPIC"]
-    source = Path(__file__).with_name("cuda_kernel.cu")
-    shell([*nvcc, f'-DCTONNX_CUDA_KERNELS="sm_{arch}"', source, "-o", KERNELS], 4, "building")
+    jobs = ["-j", os.cpu_count()]
+    shell(["cmake", "--build", BUILD, "--target", "ctonnx_ops", *jobs], 4, "building")
+    shell(compile_kernels(arch, KERNELS), 4, "building")
 
 
 def verify(sanitize):
     """All tests that need a GPU; then, on request, those without large tensors under sanitizers."""
-    shell(TESTS, 1, "verification", cwd=ROOT)
+    # Nothing may be skipped: that would pass unseen.
+    environment = {**os.environ, "CTONNX_REQUIRE_GPU": "1"}
+    shell(TESTS, 1, "verification", cwd=ROOT, env=environment)
     if sanitize:
         for tool in ("memcheck", "racecheck"):
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *TESTS]
+            # Racecheck looks at shared memory only, of which these kernels have none.
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+            command += ["--report-api-errors", "no", "--kernel-regex", "kns=ctu_kernel", *TESTS]
             command += ["-k", "length_and_alignment or broadcast or outside or special"]
-            shell(command, 1, f"compute-sanitizer's {tool}", cwd=ROOT)
+            shell(command, 1, f"compute-sanitizer's {tool}", cwd=ROOT, env=environment)
 
 
 # ---- The kernel alone ----------------------------------------------------------------------------
@@ -127,7 +146,7 @@ def time_kernel(torch, library, dtype, code, size, rounds, beta=BETA, points=1, 
                 stream.cuda_stream,
             )
             if message:
-                leave(1, f"the kernel does not start: {message.decode()}")
+                raise RuntimeError(f"the kernel does not start: {message.decode()}")
 
         return launch
 
@@ -149,12 +168,12 @@ def time_kernel(torch, library, dtype, code, size, rounds, beta=BETA, points=1, 
     exact = ctu.ctu(xs[-1][some].double().cpu().numpy(), beta, COEFF)
     got = ys[-1][some].double().cpu().numpy()
     if not (abs(got - exact) <= 1e-2 * (1 + abs(exact))).all():
-        leave(1, f"the timed kernel is wrong for {dtype}, {size} bytes")
+        raise RuntimeError(f"the timed kernel is wrong for {dtype}, {size} bytes")
     return {name: value / turns for name, value in times.items()}
 
 
 def time_kernels(torch, rounds):
-    """Rows of the table: dtype, case, bytes of X, GB/s of the op, GB/s of the copy."""
+    """Rows of the table, printed as they are measured: the GB/s of the op and of a copy."""
     library = ctypes.CDLL(str(KERNELS))
     library.run_ctu.restype = ctypes.c_char_p
     pointer, size_t = ctypes.c_void_p, ctypes.c_uint64
@@ -169,7 +188,6 @@ def time_kernels(torch, rounds):
         size_t,
         pointer,
     ]
-    rows = []
     for dtype, code in (
         (torch.float32, 1),
         (torch.float16, 10),
@@ -187,10 +205,10 @@ def time_kernels(torch, rounds):
             times = time_kernel(
                 torch, library, dtype, code, size // period * period, rounds, **options
             )
-            rate = {k: 2e-9 * (size // period * period) / v for k, v in times.items()}
-            rows.append((name, case, size, rate["op"], rate["copy"]))
-            print(f"{name} {case} {size}: timed", file=sys.stderr)
-    return rows
+            rate, copy = (2e-9 * (size // period * period) / times[k] for k in ("op", "copy"))
+            row = f"{name:10} {case:22} {size:10} {rate:7.0f} {copy:7.0f} {rate / copy:7.2f}"
+            print(row, flush=True)
+            yield row
 
 
 # ---- Inside ONNX Runtime -------------------------------------------------------------------------
@@ -229,7 +247,8 @@ def relu_model(code):
 def open_sessions(original, graphs):
     """Name -> session on CUDA alone: the ReLU model, steered with the library, steered without.
 
-    Leaves with 1 where a Memcpy node is beside the CTUs, or an op would run on the CPU.
+    Raises RuntimeError where a Memcpy node is beside the CTUs, or CUDA does not start; and what
+    ONNX Runtime raises, as where an op would run on the CPU.
     """
     import onnx
     import onnxruntime as ort
@@ -241,7 +260,9 @@ def open_sessions(original, graphs):
     steered = ModelProto()
     steered.CopyFrom(original)
     rewrite.steer(steered, BETA, ops=["relu"])
-    provider = (runtime.CUDA_PROVIDERS[0], {"enable_cuda_graph": str(int(graphs))})
+    # Searching for the fastest convolutions takes longer than what is to be timed.
+    settings = {"enable_cuda_graph": str(int(graphs)), "cudnn_conv_algo_search": "HEURISTIC"}
+    provider = (runtime.CUDA_PROVIDERS[0], settings)
     sessions = {}
     for name, model in (("Relu", original), ("op", steered), ("fallback", steered)):
         options = ort.SessionOptions()
@@ -254,15 +275,18 @@ def open_sessions(original, graphs):
             session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
             nodes = onnx.load(options.optimized_model_filepath).graph.node
         if session.get_providers()[0] != provider[0]:
-            leave(4, f"ONNX Runtime cannot start {provider[0]}")
+            raise RuntimeError(f"ONNX Runtime cannot start {provider[0]}")
         if any(node.op_type.startswith("Memcpy") for node in nodes):
-            leave(1, f"{name}: Memcpy nodes in the optimised model")
+            raise RuntimeError(f"{name}: Memcpy nodes in the optimised model")
         sessions[name] = session
     return sessions
 
 
 def time_model(torch, original, shape, rounds, graphs):
-    """Name -> median seconds of a run that waits for its end; outputs are compared first."""
+    """Name -> median seconds of a run that waits for its end; outputs are compared first.
+
+    Raises RuntimeError where they differ, and as `open_sessions`.
+    """
     sessions = open_sessions(original, graphs)
     session = sessions["op"]
     (source,), (target,) = session.get_inputs(), session.get_outputs()
@@ -282,9 +306,17 @@ def time_model(torch, original, shape, rounds, graphs):
         for _ in range(4):  # chooses algorithms, then captures a graph, then replays it
             opened.run_with_iobinding(bound[name])
     torch.cuda.synchronize()
+    # What is timed is a replay: of other numbers, so that it must have computed.
+    x.copy_(torch.randn(shape, device="cuda", dtype=torch.float32))
+    for y in results.values():
+        y.fill_(float("nan"))
+    torch.cuda.synchronize()
+    for name, opened in sessions.items():
+        opened.run_with_iobinding(bound[name])
+    torch.cuda.synchronize()
     difference = (results["op"].double() - results["fallback"].double()).abs().max().item()
     if not difference <= TOLERANCE[str(dtype).removeprefix("torch.")]:
-        leave(1, f"op and fallback differ by {difference:.1e}")
+        raise RuntimeError(f"op and fallback differ by {difference:.1e}")
     times = {name: [] for name in sessions}
     order = list(sessions)
     for _ in range(rounds):
@@ -298,10 +330,9 @@ def time_model(torch, original, shape, rounds, graphs):
 
 
 def time_models(torch, network, rounds):
-    """Rows of the table: model, dtype, batch or length, graphs or not, seconds by name."""
+    """Rows of the table, printed as they are measured: times, and their ratios."""
     import onnx
 
-    rows = []
     for dtype, code in (("float32", 1), ("float16", 10)):
         models = [("one node", relu_model(code), [[1 << 16], [1 << 26]])]
         if network:
@@ -314,9 +345,33 @@ def time_models(torch, network, rounds):
             for shape in shapes:
                 for graphs in (False, True):
                     times = time_model(torch, model, shape, rounds, graphs)
-                    rows.append((name, dtype, shape[0], graphs, times))
-                    print(f"{name} {dtype} {shape} graphs={graphs}: timed", file=sys.stderr)
-    return rows
+                    relu, op, fallback = (times[n] for n in ("Relu", "op", "fallback"))
+                    row = f"{name:12.12} {dtype:8} {shape[0]:9} {'yes' if graphs else 'no':>6} "
+                    row += f"{1e6 * relu:9.1f} {1e6 * op:9.1f} {op / relu:7.2f} "
+                    row += f"{op / fallback:11.2f}"
+                    print(row, flush=True)
+                    yield row
+
+
+KERNELS_HEAD = (
+    f"{'kernel':10} {'case':22} {'bytes of X':>10} {'GB/s':>7} {'copy':>7} {'of copy':>7}"
+)
+MODELS_HEAD = f"{'model':12} {'dtype':8} {'batch':>9} {'graphs':>6} {'Relu us':>9} {'op us':>9} "
+MODELS_HEAD += f"{'of Relu':>7} {'of fallback':>11}"
+
+
+def measure(table, head, rows):
+    """Append the head and the rows to the table; whether they came to their end."""
+    print(head, flush=True)
+    table.append(head)
+    try:
+        for row in rows:
+            table.append(row)
+    except Exception:  # ONNX Runtime has an exception type for each of its codes.
+        table.append("(incomplete: it ended with an error, see above)")
+        traceback.print_exc()
+        return False
+    return True
 
 
 def main():
@@ -325,6 +380,7 @@ def main():
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--only", choices=("verify", "kernels", "models"))
     parser.add_argument("--rounds", type=int, default=21)
     args = parser.parse_args()
     random.seed(0)
@@ -339,24 +395,31 @@ def main():
         build(args.arch)
     if not KERNELS.exists():
         leave(4, f"{KERNELS} is missing: run with --build")
-    verify(args.sanitize)
+    shutil.copy(BUILD / "libctonnx_ops.so", SHADOW)
+    try:
+        right = benchmark(torch, args)
+    finally:
+        SHADOW.unlink()
+    sys.exit(0 if right else 1)
+
+
+def benchmark(torch, args):
+    """Do the parts asked for and print the table; whether all is right."""
+    if args.only in (None, "verify"):
+        verify(args.sanitize)
 
     import onnxruntime as ort
 
-    kernels = time_kernels(torch, args.rounds)
-    models = time_models(torch, args.network, args.rounds)
-    gpu = torch.cuda.get_device_name(0)
-    print(f"\n{gpu}, CUDA {torch.version.cuda}, torch {torch.__version__}, ", end="")
-    print(f"onnxruntime {ort.__version__}; all checks passed")
-    print(f"{'kernel':10} {'case':22} {'bytes of X':>10} {'GB/s':>7} {'copy':>7} {'of copy':>7}")
-    for name, case, size, rate, copy in kernels:
-        print(f"{name:10} {case:22} {size:10} {rate:7.0f} {copy:7.0f} {rate / copy:7.2f}")
-    head = f"{'model':12} {'dtype':8} {'batch':>9} {'graphs':>6} {'Relu us':>9}"
-    print(f"{head} {'op us':>9} {'of Relu':>7} {'of fallback':>11}")
-    for name, dtype, batch, graphs, times in models:
-        relu, op, fallback = (times[n] for n in ("Relu", "op", "fallback"))
-        row = f"{name:12.12} {dtype:8} {batch:9} {'yes' if graphs else 'no':>6} {1e6 * relu:9.1f}"
-        print(f"{row} {1e6 * op:9.1f} {op / relu:7.2f} {op / fallback:11.2f}")
+    table, right = [], True
+    if args.only in (None, "kernels"):
+        right &= measure(table, KERNELS_HEAD, time_kernels(torch, args.rounds))
+    if args.only in (None, "models"):
+        right &= measure(table, MODELS_HEAD, time_models(torch, args.network, args.rounds))
+    checked = "all checks passed" if right else "SOME CHECKS FAILED"
+    print(f"\n{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}, ", end="")
+    print(f"torch {torch.__version__}, onnxruntime {ort.__version__}; {checked}")
+    print("\n".join(table))
+    return right
 
 
 if __name__ == "__main__":

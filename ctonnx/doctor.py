@@ -91,7 +91,7 @@ def _largest_error():
 def _why_not_cuda(kernels, available):
     """A line that says why the op does not run on CUDA; None where it does."""
     if kernels is None:
-        return "the op library holds no CUDA kernels: it was built without nvcc"
+        return "built without CUDA kernels: no working nvcc, or CTONNX_CUDA=OFF"
     provider = next((name for name in runtime.CUDA_PROVIDERS if name in available), None)
     if provider is None:
         return "this onnxruntime has no CUDA provider: onnxruntime-gpu has"

@@ -13,7 +13,8 @@ from .errors import EnvironmentLacks, UsageError
 # The oldest ONNX Runtime whose C API has all that the library uses.
 MIN_ONNXRUNTIME = (1, 18)
 
-# What NVIDIA's providers are called, built into ONNX Runtime and as plug-ins.
+# What NVIDIA's providers are called, built into ONNX Runtime and as plug-ins. `session` opens those
+# of `get_available_providers`; for a plug-in, `register` alone makes the op known to its session.
 CUDA_PROVIDERS = ("CUDAExecutionProvider", "CudaPluginExecutionProvider")
 TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 

@@ -10,8 +10,6 @@
 #include <cpuid.h>
 #endif
 
-#include "ctu_math.h"
-
 namespace ctonnx {
 
 #if defined(CTONNX_X86)
@@ -72,25 +70,11 @@ const Level& choose_level() {
                            "\"; this machine can use: " + usable);
 }
 
-// A 16-bit value is exact in float32.
-float widen(Half half) {
-  const uint32_t sign = static_cast<uint32_t>(half.bits & 0x8000) << 16;
-  const uint32_t rest = static_cast<uint32_t>(half.bits & 0x7fff) << 13;
-  const float finite = bits_as<float>(rest) * 0x1p112f;  // float32's exponent bias is larger by 112
-  const uint32_t magnitude = rest >= 0x0f800000 ? rest | 0x7f800000 : bits_as<uint32_t>(finite);
-  return bits_as<float>(sign | magnitude);
-}
-
 }  // namespace
 
 const Level& cpu_level() {
   static const Level& chosen = choose_level();
   return chosen;
-}
-
-double to_double(Half value) { return widen(value); }
-double to_double(BFloat16 value) {
-  return bits_as<float>(static_cast<uint32_t>(value.bits) << 16);
 }
 
 }  // namespace ctonnx

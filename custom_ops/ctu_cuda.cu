@@ -47,9 +47,7 @@ __device__ __forceinline__ void narrow(float from, BFloat16* to) {
 #if __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(from));
 #else
-  const uint32_t bits = __float_as_uint(from);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to->bits = static_cast<uint16_t>(from == from ? rounded : (bits >> 16) | 0x40);
+  to->bits = nearest_bfloat16(from);
 #endif
 }
 

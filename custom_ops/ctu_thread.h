@@ -135,6 +135,13 @@ struct Packet {
 
 CTONNX_DEVICE float widen(float value) { return value; }
 CTONNX_DEVICE double widen(double value) { return value; }
+// The bits of the nearest bfloat16, ties to even, for GPUs without an instruction; NaN stays NaN.
+CTONNX_DEVICE uint16_t nearest_bfloat16(float from) {
+  const uint32_t bits = bits_as<uint32_t>(from);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(from == from ? rounded : (bits >> 16) | 0x40);
+}
+
 template <int kLanes>
 CTONNX_DEVICE void narrow(const float (&from)[kLanes], float (&to)[kLanes]) {
   std::memcpy(to, from, sizeof to);

@@ -3,47 +3,77 @@
 if(NOT CTONNX_CUDA)
   return()
 endif()
-if(DEFINED ENV{CUDACXX})
-  set(nvcc $ENV{CUDACXX})
+if(CMAKE_CROSSCOMPILING AND NOT CMAKE_CUDA_HOST_COMPILER)
+  # nvcc would call the compiler of this machine.
+  message(STATUS "cross-compiling without CMAKE_CUDA_HOST_COMPILER: no CUDA kernels")
+  return()
+endif()
+if(CMAKE_CUDA_COMPILER)
+  set(nvcc ${CMAKE_CUDA_COMPILER})
+elseif(NOT "$ENV{CUDACXX}" STREQUAL "")
+  separate_arguments(nvcc UNIX_COMMAND "$ENV{CUDACXX}")  # may hold options, which enable_language reads
 else()
   find_program(nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  if(nvcc)
+    set(CMAKE_CUDA_COMPILER ${nvcc})
+  endif()
 endif()
 if(NOT nvcc)
   message(STATUS "nvcc not found: no CUDA kernels")
   return()
 endif()
+string(REPLACE ";" " " nvcc_shown "${nvcc}")
 
-# Tried here, as enable_language would end the build where it does not work.
+# An older nvcc does not know every architecture. PTX is for the newest of those known.
+execute_process(COMMAND ${nvcc} --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
+list(SORT CTONNX_CUDA_ARCHITECTURES COMPARE NATURAL)
+foreach(architecture ${CTONNX_CUDA_ARCHITECTURES})
+  if(known MATCHES "compute_${architecture}[^0-9a-z]")
+    list(APPEND architectures ${architecture}-real)
+    set(newest ${architecture})
+    string(APPEND held "sm_${architecture} ")
+  endif()
+endforeach()
+
+# Tried here with all that the kernels ask for, as enable_language would end the build.
+set(options --threads=2 -Xfatbin=-compress-all)
+set(host ${CMAKE_CUDA_HOST_COMPILER})
+if(NOT host)
+  set(host $ENV{CUDAHOSTCXX})
+endif()
+if(host)
+  set(host -ccbin ${host})
+endif()
+if(newest)
+  set(arch -arch=sm_${newest})
+endif()
 set(probe ${CMAKE_CURRENT_BINARY_DIR}/nvcc_probe)
-file(WRITE ${probe}.cu "#include <cuda_runtime.h>\nint main() { return cudaGetLastError(); }\n")
-execute_process(COMMAND ${nvcc} -std=c++17 -cudart static -o ${probe} ${probe}.cu
+file(WRITE ${probe}.cu [[
+#include <cuda_runtime.h>
+__global__ void kernel(const __grid_constant__ int2 work) {}
+int main() {
+  kernel<<<1, 1>>>(int2());
+  return cudaGetLastError();
+}
+]])
+execute_process(
+  COMMAND ${nvcc} -std=c++17 -cudart static ${options} ${arch} ${host} -o ${probe} ${probe}.cu
   RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
 if(failed)
   string(STRIP "${output}" output)
   if(NOT output)
     set(output "${failed}")
   endif()
-  message(WARNING "${nvcc} does not work, so the library is built without CUDA kernels "
+  message(WARNING "${nvcc_shown} does not work, so the library is built without CUDA kernels "
                   "(CTONNX_CUDA=OFF turns them off): ${output}")
   return()
 endif()
-
-# An older nvcc does not know every architecture.
-execute_process(COMMAND ${nvcc} --list-gpu-arch OUTPUT_VARIABLE known)
-foreach(architecture ${CTONNX_CUDA_ARCHITECTURES})
-  if(known MATCHES "compute_${architecture}[^0-9]")
-    list(APPEND architectures ${architecture}-real)
-    set(newest ${architecture})
-    string(APPEND held "sm_${architecture} ")
-  endif()
-endforeach()
 if(NOT newest)
-  message(WARNING "${nvcc} knows none of the architectures ${CTONNX_CUDA_ARCHITECTURES}, "
+  message(WARNING "${nvcc_shown} knows none of the architectures ${CTONNX_CUDA_ARCHITECTURES}, "
                   "so the library is built without CUDA kernels")
   return()
 endif()
 list(APPEND architectures ${newest}-virtual)
-set(CMAKE_CUDA_COMPILER ${nvcc})
 enable_language(CUDA)
 message(STATUS "CUDA kernels: ${held}+ PTX")
 
@@ -54,5 +84,4 @@ set_target_properties(ctonnx_ops PROPERTIES
   CUDA_VISIBILITY_PRESET hidden
   CUDA_RUNTIME_LIBRARY Static)  # so that loading the library needs none of CUDA's
 target_compile_definitions(ctonnx_ops PRIVATE CTONNX_CUDA CTONNX_CUDA_KERNELS="${held}+ PTX")
-set_source_files_properties(ctu_cuda.cu PROPERTIES COMPILE_OPTIONS
-  "--threads=2;-Xfatbin=-compress-all")
+set_source_files_properties(ctu_cuda.cu PROPERTIES COMPILE_OPTIONS "${options}")

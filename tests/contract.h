@@ -40,7 +40,7 @@ struct Row<BFloat16> {
 const float kBetas[] = {0.f,   1e-6f, 1e-4f, 0.01f, 0.1f,  0.149f,    0.15f, 0.151f,
                         0.3f,  0.5f,  0.7f,  0.85f, 0.99f, 0.999999f, 1.f};
 const float kCoeffs[] = {0.f, 0.1f, 0.5f, 0.9f, 1.f};
-const double kSlopes[] = {0, 0.01, 0.25, 1, 1.5, -0.5};
+const double kSlopes[] = {0, 0.01, 0.25, 0.8, 0.95, 1, 1.5, 2, 5, -0.5};
 
 int failures = 0;
 

@@ -29,7 +29,7 @@ struct One {
 template <class T>
 void test_contract() {
   for (float beta : kBetas) {
-    const std::vector<T> x = samples<T>(600, 1 - beta + 1e-6);
+    const std::vector<T> x = samples<T>(200, 1 - beta + 1e-6);
     std::vector<T> y(x.size());
     for (float coeff : kCoeffs) {
       for (double slope : kSlopes) {
@@ -66,13 +66,12 @@ void test_special_values() {
     }
   }
   std::vector<T> y(x.size());
-  for (float beta : {0.f, 0.1f, 0.5f, 1.f}) {
-    for (double slope : {0.0, 0.25, 1.0, -0.5}) {
-      for (size_t inner : {size_t{1}, size_t{100000}}) {
-        const One<T> one({beta, 0.5f, slope}, inner);
-        Plan<T>(one.grid, cpu_level()).run(x.data(), y.data(), 0, x.size(), 1 << 20);
-        check("special values", x.data(), y.data(), x.size(), one.parameters);
-      }
+  for (Parameters p : {Parameters{0, 0.5f, 1}, {0.1f, 0.5f, 0.25}, {0.5f, 0.5f, 0},
+                       {1, 0.5f, -0.5}}) {
+    for (size_t inner : {size_t{1}, size_t{100000}}) {
+      const One<T> one(p, inner);
+      Plan<T>(one.grid, cpu_level()).run(x.data(), y.data(), 0, x.size(), 1 << 20);
+      check("special values", x.data(), y.data(), x.size(), one.parameters);
     }
   }
 }
@@ -178,13 +177,15 @@ void test_type() {
 
 }  // namespace
 
-int main() {
+// With an argument only what threads share.
+int main(int argc, char**) {
+  test_threads();
+  if (argc > 1) return failures > 0;
   test_comparison();
   test_type<float>();
   test_type<Half>();
   test_type<BFloat16>();
   test_type<double>();
-  test_threads();
   std::printf("%s: %d failures\n", cpu_level().name, failures);
   return failures > 0;
 }

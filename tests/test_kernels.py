@@ -1,11 +1,15 @@
-"""The CPU kernels of every instruction set: alone, under sanitizers, and inside ONNX Runtime.
+"""The CPU kernels of every instruction set: alone, under sanitizers, and inside ONNX Runtime; and
+what the CUDA kernels' threads do, on the host.
 
-`kernels_test.cc` holds all that needs no ONNX Runtime, `contract.h` the numeric contract's rows.
-That they fail for a wrong kernel is seen by spoiling one: set k_lo to 0 in ctu_math.h, or lower
-kDegree, or end the loop of for_each_vector an element early in ctu_kernels.cc.
+`kernels_test.cc` and `cuda_test.cc` hold all that needs no ONNX Runtime, `contract.h` the numeric
+contract's rows. That they fail for a wrong kernel is seen by spoiling one: set k_lo to 0 in
+ctu_math.h, or lower kDegree, or end the loop of for_each_vector an element early in ctu_kernels.cc;
+let a packet begin elsewhere in ctu_thread.h, or let next_point, origin or whole_count be off by one
+in ctu_launch.h, or lower kFastFromBeta in ctu_math.h.
 """
 
 import ctypes
+import fcntl
 import gc
 import os
 import shutil
@@ -29,6 +33,11 @@ SANITIZERS = {
     "address": ["-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all"],
     # What threads share is the same at every level: one saves time.
     "thread": ["-DCMAKE_CXX_FLAGS=-fsanitize=thread", "-DCTONNX_PORTABLE_ONLY=ON"],
+}
+PROGRAMS = {
+    "plain": ["kernels_test", "cuda_test_fma"],
+    "address": ["kernels_test", "cuda_test"],
+    "thread": ["kernels_test"],
 }
 
 
@@ -55,37 +64,58 @@ def supported_levels():
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """A function that builds kernels_test with a sanitizer and gives its path."""
+    """A function that builds PROGRAMS with a sanitizer, once, and gives their folder."""
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
-    built = {}
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # what all workers share
 
     def build(sanitizer):
-        if sanitizer not in built:
-            folder = tmp_path_factory.mktemp(sanitizer)
-            configure = ["cmake", "-S", ROOT / "custom_ops", "-B", folder, "-DCTONNX_CUDA=OFF"]
-            configure += SANITIZERS[sanitizer]
-            if sanitizer != "plain":  # Sanitizers take long to compile at -O3.
-                configure.append("-DCMAKE_CXX_FLAGS_RELEASE=-O1")
-            subprocess.run(configure, check=True, capture_output=True)
-            target = ["cmake", "--build", folder, "--target", "kernels_test"]
+        folder = root / f"programs-{sanitizer}"
+        with (root / f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                configure = ["cmake", "-S", ROOT / "custom_ops", "-B", folder, "-DCTONNX_CUDA=OFF"]
+                configure += SANITIZERS[sanitizer]
+                if sanitizer != "plain":  # Sanitizers take long to compile at -O3.
+                    configure.append("-DCMAKE_CXX_FLAGS_RELEASE=-Og")
+                subprocess.run(configure, check=True, capture_output=True)
+            target = ["cmake", "--build", folder, "--target", *PROGRAMS[sanitizer]]
             subprocess.run(target, check=True, capture_output=True)
-            built[sanitizer] = folder / "kernels_test"
-        return built[sanitizer]
+        return folder
 
     return build
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("sanitizer", ["plain", "address"])
 def test_kernels_alone(programs, sanitizer, level):
-    if sanitizer == "thread" and level != "portable":
-        pytest.skip("built for the portable level only")
-    done = at_level(level, programs(sanitizer))
+    done = at_level(level, programs(sanitizer) / "kernels_test")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == f"{level}: 0 failures\n"
 
 
+def test_what_threads_share(programs):
+    done = at_level("portable", programs("thread") / "kernels_test", "threads")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "program"),
+    [(sanitizer, p) for sanitizer in PROGRAMS for p in PROGRAMS[sanitizer] if "cuda" in p],
+)
+def test_cuda_threads_on_the_host(programs, sanitizer, program):
+    """nvcc may contract to fused multiply-adds or not: both keep the contract."""
+    if program.endswith("fma") and "fma" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this machine has no fused multiply-add")
+    done = subprocess.run([programs(sanitizer) / program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "0 failures\n"
+
+
 def test_op_at_every_level(level):
+    if level == doctor.examine()["cpu_level"]:
+        pytest.skip("test_op.py itself runs at this level")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = at_level(level, *command, str(ROOT / "tests" / "test_op.py"))
     assert done.returncode == 0, done.stdout
@@ -107,7 +137,7 @@ def test_nothing_of_one_level_can_serve_another(programs):
     """A weak symbol is merged over all files, whatever instructions it was compiled to."""
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    objects = list(programs("plain").parent.rglob("ctu_kernels*.o"))
+    objects = list(programs("plain").rglob("ctu_kernels*.o"))
     assert objects
     for path in objects:
         listed = subprocess.run(["nm", path], check=True, capture_output=True, text=True).stdout
