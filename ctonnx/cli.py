@@ -274,7 +274,7 @@ def _numbers(context, option, value):
 @click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", help="Of the Ray cluster.  [default: what Ray finds]")
-@click.option("--gpus", type=float, default=0, help="GPUs per task on Ray.")
+@click.option("--gpus", type=click.FloatRange(0), default=0, help="GPUs per task on Ray.")
 @click.option("-o", "--output", help="Write the points to a .csv, .json or .parquet file.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted sweep beside OUTPUT.")
 @click.option(
@@ -334,6 +334,8 @@ def sweep(
         files.check_output(path, force)
     if not runtime.has_library():
         _say("the op library is not installed: the model runs as its fallback")
+    kept = sweeping.progress_path(output)
+    before = _size(kept)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "running without fast kernels")
@@ -347,9 +349,8 @@ def sweep(
                 progress=_progress("sweeping", rated=True),
                 **choices,
             )
-    except (KeyboardInterrupt, SystemExit):
-        kept = sweeping.progress_path(output)
-        if kept is not None and kept.exists():
+    except BaseException:
+        if _size(kept) > before:
             _say(f"what is measured is kept in {kept}: --resume goes on")
         raise
     if drawing not in (None, "-"):
@@ -368,6 +369,10 @@ def sweep(
     click.echo(_verdict(result))
     for path in filter(None, (output, save_best, None if drawing == "-" else drawing)):
         _say(f"wrote {path}")
+
+
+def _size(path):
+    return path.stat().st_size if path is not None and path.exists() else 0
 
 
 def _points_table(result):
@@ -405,10 +410,13 @@ def _verdict(result):
         line += f", gain over the original {best.gain:+{form}} (95 %: {interval})"
     if result.race:
         race = result.race
+        line += f"\nracing: {race.passes} of {race.grid_passes} runs, {len(race.left)} left; "
+        if race.confidence is None:
+            return line + "on the first batches, which tell nothing certain of the others"
+        about = "about " if race.approximate else ""
         line += (
-            f"\nracing: {race.passes} of {race.grid_passes} runs, {len(race.left)} left; "
             f"the grid's best is at most {race.within:{form}} better "
-            f"({100 * race.confidence:g} % confidence)"
+            f"({about}{100 * race.confidence:g} % confidence)"
         )
     return line
 

@@ -27,7 +27,7 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
         inputs: the model's Inputs.
         labels: name of the labels' array or column, or a path of an .npy file; found where None.
         size: samples per batch; the model's own where it is fixed, 32 where None.
-        shuffle: give the samples in a random order, always the same.
+        shuffle: give the samples, or a factory's batches, in a random order, always the same.
         images: images.Transform for images; its defaults where None.
         skip: leave unreadable images out, and count them.
 
@@ -39,14 +39,20 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
     if callable(data) or (isinstance(data, str) and not os.path.exists(data) and ":" in data):
         if labels is not None:
             raise UsageError("labels come with the batches of a factory: leave out --labels")
-        return Stream(data, inputs)
+        return Stream(data, inputs, shuffle)
     if isinstance(data, tuple):
         arrays, target = _named(data, inputs)
         arrays = {name: np.asarray(array) for name, array in arrays.items()}
         target = None if target is None else np.asarray(target)
-        held = [*arrays.values(), *([] if target is None else [target])]
-        stamp = ["the arrays", digest(b"".join(a.tobytes() for a in held))]
-        return Arrays(arrays, target, inputs, size, shuffle, stamp)
+        return Arrays(
+            arrays,
+            target,
+            inputs,
+            size,
+            shuffle,
+            "the arrays",
+            lambda: [digest(b"".join(map(_described, [*arrays.values(), target])))],
+        )
     path = Path(data)
     kind = path.suffix.lower()
     rank = len(inputs[0].shape or ())
@@ -63,31 +69,46 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
     if kind == ".npz":
         arrays, folder = read_npz(path)
         held, target = _split(path, arrays, inputs, labels)
-        return Arrays(held, target, inputs, size, shuffle, _identity(path), folder)
+        return Arrays(
+            *(held, target, inputs, size, shuffle, path),
+            *(lambda: [*stamp(path), labels], folder),
+        )
     if kind == ".npy":
         target = None if labels is None else Rows(labels)
         held = {_only(inputs, path).name: Rows(path)}
-        return Arrays(held, target, inputs, size, shuffle, _identity(path))
+        return Arrays(
+            *(held, target, inputs, size, shuffle, path),
+            lambda: [stamp(each) for each in (path, labels) if each],
+        )
     raise UsageError(f"{path}: expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY")
 
 
 class Indexed:
-    """Base of sources whose samples have numbers; `_read` gives the Batch of an array of them."""
+    """Base of sources whose samples have numbers; `_read` gives the Batch of an array of them.
 
-    def __init__(self, count, inputs, size, shuffle, identity):
+    `identified` is a function that gives what tells these data from others, for JSON.
+    """
+
+    random = True
+
+    def __init__(self, count, inputs, size, shuffle, name, identified):
         if not count:
-            raise ModelError(f"{identity[0]}: holds no samples")
-        self.samples, self.inputs, self._size = count, inputs, size
-        self.identity = [*identity, count, size, shuffle]
+            raise ModelError(f"{name}: holds no samples")
+        self._count, self.inputs, self._size = count, inputs, size
+        self._shuffle, self._name, self._identified = shuffle, name, identified
         self._order = np.random.default_rng(0).permutation(count) if shuffle else None
 
     def __len__(self):
-        return -(-self.samples // self._size)
+        return -(-self._count // self._size)
+
+    def identity(self):
+        """What tells the data, and their order, from others."""
+        return [str(self._name), *self._identified(), self._count, self._size, self._shuffle]
 
     def batch(self, i):
         if i >= len(self):
             return None
-        span = np.arange(i * self._size, min((i + 1) * self._size, self.samples))
+        span = np.arange(i * self._size, min((i + 1) * self._size, self._count))
         if self._order is not None:
             span = np.sort(self._order[span])
         return conform(self._read(span), self.inputs)
@@ -96,14 +117,14 @@ class Indexed:
 class Arrays(Indexed):
     """Arrays, or Rows, with a row per sample."""
 
-    def __init__(self, arrays, labels, inputs, size, shuffle, identity, folder=None):
+    def __init__(self, arrays, labels, inputs, size, shuffle, name, identified, folder=None):
         counts = {name: len(array) for name, array in arrays.items()}
         if labels is not None:
             counts["labels"] = len(labels)
         if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise UsageError(f"{identity[0]}: the numbers of rows differ: {listed}")
-        super().__init__(min(counts.values()), inputs, size, shuffle, identity)
+            listed = ", ".join(f"{key} {count}" for key, count in counts.items())
+            raise UsageError(f"{name}: the numbers of rows differ: {listed}")
+        super().__init__(min(counts.values()), inputs, size, shuffle, name, identified)
         self._arrays, self._labels, self._folder = arrays, labels, folder
 
     def _read(self, indices):
@@ -124,7 +145,9 @@ class Table(Indexed):
         else:
             rest = [c for c in range(len(header)) if c != self._label]
             self._columns = {_only(inputs, path).name: rest}
-        super().__init__(len(self._lines), inputs, size, shuffle, _identity(path))
+        super().__init__(
+            *(len(self._lines), inputs, size, shuffle, path), lambda: [*stamp(path), labels]
+        )
 
     def _read(self, indices):
         rows = self._lines[indices]
@@ -142,27 +165,34 @@ class Table(Indexed):
 
 
 class Stream:
-    """The batches that a factory gives, in turn; where they can be indexed, by index."""
+    """The batches that a factory gives, in turn; where they can be indexed, by index, and in a
+    random order where `shuffle`. `random` tells whether they are in that order."""
 
-    samples = None
-
-    def __init__(self, factory, inputs):
+    def __init__(self, factory, inputs, shuffle=False):
         self._factory = objects.load(factory) if isinstance(factory, str) else factory
         self._spec = factory
         self.inputs = inputs
-        self.identity = [factory if isinstance(factory, str) else type(factory).__name__]
         self._batches, self._next = self._factory(), 0
         self._indexable = hasattr(self._batches, "__getitem__") and hasattr(
             self._batches, "__len__"
         )
         self._iterator = None if self._indexable else iter(self._batches)
+        self.random, self._order = shuffle and self._indexable, None
+        if self.random:
+            self._order = np.random.default_rng(0).permutation(len(self._batches)).tolist()
 
     def __len__(self):
         return len(self._batches)  # TypeError where it has none.
 
+    def identity(self):
+        """As Indexed.identity; of the code only its name."""
+        name = self._spec if isinstance(self._spec, str) else type(self._spec).__name__
+        return [name, self.random]
+
     def batch(self, i):
         if self._indexable:
-            given = self._batches[i] if i < len(self._batches) else None
+            at = i if self._order is None or i >= len(self._order) else self._order[i]
+            given = self._batches[at] if at < len(self._batches) else None
         else:
             if i < self._next:
                 self._iterator, self._next = iter(self._factory()), 0
@@ -229,6 +259,14 @@ def _batch_size(size, inputs):
     return max(fixed)
 
 
-def _identity(path):
-    held = path.stat()
+def stamp(path):
+    """What tells a file from another, or from itself before a change."""
+    held = os.stat(path)
     return [str(path), held.st_size, held.st_mtime_ns]
+
+
+def _described(array):
+    """Bytes of an array with its kind, or of None."""
+    if array is None:
+        return b"none"
+    return f"{array.dtype}{array.shape}".encode() + array.tobytes()

@@ -59,7 +59,7 @@ class Sweep:
         race = self.race and {
             **{"passes": self.race.passes, "grid_passes": self.race.grid_passes},
             **{"within": self.race.within, "confidence": self.race.confidence},
-            "left": len(self.race.left),
+            **{"approximate": self.race.approximate, "left": len(self.race.left)},
         }
         document = {
             **{"metric": self.metric, "higher_is_better": self.higher_is_better},

@@ -1,7 +1,9 @@
 """Sweeping β, and c, over a data set: `ctonnx.sweep` and what it returns."""
 
 import itertools
+import os
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -77,6 +79,8 @@ def sweep(
     _check_choices(search, engine)
     if not 0.5 <= confidence < 1:
         raise UsageError(f"confidence must lie in [0.5, 1), got {confidence!r}")
+    if gpus < 0:
+        raise UsageError(f"gpus must not be negative, got {gpus:g}")
     if output is not None:
         check_format(output)
         files.check_output(output, force)
@@ -85,6 +89,8 @@ def sweep(
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
     chosen = metrics.find(metric)
     steerable = runner.prepare(model, coeffs is not None)
+    if engine == "ray":  # Its workers may be in another folder.
+        dataset, labels = map(_absolute, (dataset, labels))
     opening = partial(
         data.open_source,
         dataset,
@@ -100,8 +106,11 @@ def sweep(
     if count is None and (search, engine) != ("grid", "local"):
         raise UsageError(f"{search} search on {engine}: the factory's iterable must have a length")
     intervals.quantile(LEVEL, 1)  # What is missing is better said now than in the end.
-    header = {"version": 1, "model": steerable.digest(), "data": source.identity, "points": points}
-    header |= {"metric": chosen.name, "search": search, "confidence": confidence}
+    header = {}
+    if output is not None:
+        header = {"version": 2, "model": steerable.identity(), "data": source.identity()}
+        header |= {"points": points, "metric": chosen.name, "providers": providers}
+        header |= {"search": search, "confidence": confidence}
     if engine == "ray":
         from .cluster import Cluster
 
@@ -124,6 +133,11 @@ def sweep(
                 outcome = racing.race(
                     evaluate, book.statistics, chosen, len(points), count, ones, confidence
                 )
+                if not source.random:
+                    outcome = replace(outcome, within=float("nan"), confidence=None)
+                elif isinstance(source, data.Stream) and outcome.passes < outcome.grid_passes:
+                    # A batch's samples may be alike, and count as fewer.
+                    outcome = replace(outcome, approximate=True)
             else:
                 evaluate(itertools.count() if count is None else range(count), range(len(points)))
         result = result_of(chosen, points, book, outcome, steerable.notes)
@@ -193,6 +207,12 @@ def _check_choices(search, engine):
     for name, value, choices in ("search", search, SEARCHES), ("engine", engine, ENGINES):
         if value not in choices:
             raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _absolute(path):
+    """The path of a file or folder that is there; anything else as it is."""
+    held = isinstance(path, str | os.PathLike) and os.path.exists(path)
+    return os.path.abspath(path) if held else path
 
 
 def _length(source):
