@@ -289,9 +289,7 @@ def _numbers(context, option, value):
 @click.option(
     "--beta-as",
     type=click.Choice(["initializer", "input"]),
-    default="initializer",
-    show_default=True,
-    help="In what --save-best writes.",
+    help="In what --save-best writes.  [default: initializer]",
 )
 @_force
 @_json
@@ -324,6 +322,8 @@ def sweep(
         raise click.UsageError("a sweep takes the model's file, not -")
     if resume and output is None:
         raise click.UsageError("--resume goes with -o: progress is kept beside the output")
+    if beta_as is not None and save_best is None:
+        raise click.UsageError("--beta-as goes with --save-best: it is how that is written")
     given = {"resize": resize, "crop": crop, "mean": mean, "std": std}
     transform = None
     if preset is not None or any(value is not None for value in given.values()):
@@ -356,7 +356,7 @@ def sweep(
     if drawing not in (None, "-"):
         result.plot(drawing)
     if save_best is not None:
-        sweeping.save_best(model, result, save_best, beta_as, force)
+        sweeping.save_best(model, result, save_best, beta_as or "initializer", force)
     for note in result.notes:
         _say(note)
     if as_json:

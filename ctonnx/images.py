@@ -9,7 +9,7 @@ import numpy as np
 
 from .batches import Batch, label_column
 from .data import Indexed, digest, stamp
-from .errors import EnvironmentLacks, ModelError, UsageError
+from .errors import EnvironmentLacks, ModelError, UsageError, first_line
 from .rows import Lines
 
 
@@ -163,7 +163,7 @@ class Images(Indexed):
         except (OSError, SyntaxError, ValueError, self._pillow.DecompressionBombError) as error:
             if self._skip:
                 return None
-            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise ModelError(
                 f"{path}: cannot be read as an image: {reason} (--skip-broken leaves such out)"
             ) from None

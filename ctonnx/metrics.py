@@ -106,8 +106,10 @@ def _indices(labels, count, name):
         labels = labels[:, 0]
     if labels.ndim != 1:
         raise UsageError(f"{name} needs one label per sample: the labels are {_text(labels)}")
-    if labels.dtype.kind not in "iubf" or (labels != np.floor(labels)).any():
-        raise UsageError(f"{name} needs whole numbers as labels, got {labels.ravel()[0]!r}")
+    numbers = labels.dtype.kind in "iubf"
+    wrong = labels[labels != np.floor(labels)] if numbers else labels
+    if wrong.size:
+        raise UsageError(f"{name} needs whole numbers as labels, got {wrong[0]}")
     outside = labels[(labels < 0) | (labels >= count)]
     if outside.size:
         raise UsageError(
@@ -234,8 +236,9 @@ def _labels_and_predictions(scores, labels, _):
 
 def _r2(statistics):
     labels, scores = np.split(statistics, 2, 1)
+    # Undefined on such a part of the data.
     if (labels == labels[0]).all(0).any():
-        raise UsageError("r2 needs labels that differ: all are alike")
+        return float("nan")
     return _sklearn().r2_score(labels, scores)
 
 
@@ -266,7 +269,7 @@ def _custom(spec):
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", "metric")
 
     def statistics(outputs, labels, _):
-        given = np.asarray(function(outputs, labels))
+        given = np.asarray(objects.call(function, name, outputs, labels))
         count = len(next(iter(outputs.values())))
         if given.shape != (count,) or given.dtype.kind not in "iubf":
             raise UsageError(

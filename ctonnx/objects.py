@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from .errors import UsageError
+from .errors import CtonnxError, UsageError, first_line
 
 
 def load(target):
@@ -28,9 +28,23 @@ def load(target):
     return found
 
 
+def call(function, name, *arguments):
+    """What a function of the user's gives, called `name` in messages.
+
+    Raises:
+        UsageError: it fails.
+    """
+    try:
+        return function(*arguments)
+    except CtonnxError:
+        raise
+    except Exception as error:  # Whatever the user's function raises.
+        raise UsageError(f"{name}: fails when it is called: {cause(error)}") from error
+
+
 def cause(error):
     """The cause of an error in a line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    first = str(error).strip().partition("\n")[0]
+    first = first_line(str(error).strip())
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -48,7 +48,7 @@ def sweep(
         model: a path or an onnx.ModelProto, steered or not. It is not changed.
         dataset: a path (.npz with inputs by name and labels, .npy, .csv, a folder of images with
             one sub-folder per class), "PKG:FACTORY", a function that gives an iterable of (inputs,
-            labels), or one such pair.
+            labels), one such pair, or inputs alone.
         betas, coeffs: numbers in [0, 1], or as text "0.7:1.0:0.01" or "0.8,0.9". The original, at
             β = 1, is always a point. Without `coeffs` c is the model's own, or 0.5.
         metric: a name of ctonnx.metrics.NAMES, "top5", "PKG:FUNCTION" or a function.
@@ -79,6 +79,8 @@ def sweep(
     _check_choices(search, engine)
     if not 0.5 <= confidence < 1:
         raise UsageError(f"confidence must lie in [0.5, 1), got {confidence!r}")
+    if engine == "local" and (address is not None or gpus):
+        raise UsageError("address and gpus are of engine ray: leave them out")
     if gpus < 0:
         raise UsageError(f"gpus must not be negative, got {gpus:g}")
     if output is not None:

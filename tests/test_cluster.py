@@ -114,7 +114,8 @@ def test_racing_and_the_command_line(cluster, tmp_path, monkeypatch, capsys):
     outputs = []
     for engine in ("ray", "local"):
         arguments = ["sweep", MODEL, "--data", DATA, "--engine", engine, "--beta", "0.7:1:0.1"]
-        monkeypatch.setattr("sys.argv", ["ctonnx", *arguments, "--address", cluster[0]])
+        arguments += ["--address", cluster[0]] if engine == "ray" else []
+        monkeypatch.setattr("sys.argv", ["ctonnx", *arguments])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         captured = capsys.readouterr()

@@ -645,6 +645,7 @@ def test_mistakes_are_one_clear_line():
         g (float[N, 2] x) => (float[1, 2] y)
         { r = Relu(x) y = ReduceMean<axes = [0], keepdims = 1>(r) }"""
     pair = (np.zeros((9, 2), np.float32), np.zeros(9, int))
+    alike = (np.zeros((9, 2), np.float32), np.zeros((9, 2)))
     nan = (np.full((9, 2), np.nan, np.float32), np.zeros(9, int))
     more = """<ir_version: 8, opset_import: ["" : 17]>
         g (float[N, 2] x) => (float[M, 2] y) { r = Relu(x) y = Concat<axis = 0>(r, r) }"""
@@ -665,6 +666,12 @@ def test_mistakes_are_one_clear_line():
         ((MODEL, (images, labels[:3])), {}, UsageError, "the numbers of rows differ"),
         ((MODEL, (images, None)), {}, UsageError, "accuracy needs labels"),
         ((MODEL, DATA), {"metric": "miou"}, UsageError, "miou needs scores (N, classes, H, W)"),
+        (
+            *((MODEL, DATA), {"metric": lambda outputs, labels: 1 / 0}),
+            *(UsageError, "<lambda>: fails when it is called: ZeroDivisionError: division"),
+        ),
+        ((MODEL, DATA), {"gpus": 1}, UsageError, "address and gpus are of engine ray"),
+        ((parsed(relu), alike), {"metric": "r2"}, UsageError, "labels, or samples, are all alike"),
         ((MODEL, DATA), {"search": "all"}, UsageError, "search must be one of grid, racing"),
         ((MODEL, DATA), {"confidence": 1.0}, UsageError, "confidence must lie in [0.5, 1)"),
         ((MODEL, DATA), {"resume": True}, UsageError, "resume goes with an output"),
