@@ -58,11 +58,12 @@ def sweep(
         skip_broken: leave out images that cannot be read, and count them.
         search: "grid" measures every point on all data. "racing" drops points that are
             significantly worse on growing random subsets: see ctonnx.racing.
-        confidence: of racing.
+        confidence: of racing; approximate for most metrics: see ctonnx.racing.
         providers: execution providers, as for `ctonnx.session`.
         engine: "local", or "ray" for an existing Ray cluster at `address`, with `gpus` per task.
         output: a .csv, .json or .parquet file to write the points to. What is measured is kept in
-            OUTPUT.progress until then, where `resume` takes it up.
+            OUTPUT.progress until then, where `resume` takes it up: with the same model, data and
+            options, but functions are known by their names alone.
         force: overwrite `output`.
         progress: called with the number of runs to do, where known, and gives a context manager
             for an object whose `update` is called with the runs done since.
