@@ -5,8 +5,7 @@
 MODEL takes one image, and its first output holds a score per class. A sweep over a folder of PNG
 images, decoding included, is timed in turns with bare `session.run` loops, one per β, over batches
 that lie prepared in memory. Opening the session is in the sweep's time and is given apart too. CPU
-time
-is that of the process: on a machine that others use, it is the steadier of the two.
+time is that of the process: on a machine that others use, it is the steadier of the two.
 """
 
 import argparse

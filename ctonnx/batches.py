@@ -43,7 +43,7 @@ def conform(batch, inputs):
             raise UsageError(
                 f"the data lack the input {i.name!r}: they hold {names_of(batch.inputs)}"
             )
-        array = np.asarray(batch.inputs[i.name])
+        array = _rows(i.name, batch.inputs[i.name])
         shape = [None, *array.shape[1:]]
         fits = i.shape is None or (
             len(shape) == len(i.shape)
@@ -56,12 +56,19 @@ def conform(batch, inputs):
             )
         arrays[i.name] = np.ascontiguousarray(array, i.dtype)
         counts.add(len(array))
-    if batch.labels is not None:
-        counts.add(len(batch.labels))
+    labels = None if batch.labels is None else _rows("labels", batch.labels)
+    if labels is not None:
+        counts.add(len(labels))
     if len(counts) > 1:
         raise UsageError(f"a batch's inputs and labels have {sorted(counts)} rows")
-    labels = None if batch.labels is None else np.asarray(batch.labels)
     return Batch(arrays, labels, batch.broken)
+
+
+def _rows(name, given):
+    array = np.asarray(given)
+    if not array.ndim:
+        raise UsageError(f"{name}: a batch holds {given!r}, expected a row per sample")
+    return array
 
 
 def label_column(path, header, inputs, labels):

@@ -270,7 +270,7 @@ def _numbers(context, option, value):
 @click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", help="Of the Ray cluster.  [default: what Ray finds]")
-@click.option("--gpus", type=float, default=0, help="GPUs per task on Ray.")
+@click.option("--gpus", type=click.FloatRange(0), default=0, help="GPUs per task on Ray.")
 @click.option("-o", "--output", help="Write the points to a .csv, .json or .parquet file.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted sweep beside OUTPUT.")
 @click.option(
@@ -285,9 +285,7 @@ def _numbers(context, option, value):
 @click.option(
     "--beta-as",
     type=click.Choice(["initializer", "input"]),
-    default="initializer",
-    show_default=True,
-    help="In what --save-best writes.",
+    help="In what --save-best writes.  [default: initializer]",
 )
 @_force
 @_json
@@ -320,6 +318,8 @@ def sweep(
         raise click.UsageError("a sweep takes the model's file, not -")
     if resume and output is None:
         raise click.UsageError("--resume goes with -o: progress is kept beside the output")
+    if beta_as is not None and save_best is None:
+        raise click.UsageError("--beta-as goes with --save-best: it is how that is written")
     given = {"resize": resize, "crop": crop, "mean": mean, "std": std}
     transform = None
     if preset is not None or any(value is not None for value in given.values()):
@@ -330,6 +330,8 @@ def sweep(
         files.check_output(path, force)
     if not runtime.has_library():
         _say("the op library is not installed: the model runs as its fallback")
+    kept = sweeping.progress_path(output)
+    before = _size(kept)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "running without fast kernels")
@@ -343,15 +345,14 @@ def sweep(
                 progress=_progress("sweeping", rated=True),
                 **choices,
             )
-    except (KeyboardInterrupt, SystemExit):
-        kept = sweeping.progress_path(output)
-        if kept is not None and kept.exists():
+    except BaseException:
+        if _size(kept) > before:
             _say(f"what is measured is kept in {kept}: --resume goes on")
         raise
     if drawing not in (None, "-"):
         result.plot(drawing)
     if save_best is not None:
-        sweeping.save_best(model, result, save_best, beta_as, force)
+        sweeping.save_best(model, result, save_best, beta_as or "initializer", force)
     for note in result.notes:
         _say(note)
     if as_json:
@@ -364,6 +365,10 @@ def sweep(
     click.echo(_verdict(result))
     for path in filter(None, (output, save_best, None if drawing == "-" else drawing)):
         _say(f"wrote {path}")
+
+
+def _size(path):
+    return path.stat().st_size if path is not None and path.exists() else 0
 
 
 def _points_table(result):
@@ -401,10 +406,13 @@ def _verdict(result):
         line += f", gain over the original {best.gain:+{form}} (95 %: {interval})"
     if result.race:
         race = result.race
+        line += f"\nracing: {race.passes} of {race.grid_passes} runs, {len(race.left)} left; "
+        if race.confidence is None:
+            return line + "on the first batches, which tell nothing certain of the others"
+        about = "about " if race.approximate else ""
         line += (
-            f"\nracing: {race.passes} of {race.grid_passes} runs, {len(race.left)} left; "
             f"the grid's best is at most {race.within:{form}} better "
-            f"({100 * race.confidence:g} % confidence)"
+            f"({about}{100 * race.confidence:g} % confidence)"
         )
     return line
 

@@ -14,7 +14,7 @@ import numpy as np
 from . import objects
 from .batches import LABELS, Batch, conform, label_column, names_of
 from .errors import ModelError, UsageError
-from .rows import Lines, Rows, read_npz
+from .rows import Archive, Lines, Rows
 
 
 def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=None, skip=False):
@@ -22,12 +22,13 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
 
     Args:
         data: a path (.npz, .npy, .csv, or a folder of images), "PKG:FACTORY", a function without
-            arguments that gives an iterable of (inputs, labels), or (inputs, labels) themselves;
-            inputs are an array, or a dict from input name to array, with a row per sample.
+            arguments that gives an iterable of (inputs, labels), (inputs, labels) themselves, or
+            inputs alone; inputs are an array, or a dict from input name to array, with a row per
+            sample.
         inputs: the model's Inputs.
         labels: name of the labels' array or column, or a path of an .npy file; found where None.
         size: samples per batch; the model's own where it is fixed, 32 where None.
-        shuffle: give the samples in a random order, always the same.
+        shuffle: give the samples, or a factory's batches, in a random order, always the same.
         images: images.Transform for images; its defaults where None.
         skip: leave unreadable images out, and count them.
 
@@ -35,18 +36,24 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
         UsageError: the data do not fit the model.
         ModelError: the data cannot be read.
     """
-    size = _batch_size(size, inputs)
+    wanted, size = size, _batch_size(size, inputs)
     if callable(data) or (isinstance(data, str) and not os.path.exists(data) and ":" in data):
-        if labels is not None:
-            raise UsageError("labels come with the batches of a factory: leave out --labels")
-        return Stream(data, inputs)
-    if isinstance(data, tuple):
-        arrays, target = _named(data, inputs)
+        _refuse("a factory", labels=labels, batch=wanted, images=images, skip_broken=skip)
+        return Stream(data, inputs, shuffle)
+    if not isinstance(data, str | os.PathLike):
+        _refuse("arrays", labels=labels, images=images, skip_broken=skip)
+        arrays, target = _named(_pair(data), inputs)
         arrays = {name: np.asarray(array) for name, array in arrays.items()}
         target = None if target is None else np.asarray(target)
-        held = [*arrays.values(), *([] if target is None else [target])]
-        stamp = ["the arrays", digest(b"".join(a.tobytes() for a in held))]
-        return Arrays(arrays, target, inputs, size, shuffle, stamp)
+        return Arrays(
+            arrays,
+            target,
+            inputs,
+            size,
+            shuffle,
+            "the arrays",
+            lambda: [digest(b"".join(map(_described, [*arrays.values(), target])))],
+        )
     path = Path(data)
     kind = path.suffix.lower()
     rank = len(inputs[0].shape or ())
@@ -54,40 +61,58 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
         from .images import Images
 
         return Images(path, inputs, labels, size, shuffle, images, skip)
-    if images is not None:
-        raise UsageError(f"{path}: is no folder of images: leave out the image options")
+    _refuse(f"{path}, no folder of images", images=images, skip_broken=skip)
     if kind == ".csv":
         return Table(path, inputs, labels, size, shuffle)
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     if kind == ".npz":
-        arrays, folder = read_npz(path)
-        held, target = _split(path, arrays, inputs, labels)
-        return Arrays(held, target, inputs, size, shuffle, _identity(path), folder)
+        archive = Archive(path)
+        held, target = _split(archive, inputs, labels)
+        return Arrays(
+            *(held, target, inputs, size, shuffle, path),
+            *(lambda: [*stamp(path), labels], archive.folder),
+        )
     if kind == ".npy":
         target = None if labels is None else Rows(labels)
         held = {_only(inputs, path).name: Rows(path)}
-        return Arrays(held, target, inputs, size, shuffle, _identity(path))
+        return Arrays(
+            *(held, target, inputs, size, shuffle, path),
+            lambda: [stamp(each) for each in (path, labels) if each],
+        )
     raise UsageError(f"{path}: expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY")
 
 
-class Indexed:
-    """Base of sources whose samples have numbers; `_read` gives the Batch of an array of them."""
+# Behind the last batch.
+_END = object()
 
-    def __init__(self, count, inputs, size, shuffle, identity):
+
+class Indexed:
+    """Base of sources whose samples have numbers; `_read` gives the Batch of an array of them.
+
+    `identified` is a function that gives what tells these data from others, for JSON.
+    """
+
+    random = True
+
+    def __init__(self, count, inputs, size, shuffle, name, identified):
         if not count:
-            raise ModelError(f"{identity[0]}: holds no samples")
-        self.samples, self.inputs, self._size = count, inputs, size
-        self.identity = [*identity, count, size, shuffle]
+            raise ModelError(f"{name}: holds no samples")
+        self._count, self.inputs, self._size = count, inputs, size
+        self._shuffle, self._name, self._identified = shuffle, name, identified
         self._order = np.random.default_rng(0).permutation(count) if shuffle else None
 
     def __len__(self):
-        return -(-self.samples // self._size)
+        return -(-self._count // self._size)
+
+    def identity(self):
+        """What tells the data, and their order, from others."""
+        return [str(self._name), *self._identified(), self._count, self._size, self._shuffle]
 
     def batch(self, i):
         if i >= len(self):
             return None
-        span = np.arange(i * self._size, min((i + 1) * self._size, self.samples))
+        span = np.arange(i * self._size, min((i + 1) * self._size, self._count))
         if self._order is not None:
             span = np.sort(self._order[span])
         return conform(self._read(span), self.inputs)
@@ -96,14 +121,14 @@ class Indexed:
 class Arrays(Indexed):
     """Arrays, or Rows, with a row per sample."""
 
-    def __init__(self, arrays, labels, inputs, size, shuffle, identity, folder=None):
+    def __init__(self, arrays, labels, inputs, size, shuffle, name, identified, folder=None):
         counts = {name: len(array) for name, array in arrays.items()}
         if labels is not None:
             counts["labels"] = len(labels)
         if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise UsageError(f"{identity[0]}: the numbers of rows differ: {listed}")
-        super().__init__(min(counts.values()), inputs, size, shuffle, identity)
+            listed = ", ".join(f"{key} {count}" for key, count in counts.items())
+            raise UsageError(f"{name}: the numbers of rows differ: {listed}")
+        super().__init__(min(counts.values()), inputs, size, shuffle, name, identified)
         self._arrays, self._labels, self._folder = arrays, labels, folder
 
     def _read(self, indices):
@@ -124,58 +149,115 @@ class Table(Indexed):
         else:
             rest = [c for c in range(len(header)) if c != self._label]
             self._columns = {_only(inputs, path).name: rest}
-        super().__init__(len(self._lines), inputs, size, shuffle, _identity(path))
+        super().__init__(
+            *(len(self._lines), inputs, size, shuffle, path), lambda: [*stamp(path), labels]
+        )
 
     def _read(self, indices):
-        rows = self._lines[indices]
+        rows, arrays = self._lines[indices], {}
+        for i in self.inputs:
+            columns = self._numbers(rows, self._columns[i.name])
+            if np.issubdtype(i.dtype, np.integer):
+                broken = columns[columns != np.floor(columns)]
+                if broken.size:
+                    raise UsageError(
+                        f"{self._lines.path}: {broken[0]:g} is no whole number, which "
+                        f"{i.name!r} takes: {i.dtype}"
+                    )
+                columns = columns.astype(i.dtype)
+            arrays[i.name] = columns[:, 0] if len(i.shape or ()) == 1 else columns
+        labels = None if self._label is None else self._numbers(rows, [self._label])[:, 0]
+        return Batch(arrays, labels)
+
+    def _numbers(self, rows, columns):
         try:
-            table = np.array([[float(field) for field in row] for row in rows])
+            return np.array([[float(row[column]) for column in columns] for row in rows])
         except ValueError as error:
             raise ModelError(f"{self._lines.path}: {error}") from None
-        arrays = {}
-        for i in self.inputs:
-            columns = table[:, self._columns[i.name]]
-            integral = np.issubdtype(i.dtype, np.integer)
-            columns = columns.astype(i.dtype) if integral else columns
-            arrays[i.name] = columns[:, 0] if len(i.shape or ()) == 1 else columns
-        return Batch(arrays, None if self._label is None else table[:, self._label])
 
 
 class Stream:
-    """The batches that a factory gives, in turn; where they can be indexed, by index."""
+    """The batches that a factory gives, in turn; where they can be indexed, by index, and in a
+    random order where `shuffle`. `random` tells whether they are in that order."""
 
-    samples = None
-
-    def __init__(self, factory, inputs):
+    def __init__(self, factory, inputs, shuffle=False):
         self._factory = objects.load(factory) if isinstance(factory, str) else factory
-        self._spec = factory
+        self._name = getattr(factory, "__name__", type(factory).__name__)
+        if isinstance(factory, str):
+            self._name = factory
         self.inputs = inputs
-        self.identity = [factory if isinstance(factory, str) else type(factory).__name__]
-        self._batches, self._next = self._factory(), 0
+        self._batches, self._next = self._made(), 0
         self._indexable = hasattr(self._batches, "__getitem__") and hasattr(
             self._batches, "__len__"
         )
-        self._iterator = None if self._indexable else iter(self._batches)
+        self._iterator = None if self._indexable else self._call(iter, self._batches)
+        self.random, self._order = shuffle and self._indexable, None
+        if self.random:
+            self._order = np.random.default_rng(0).permutation(len(self._batches)).tolist()
+
+    def _call(self, function, *arguments):
+        return objects.call(function, self._name, *arguments)
+
+    def _made(self):
+        made = self._call(self._factory)
+        if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
+            raise UsageError(
+                f"{self._name}: gave a {type(made).__name__}, expected an iterable of "
+                "(inputs, labels)"
+            )
+        return made
 
     def __len__(self):
         return len(self._batches)  # TypeError where it has none.
 
+    def identity(self):
+        """As Indexed.identity; of the code only its name."""
+        return [self._name, self.random]
+
     def batch(self, i):
         if self._indexable:
-            given = self._batches[i] if i < len(self._batches) else None
+            at = i if self._order is None or i >= len(self._order) else self._order[i]
+            count = len(self._batches)
+            given = self._call(self._batches.__getitem__, at) if at < count else _END
         else:
             if i < self._next:
-                self._iterator, self._next = iter(self._factory()), 0
-            given = next(islice(self._iterator, i - self._next, None), None)
+                self._iterator, self._next = self._call(iter, self._made()), 0
+            given = self._call(next, islice(self._iterator, i - self._next, None), _END)
             self._next = i + 1
-        if given is None:
+        if given is _END:
             return None
-        if not isinstance(given, tuple):
+        # A list is what PyTorch's DataLoader makes of a tuple.
+        if not isinstance(given, tuple | list):
             given = given, None
         if len(given) != 2:
-            raise UsageError(f"{self._spec}: gave {len(given)} values, expected inputs and labels")
+            raise UsageError(f"{self._name}: gave {len(given)} values, expected inputs and labels")
         arrays, labels = _named(given, self.inputs)
         return conform(Batch(arrays, labels), self.inputs)
+
+
+def _pair(data):
+    """Inputs, an array or dict, and labels or None, from either shape they are given in."""
+    if _is_array(data) or isinstance(data, dict):
+        return data, None
+    pair = isinstance(data, tuple | list) and len(data) == 2
+    if not pair or not (_is_array(data[0]) or isinstance(data[0], dict)):
+        raise UsageError(
+            f"expected a path, PKG:FACTORY, (inputs, labels) as arrays, or a function that gives "
+            f"batches, got a {type(data).__name__}"
+        )
+    return data
+
+
+def _is_array(data):
+    return hasattr(data, "__array__")
+
+
+def _refuse(what, **options):
+    """Raise where an option was given that has no meaning for `what`."""
+    for name, value in options.items():
+        if value not in (None, False):
+            shown = name.replace("_", "-")
+            raise UsageError(f"the option {shown} is not for {what}: leave it out")
 
 
 def digest(data):
@@ -183,8 +265,9 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _split(path, arrays, inputs, labels):
+def _split(archive, inputs, labels):
     """The arrays that are inputs, and the labels among the others or None."""
+    path, arrays = archive.path, archive.names
     names = [i.name for i in inputs]
     missing = [name for name in names if name not in arrays]
     if missing:
@@ -197,7 +280,8 @@ def _split(path, arrays, inputs, labels):
         labels = found[0] if found else None
     elif labels not in arrays:
         raise UsageError(f"{path}: holds no array {labels!r}: it holds {names_of(arrays)}")
-    return {name: arrays[name] for name in names}, arrays.get(labels)
+    held = {name: archive.rows(name) for name in names}
+    return held, None if labels is None else archive.rows(labels)
 
 
 def _named(given, inputs):
@@ -229,6 +313,14 @@ def _batch_size(size, inputs):
     return max(fixed)
 
 
-def _identity(path):
-    held = path.stat()
+def stamp(path):
+    """What tells a file from another, or from itself before a change."""
+    held = os.stat(path)
     return [str(path), held.st_size, held.st_mtime_ns]
+
+
+def _described(array):
+    """Bytes of an array with its kind, or of None."""
+    if array is None:
+        return b"none"
+    return f"{array.dtype}{array.shape}".encode() + array.tobytes()

@@ -10,8 +10,8 @@ from onnx import ModelProto, TensorProto, helper
 
 from . import files, rewrite, runtime
 from .batches import Input
-from .data import digest
-from .errors import ModelError, UsageError, first_line
+from .data import digest, stamp
+from .errors import CtonnxError, ModelError, UsageError, first_line
 from .runs import beside
 
 # The point that is the original network, in every list of points the first.
@@ -25,7 +25,7 @@ class Steerable:
     """A steered model whose β, and c where it is swept, are inputs that must be fed.
 
     `inputs` are those of the data, `outputs` all names, `output` the first of floating type;
-    `folder` is where external data are, if there are any.
+    `folder` is where external data are, if there are any, and `external` their files.
     """
 
     data: bytes
@@ -35,6 +35,7 @@ class Steerable:
     output: str
     betas: list[str]
     coeffs: list[str]
+    external: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def open(self, providers=None, threads=0):
@@ -50,12 +51,15 @@ class Steerable:
         with self._beside_its_data() as model:
             try:
                 return runtime.session(model, providers, options)
-            except (RuntimeError, ValueError) as error:
+            except CtonnxError:
+                raise
+            except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
                 line = first_line(error)
                 raise ModelError(f"ONNX Runtime cannot load the model: {line}") from error
 
-    def digest(self):
-        return digest(self.data)
+    def identity(self):
+        """What tells the model from others, for JSON."""
+        return [digest(self.data), *map(stamp, self.external)]
 
     def _beside_its_data(self):
         """A context of what a session is made of: bytes, or a file where external data are."""
@@ -76,13 +80,14 @@ def prepare(model, sweep_coeff=False):
         ModelError: the model cannot be read.
         UsageError: its inputs or outputs are not arrays with a row per sample.
     """
-    proto, folder = ModelProto(), None
+    proto, folder, external = ModelProto(), None, {}
     if isinstance(model, ModelProto):
         proto.CopyFrom(model)
     elif isinstance(model, (str, Path)):
         proto = files.load(model)
-        if files.check_external_data(proto, Path(model).parent):
-            folder = str(Path(model).parent)
+        external = files.check_external_data(proto, Path(model).parent)
+        if external:
+            folder = str(Path(model).parent.absolute())
     else:
         raise UsageError(f"expected a path or a ModelProto, got {type(model).__name__}")
     notes = []
@@ -109,6 +114,7 @@ def prepare(model, sweep_coeff=False):
         _scores(proto.graph.output),
         sorted(betas),
         sorted(coeffs),
+        sorted(map(str, external.values())),
         notes,
     )
 
@@ -135,8 +141,9 @@ def _scores(outputs):
 class Runner:
     """A session whose inputs and outputs stay bound to its device.
 
-    On CUDA a batch is copied there once for all points; only outputs come back. (That device has
-    not been run on.)
+    On CUDA a batch is copied there once for all points, and only outputs come back; tests run on
+    the CPU alone. One session runs all points. On the CPU `runtime.session` may open others first
+    to compare layouts, and keeps one: their number does not grow with the points.
     """
 
     def __init__(self, steerable, providers=None, threads=0):
@@ -158,13 +165,14 @@ class Runner:
         names = self._model.outputs if metric.takes_all_outputs else [self._model.output]
         ort = runtime.import_onnxruntime()
         binding = self._session.io_binding()
-        size, values = len(batch), []
+        size, fed, values = len(batch), len(batch), []
         for i in self._model.inputs:
             array = batch.inputs[i.name]
             # The last batch of a model with a fixed size is filled up.
             short = (i.shape[0] or size) - size if i.shape else 0
             if short > 0:
                 array = np.concatenate([array, np.repeat(array[-1:], short, 0)])
+            fed = len(array)
             values.append(ort.OrtValue.ortvalue_from_numpy(array, self._device, 0))
             binding.bind_ortvalue_input(i.name, values[-1])
         for name in names:
@@ -177,13 +185,14 @@ class Runner:
             scalars = {name: np.array(value, np.float32) for name, value in given.items()}
             for name, scalar in scalars.items():
                 binding.bind_cpu_input(name, scalar)
-            outputs = self._run(binding, names, size)
+            outputs = self._run(binding, names, fed)
+            outputs = {name: value[:size] for name, value in outputs.items()}
             scores = outputs if metric.takes_all_outputs else outputs[names[0]]
             original = scores if original is None else original
             rows.append(metric.measure(scores, batch.labels, original))
         return np.stack(rows)
 
-    def _run(self, binding, names, size):
+    def _run(self, binding, names, rows):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
@@ -191,12 +200,12 @@ class Runner:
             raise UsageError(f"the model does not run on the data: {line}") from error
         outputs = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
         for name, value in outputs.items():
-            if not value.ndim or len(value) < size:
+            if not value.ndim or len(value) != rows:
                 raise UsageError(
-                    f"output {name!r} is {list(value.shape)} for {size} samples: a metric needs a "
+                    f"output {name!r} is {list(value.shape)} for {rows} samples: a metric needs a "
                     "row per sample"
                 )
-        return {name: value[:size] for name, value in outputs.items()}
+        return outputs
 
 
 def run_local(runner, source, metric, points, work):

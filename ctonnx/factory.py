@@ -37,10 +37,7 @@ def _made(target):
     if not module or not name:
         raise UsageError(f"{target}: expected PKG:FACTORY, or a .pt2 file of torch.export.save")
     factory = objects.load(target)
-    try:
-        model = factory()
-    except Exception as error:
-        raise UsageError(f"{target}: fails when it is called: {cause(error)}") from error
+    model = objects.call(factory, target)
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{target}: gives a {type(model).__name__}, expected an nn.Module")
     return model.eval()

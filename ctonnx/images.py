@@ -2,14 +2,14 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from .batches import Batch, label_column
-from .data import Indexed, digest
-from .errors import EnvironmentLacks, ModelError, UsageError
+from .data import Indexed, digest, stamp
+from .errors import EnvironmentLacks, ModelError, UsageError, first_line
 from .rows import Lines
 
 
@@ -82,16 +82,35 @@ class Images(Indexed):
                 raise UsageError("labels are the sub-folders of a folder: leave out --labels")
             self._lines = None
             self._files, self._labels = self._walk(path)
-            stamp = [str(path), digest("\0".join(self._files).encode())]
         else:
             self._lines = Lines(path)
             if "path" not in self._lines.header:
                 raise UsageError(f"{path}: has no column 'path', as a CSV file of images must")
             self._label = label_column(path, self._lines.header, ["path"], labels)
-            stamp = [str(path), path.stat().st_size, path.stat().st_mtime_ns]
         count = len(self._files if self._lines is None else self._lines)
-        described = [getattr(self._transform, f.name) for f in fields(Transform)]
-        super().__init__(count, inputs, size, shuffle, [*stamp, described, skip])
+
+        def identified():
+            # Not `skip`: what is broken may be found after hours, and is left out from there on.
+            list_ = [] if self._lines is None else stamp(path)
+            return [*list_, labels, astuple(self._transform), self._stamped()]
+
+        super().__init__(count, inputs, size, shuffle, path, identified)
+
+    def _stamped(self):
+        """A digest of the files' names, sizes and times; one that is missing has none."""
+        stamps = []
+        for file in self._paths(np.arange(self._count)):
+            try:
+                stamps.append(stamp(file))
+            except OSError:
+                stamps.append([str(file)])
+        return digest(repr(stamps).encode())
+
+    def _paths(self, indices):
+        if self._lines is None:
+            return [self._path / self._files[i] for i in indices]
+        column = self._lines.header.index("path")
+        return [self._path.parent / row[column] for row in self._lines[indices]]
 
     def _walk(self, folder):
         """The image files in order, and the index of the class of each or None."""
@@ -114,14 +133,11 @@ class Images(Indexed):
         return files, None if labels is None else np.array(labels)
 
     def _read(self, indices):
+        paths = self._paths(indices)
         if self._lines is None:
-            paths = [self._path / self._files[i] for i in indices]
             labels = None if self._labels is None else self._labels[indices]
         else:
-            rows = self._lines[indices]
-            column = self._lines.header.index("path")
-            paths = [self._path.parent / row[column] for row in rows]
-            labels = None if self._label is None else self._numbers(rows)
+            labels = None if self._label is None else self._numbers(self._lines[indices])
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             decoded = list(pool.map(self._decode, paths))
         kept = [i for i, image in enumerate(decoded) if image is not None]
@@ -147,7 +163,7 @@ class Images(Indexed):
         except (OSError, SyntaxError, ValueError, self._pillow.DecompressionBombError) as error:
             if self._skip:
                 return None
-            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise ModelError(
                 f"{path}: cannot be read as an image: {reason} (--skip-broken leaves such out)"
             ) from None

@@ -26,7 +26,8 @@ _SMALLEST = 1e-12
 @dataclass(frozen=True)
 class Metric:
     """`statistics(output, labels, original)` gives an array (samples, k); `original` is the output
-    of the original network. `value(statistics)` is a number, the mean where it is None."""
+    of the original network. `value(statistics)` is a number, the mean where it is None. `span` is
+    the range of a sample's number, where it is known and not much wider than what is common."""
 
     name: str
     statistics: Callable
@@ -35,6 +36,7 @@ class Metric:
     needs_labels: bool = True
     needs_original: bool = False
     takes_all_outputs: bool = False
+    span: float | None = None
 
     def measure(self, outputs, labels, original):
         """Statistics of a batch; NaN for samples with NaN among their outputs.
@@ -75,7 +77,7 @@ def find(spec):
     if callable(spec) or ":" in spec:
         return _custom(spec)
     if match := re.fullmatch(r"top([1-9]\d*)", spec):
-        return Metric(spec, lambda *given: _in_top(int(match[1]), *given))
+        return Metric(spec, lambda *given: _in_top(int(match[1]), *given), span=1.0)
     if spec not in NAMES:
         raise UsageError(f"no metric {spec!r}: choose among {', '.join(NAMES)}, topK, PKG:FUNCTION")
     if spec in ("f1", "r2"):
@@ -104,8 +106,10 @@ def _indices(labels, count, name):
         labels = labels[:, 0]
     if labels.ndim != 1:
         raise UsageError(f"{name} needs one label per sample: the labels are {_text(labels)}")
-    if labels.dtype.kind not in "iubf" or (labels != np.floor(labels)).any():
-        raise UsageError(f"{name} needs whole numbers as labels, got {labels.ravel()[0]!r}")
+    numbers = labels.dtype.kind in "iubf"
+    wrong = labels[labels != np.floor(labels)] if numbers else labels
+    if wrong.size:
+        raise UsageError(f"{name} needs whole numbers as labels, got {wrong[0]}")
     outside = labels[(labels < 0) | (labels >= count)]
     if outside.size:
         raise UsageError(
@@ -232,8 +236,9 @@ def _labels_and_predictions(scores, labels, _):
 
 def _r2(statistics):
     labels, scores = np.split(statistics, 2, 1)
+    # Undefined on such a part of the data.
     if (labels == labels[0]).all(0).any():
-        raise UsageError("r2 needs labels that differ: all are alike")
+        return float("nan")
     return _sklearn().r2_score(labels, scores)
 
 
@@ -264,7 +269,7 @@ def _custom(spec):
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", "metric")
 
     def statistics(outputs, labels, _):
-        given = np.asarray(function(outputs, labels))
+        given = np.asarray(objects.call(function, name, outputs, labels))
         count = len(next(iter(outputs.values())))
         if given.shape != (count,) or given.dtype.kind not in "iubf":
             raise UsageError(
@@ -297,7 +302,7 @@ _less = {"higher_is_better": False}
 NAMES = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", _accuracy),
+        Metric("accuracy", _accuracy, span=1.0),
         Metric("f1", _labels_and_choices, _f1),
         Metric("nll", _nll, **_less),
         Metric("ece", _confidence_and_hit, _ece, **_less),
@@ -305,7 +310,7 @@ NAMES = {
         Metric("mse", _mse, **_less),
         Metric("mae", _mae, **_less),
         Metric("r2", _labels_and_predictions, _r2),
-        Metric("agreement", _agreement, needs_original=True, **_free),
+        Metric("agreement", _agreement, needs_original=True, span=1.0, **_free),
         Metric("entropy", _entropy, **_less, **_free),
         Metric("kl", _kl, needs_original=True, **_less, **_free),
     )

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from .errors import UsageError, cause
+from .errors import CtonnxError, UsageError, cause
 
 
 def load(target):
@@ -26,3 +26,17 @@ def load(target):
     if not callable(found):
         raise UsageError(f"{target}: the module has no function of that name")
     return found
+
+
+def call(function, name, *arguments):
+    """What a function of the user's gives, called `name` in messages.
+
+    Raises:
+        UsageError: it fails.
+    """
+    try:
+        return function(*arguments)
+    except CtonnxError:
+        raise
+    except Exception as error:  # Whatever the user's function raises.
+        raise UsageError(f"{name}: fails when it is called: {cause(error)}") from error

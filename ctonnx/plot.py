@@ -3,16 +3,18 @@
 import io
 import shutil
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
 from . import files
 from .errors import EnvironmentLacks, UsageError
+from .results import LEVEL
 
 FORMATS = (".png", ".svg")
 
-# Half an interval of 95 % in standard errors.
-_HALF = 1.96
+# Half an interval of LEVEL in standard errors.
+_HALF = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 def draw(result, path=None):

@@ -4,6 +4,11 @@ After each round every point is compared with the leader, sample by sample, by S
 with the correction for a finite population, as the best on this data set is what is looked for.
 Half of the allowed error is shared among all comparisons and rounds (Bonferroni), so that the
 grid's best drops out with no more; the other half bounds by how much the leader may still miss it.
+
+A subset may hold none of the samples that are rare and decide. Where the range of a sample's number
+is known, as for accuracy, an allowance for these is made and the confidence is what it says. For
+others, such as nll, no subset can tell: there it is approximate, and too high where a few samples
+in a thousand have losses far above all others.
 The idea is Maron and Moore's: Hoeffding Races, NIPS 1993.
 """
 
@@ -26,14 +31,16 @@ _GROWTH = 1.5
 class Outcome:
     """Where a race ended: the leader, who was left, the forward passes (samples excepted, batches
     times points) and those of the grid; and by how much the grid's best can be better than the
-    leader, with `confidence`."""
+    leader, with `confidence`, which is `approximate` where rare samples could overturn it. None
+    where the batches were no random ones."""
 
     best: int
     left: list[int]
     passes: int
     grid_passes: int
     within: float
-    confidence: float
+    confidence: float | None
+    approximate: bool = False
 
 
 def race(evaluate, statistics, metric, count, batches, distances, confidence=0.95):
@@ -41,7 +48,8 @@ def race(evaluate, statistics, metric, count, batches, distances, confidence=0.9
 
     Args:
         evaluate: called with (batch indices, point indices); does that work.
-        statistics: gives all statistics of a point so far, an array (samples, k).
+        statistics: called with (point, end); gives the statistics of the point on the batches
+            below `end`, an array (samples, k). It may hold later ones already.
         batches: how many there are, in random order.
         distances: array, how far each point is from the original: of equals the nearest leads.
         confidence: that the result is within `Outcome.within` of the grid's best.
@@ -66,7 +74,7 @@ def race(evaluate, statistics, metric, count, batches, distances, confidence=0.9
         passes += (until - done) * len(running)
         done = until
         rest = math.sqrt(1 - done / batches)
-        held = {point: statistics(point) for point in running}
+        held = {point: statistics(point, done) for point in running}
         best = leader(metric, held, left, distances)
         # The leader is compared with itself too, and stays.
         left = [p for p in left if not _worse(metric, held[p], held[best], drop_level, rest)]
@@ -75,7 +83,7 @@ def race(evaluate, statistics, metric, count, batches, distances, confidence=0.9
             break
     level = 1 - (1 - confidence) / 2 / rivals
     within = max((_miss(metric, held[p], held[best], level, rest) for p in left), default=0.0)
-    return Outcome(best, left, passes, count * batches, within, confidence)
+    return Outcome(best, left, passes, count * batches, within, confidence, metric.span is None)
 
 
 def leader(metric, held, points, distances):
@@ -101,7 +109,7 @@ def _worse(metric, one, other, level, rest):
     difference, error, dof = compare(metric, one, other)
     if math.isnan(difference):
         return bool(np.isnan(one).any())
-    return difference < 0 and difference < -quantile(level, dof) * error * rest
+    return difference < 0 and difference < -_bound(metric, one, other, error, level, dof) * rest
 
 
 def _miss(metric, one, other, level, rest):
@@ -111,10 +119,16 @@ def _miss(metric, one, other, level, rest):
     difference, error, dof = compare(metric, one, other)
     if not error >= 0:
         return math.inf
-    # Of samples that differ by up to `largest` and of which none was seen in n draws, a share of
-    # more than log(1/a)/n is unlikely: the rule of three.
-    mean = metric.value is None
-    largest = np.abs(one - other).max() if mean and (one != other).any() else 1.0
-    unseen = largest * math.log(1 / (1 - level)) / len(one)
-    bound = max(quantile(level, dof) * error, unseen) * rest
-    return max(0.0, difference + bound)
+    return max(0.0, difference + _bound(metric, one, other, error, level, dof) * rest)
+
+
+def _bound(metric, one, other, error, level, dof):
+    """By how much a difference can be off, with probability `level`."""
+    # Of samples that differ by up to `span` and of which none was seen in n draws, a share of
+    # more than log(1/a)/n is unlikely: the rule of three. Without a span what was seen must do.
+    span = metric.span
+    if span is None:
+        mean = metric.value is None
+        span = np.abs(one - other).max() if mean and (one != other).any() else 1.0
+    unseen = span * math.log(1 / (1 - level)) / len(one)
+    return max(quantile(level, dof) * error, unseen)

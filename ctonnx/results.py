@@ -8,6 +8,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from . import files, intervals, racing
 from .engine import ORIGINAL
 from .errors import EnvironmentLacks, ModelError, UsageError
@@ -59,7 +61,7 @@ class Sweep:
         race = self.race and {
             **{"passes": self.race.passes, "grid_passes": self.race.grid_passes},
             **{"within": self.race.within, "confidence": self.race.confidence},
-            "left": len(self.race.left),
+            **{"approximate": self.race.approximate, "left": len(self.race.left)},
         }
         document = {
             **{"metric": self.metric, "higher_is_better": self.higher_is_better},
@@ -124,7 +126,9 @@ def result_of(metric, points, book, outcome, notes):
     notes = list(notes)
     values = {point.value for point in measured if not math.isnan(point.value)}
     if not values:
-        raise UsageError(f"{metric.name} is NaN at every point: the outputs hold NaN")
+        held_nan = np.isnan(held[ORIGINAL]).any()
+        why = "the outputs hold NaN" if held_nan else "the labels, or samples, are all alike"
+        raise UsageError(f"{metric.name} is NaN at every point: {why}")
     if len(values) == 1 and len(points) > 1:
         notes.append(f"{metric.name} is {values.pop():.6g} at every point: it tells nothing apart")
     if outcome is None:

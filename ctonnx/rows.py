@@ -4,6 +4,7 @@ import csv
 import shutil
 import tempfile
 import zipfile
+import zlib
 from array import array
 from contextlib import contextmanager
 from itertools import pairwise
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import ModelError
+from .errors import ModelError, first_line
+
+# RuntimeError: an encrypted archive; NotImplementedError: a rare kind of compression.
+_FAILURES = (ValueError, EOFError, RuntimeError, csv.Error, zipfile.BadZipFile, zlib.error)
 
 
 class Rows:
@@ -76,30 +80,47 @@ def _runs(breaks, count):
     return pairwise(edges)
 
 
-def read_npz(path):
-    """Name -> Rows of the arrays in an .npz file.
+class Archive:
+    """An .npz file, of which only the arrays asked for are opened.
 
-    What is compressed is unpacked to a temporary file first, for it cannot be read from the middle.
-
-    Returns:
-        the dict, and the temporary folder to keep as long as it is used, or None.
+    What is compressed is unpacked to a temporary folder first, for it cannot be read from the
+    middle: `folder` must be kept as long as the rows are used.
 
     Raises:
-        ModelError: it is no .npz file, or holds something else.
+        ModelError: it is no .npz file.
     """
-    rows, folder = {}, None
-    with _reading(path), zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            name = info.filename.removesuffix(".npy")
-            if info.compress_type == zipfile.ZIP_STORED:
-                rows[name] = Rows(path, _data_offset(path, info), f"{path}: {name}")
-                continue
-            folder = folder or tempfile.TemporaryDirectory(prefix="ctonnx-")
-            unpacked = Path(folder.name, f"{len(rows)}.npy")
-            with archive.open(info) as source, open(unpacked, "wb") as target:
+
+    def __init__(self, path):
+        self.path, self.folder = path, None
+        with _reading(path), zipfile.ZipFile(path) as archive:
+            self._held = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+        self.names = list(self._held)
+
+    def rows(self, name):
+        """Rows of an array.
+
+        Raises:
+            ModelError: it cannot be read or unpacked.
+        """
+        info, label = self._held[name], f"{self.path}: {name}"
+        if info.compress_type == zipfile.ZIP_STORED:
+            with _reading(self.path):
+                return Rows(self.path, _data_offset(self.path, info), label)
+        try:
+            if self.folder is None:
+                self.folder = tempfile.TemporaryDirectory(prefix="ctonnx-")
+            unpacked = Path(self.folder.name, f"{self.names.index(name)}.npy")
+            with (
+                _reading(label, OSError),
+                zipfile.ZipFile(self.path) as archive,
+                archive.open(info) as source,
+                open(unpacked, "wb") as target,
+            ):
                 shutil.copyfileobj(source, target)
-            rows[name] = Rows(unpacked, 0, f"{path}: {name}")
-    return rows, folder
+        except OSError as error:
+            reason = error.strerror or error
+            raise ModelError(f"{label}: cannot be unpacked to a temporary file: {reason}") from None
+        return Rows(unpacked, 0, label)
 
 
 def _data_offset(path, info):
@@ -153,12 +174,16 @@ class Lines:
 
 
 @contextmanager
-def _reading(name):
-    """Turn what reading a file raises into a ModelError that names it."""
+def _reading(name, through=()):
+    """Turn what reading a file raises into a ModelError that names it, but for `through`."""
     try:
         yield
+    except through:
+        raise
     except FileNotFoundError:
         raise ModelError(f"{name}: no such file") from None
-    except (OSError, ValueError, EOFError, csv.Error, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    except ModelError:
+        raise
+    except (*_FAILURES, OSError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise ModelError(f"{name}: cannot be read: {reason}") from None

@@ -1,7 +1,9 @@
 """Sweeping β, and c, over a data set: `ctonnx.sweep` and what it returns."""
 
 import itertools
+import os
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def sweep(
         model: a path or an onnx.ModelProto, steered or not. It is not changed.
         dataset: a path (.npz with inputs by name and labels, .npy, .csv, a folder of images with
             one sub-folder per class), "PKG:FACTORY", a function that gives an iterable of (inputs,
-            labels), or one such pair.
+            labels), one such pair, or inputs alone.
         betas, coeffs: numbers in [0, 1], or as text "0.7:1.0:0.01" or "0.8,0.9". The original, at
             β = 1, is always a point. Without `coeffs` c is the model's own, or 0.5.
         metric: a name of ctonnx.metrics.NAMES, "top5", "PKG:FUNCTION" or a function.
@@ -56,11 +58,12 @@ def sweep(
         skip_broken: leave out images that cannot be read, and count them.
         search: "grid" measures every point on all data. "racing" drops points that are
             significantly worse on growing random subsets: see ctonnx.racing.
-        confidence: of racing.
+        confidence: of racing; approximate for most metrics: see ctonnx.racing.
         providers: execution providers, as for `ctonnx.session`.
         engine: "local", or "ray" for an existing Ray cluster at `address`, with `gpus` per task.
         output: a .csv, .json or .parquet file to write the points to. What is measured is kept in
-            OUTPUT.progress until then, where `resume` takes it up.
+            OUTPUT.progress until then, where `resume` takes it up: with the same model, data and
+            options, but functions are known by their names alone.
         force: overwrite `output`.
         progress: called with the number of runs to do, where known, and gives a context manager
             for an object whose `update` is called with the runs done since.
@@ -77,6 +80,10 @@ def sweep(
     _check_choices(search, engine)
     if not 0.5 <= confidence < 1:
         raise UsageError(f"confidence must lie in [0.5, 1), got {confidence!r}")
+    if engine == "local" and (address is not None or gpus):
+        raise UsageError("address and gpus are of engine ray: leave them out")
+    if gpus < 0:
+        raise UsageError(f"gpus must not be negative, got {gpus:g}")
     if output is not None:
         check_format(output)
         files.check_output(output, force)
@@ -85,6 +92,8 @@ def sweep(
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
     chosen = metrics.find(metric)
     steerable = runner.prepare(model, coeffs is not None)
+    if engine == "ray":  # Its workers may be in another folder.
+        dataset, labels = map(_absolute, (dataset, labels))
     opening = partial(
         data.open_source,
         dataset,
@@ -100,8 +109,11 @@ def sweep(
     if count is None and (search, engine) != ("grid", "local"):
         raise UsageError(f"{search} search on {engine}: the factory's iterable must have a length")
     intervals.quantile(LEVEL, 1)  # What is missing is better said now than in the end.
-    header = {"version": 1, "model": steerable.digest(), "data": source.identity, "points": points}
-    header |= {"metric": chosen.name, "search": search, "confidence": confidence}
+    header = {}
+    if output is not None:
+        header = {"version": 2, "model": steerable.identity(), "data": source.identity()}
+        header |= {"points": points, "metric": chosen.name, "providers": providers}
+        header |= {"search": search, "confidence": confidence}
     if engine == "ray":
         from .cluster import Cluster
 
@@ -124,6 +136,11 @@ def sweep(
                 outcome = racing.race(
                     evaluate, book.statistics, chosen, len(points), count, ones, confidence
                 )
+                if not source.random:
+                    outcome = replace(outcome, within=float("nan"), confidence=None)
+                elif isinstance(source, data.Stream) and outcome.passes < outcome.grid_passes:
+                    # A batch's samples may be alike, and count as fewer.
+                    outcome = replace(outcome, approximate=True)
             else:
                 evaluate(itertools.count() if count is None else range(count), range(len(points)))
         result = result_of(chosen, points, book, outcome, steerable.notes)
@@ -193,6 +210,12 @@ def _check_choices(search, engine):
     for name, value, choices in ("search", search, SEARCHES), ("engine", engine, ENGINES):
         if value not in choices:
             raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _absolute(path):
+    """The path of a file or folder that is there; anything else as it is."""
+    held = isinstance(path, str | os.PathLike) and os.path.exists(path)
+    return os.path.abspath(path) if held else path
 
 
 def _length(source):

@@ -1,6 +1,9 @@
 """Sweeps on a Ray cluster of two nodes: the local result, whatever happens to a worker."""
 
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -41,8 +44,17 @@ class Deadly(Batches):
     deadly = 4
 
 
+class Fatal(Batches):
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def wrong():
     return [(held["image"][:, :, :4], held["label"])]
+
+
+def many():
+    return wrong() * 9
 """
 
 
@@ -102,7 +114,8 @@ def test_racing_and_the_command_line(cluster, tmp_path, monkeypatch, capsys):
     outputs = []
     for engine in ("ray", "local"):
         arguments = ["sweep", MODEL, "--data", DATA, "--engine", engine, "--beta", "0.7:1:0.1"]
-        monkeypatch.setattr("sys.argv", ["ctonnx", *arguments, "--address", cluster[0]])
+        arguments += ["--address", cluster[0]] if engine == "ray" else []
+        monkeypatch.setattr("sys.argv", ["ctonnx", *arguments])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         captured = capsys.readouterr()
@@ -119,6 +132,53 @@ def test_mistakes_come_back_as_one_line(cluster):
     images = np.zeros((3, 1, 8, 8), np.float32)
     with pytest.raises(UsageError, match="label 10 is out of range"):
         on_ray(cluster, MODEL, (images, np.array([1, 10, 2])))
+
+
+def test_a_batch_that_always_kills_its_worker_is_one_line(cluster, monkeypatch):
+    monkeypatch.setattr("ctonnx.cluster._RETRIES", 1)
+    with pytest.raises(
+        EnvironmentLacks, match=r"batch 0 ends its worker 2 times.*Crashed"
+    ) as caught:
+        on_ray(cluster, MODEL, "shards:Fatal", [0.9])
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_and_modules_of_the_current_folder(cluster, tmp_path, monkeypatch):
+    """Workers, which were started elsewhere, find them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copy(MODEL, "m.onnx")
+    shutil.copy(DATA, "d.npz")
+    (tmp_path / "near.py").write_text(
+        "import numpy as np\n"
+        "def batches():\n    held = np.load('d.npz')\n    return [(held['image'], held['label'])]\n"
+        "def size(outputs, labels): return outputs['logits'].max(1)\n"
+    )
+    whole = ctonnx.sweep(MODEL, DATA, [0.9], batch_size=540)
+    assert on_ray(cluster, "m.onnx", "d.npz", [0.9], batch_size=540) == whole
+    assert on_ray(cluster, "m.onnx", "near:batches", [0.9]) == whole
+    local = ctonnx.sweep("m.onnx", "d.npz", [0.9], "near:size")
+    assert on_ray(cluster, "m.onnx", "d.npz", [0.9], "near:size") == local
+
+
+def test_errors_of_tasks_that_nobody_waits_for_are_not_printed(cluster, tmp_path):
+    code = (
+        "import sys, ctonnx.cli\n"
+        f"sys.argv = ['ctonnx', 'sweep', {MODEL!r}, '--data', 'shards:many', '--engine', 'ray', "
+        f"'--address', {cluster[0]!r}]\n"
+        "ctonnx.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_another_cluster_is_refused(cluster):
+    on_ray(cluster, MODEL, DATA, [0.9])
+    with pytest.raises(UsageError, match=r"Ray is connected to .* already"):
+        ctonnx.sweep(MODEL, DATA, [0.9], engine="ray", address="10.0.0.1:6379")
+    with pytest.raises(UsageError, match="gpus must not be negative, got -1"):
+        on_ray(cluster, MODEL, DATA, [0.9], gpus=-1)
 
 
 def test_no_cluster_is_one_line(monkeypatch):

@@ -67,6 +67,32 @@ def test_every_source_gives_the_same(tmp_path, monkeypatch, arrays, kind):
     np.testing.assert_array_equal(first[1][order], y[np.lexsort(x.T)])
 
 
+def test_the_shapes_python_data_come_in(arrays):
+    """Pairs as lists, as a DataLoader makes them, inputs alone, and by name."""
+    x, y = arrays
+    for given in ((x, y), [x, y], {"x": x}, x, ({"x": x}, None), lambda: [[x, y]], lambda: [x]):
+        source = open_source(given, X, size=None if callable(given) else 70)
+        batch = source.batch(0)
+        np.testing.assert_array_equal(batch.inputs["x"], x)
+        assert source.batch(1) is None
+        if batch.labels is not None:
+            np.testing.assert_array_equal(batch.labels, y)
+    assert open_source([x, y], X).batch(0).labels is not None
+    assert open_source(x, X).batch(0).labels is None
+
+
+def test_only_what_is_asked_for_is_read(tmp_path, arrays):
+    """Arrays that rows cannot be had of, and columns of text, are no hindrance."""
+    x, y = arrays
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "d.npz", x=x, label=y, classes=np.array(["a", None], object), n=3)
+        source = open_source(tmp_path / "d.npz", X)
+        np.testing.assert_array_equal(source.batch(0).labels, y[:32])
+    (tmp_path / "d.csv").write_text("name,x,label\nfirst,1,2\nsecond,3,4\n")
+    batch = open_source(tmp_path / "d.csv", [Input("x", FLOAT, (None,))]).batch(0)
+    assert (batch.inputs["x"].tolist(), batch.labels.tolist()) == ([1, 3], [2, 4])
+
+
 def test_rows_are_read_in_runs(tmp_path):
     array = np.arange(60, dtype=np.int16).reshape(20, 3)
     np.save(tmp_path / "a.npy", array)
@@ -171,6 +197,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
     (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-9])
     (tmp_path / "cut.npz").write_bytes((tmp_path / "d.npz").read_bytes()[:-99])
     (tmp_path / "text.csv").write_text("a,b,c\n1,2,x\n")
+    (tmp_path / "part.csv").write_text("a,b,c\n1,2,1.9\n")
     (tmp_path / "short.csv").write_text("a,b,c\n1,2\n")
     (tmp_path / "head.csv").write_text("a,b,c\n")
     (tmp_path / "d.txt").write_text("")
@@ -188,7 +215,21 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
         ("d.npz", X, {"labels": "truth"}, "holds no array 'truth': it holds x, label"),
         ("d.npz", X, {"size": 0}, "batch size must be at least 1"),
         ("d.npz", [Input("x", FLOAT, (4, 3))], {"size": 5}, "takes batches of 4"),
-        ("d.npz", X, {"images": object()}, "is no folder of images"),
+        (
+            "d.npz",
+            X,
+            {"images": object()},
+            "the option images is not for d.npz, no folder of images: leave",
+        ),
+        ("d.npz", X, {"skip": True}, "the option skip-broken is not for d.npz"),
+        (
+            lambda: [(x, y)],
+            X,
+            {"labels": "y"},
+            "the option labels is not for a factory: leave it out",
+        ),
+        (lambda: [(x, y)], X, {"size": 3}, "the option batch is not for a factory: leave it out"),
+        ((x, y), X, {"labels": "y"}, "the option labels is not for arrays: leave it out"),
         ("objects.npz", X, {}, "holds objects"),
         ("none.npz", X, {}, "none.npz: holds no samples"),
         ("f.npy", X, {}, "is in Fortran order"),
@@ -208,6 +249,16 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
         ("mod:a", X, {}, "mod:a: the module has no function of that name"),
         ("mod:three", X, {}, "gave 3 values, expected inputs and labels"),
         ((x[:, None], y), X, {}, "x: the data are float32[N,1,3]"),
+        ((x, y, y), X, {}, "expected a path, PKG:FACTORY, (inputs, labels) as arrays"),
+        ([(x, y), (x, y)], X, {}, "or a function that gives batches, got a list"),
+        (42, X, {}, "got a int"),
+        (lambda: None, X, {}, "<lambda>: gave a NoneType, expected an iterable"),
+        (lambda: 1 / 0, X, {}, "<lambda>: fails when it is called: ZeroDivisionError"),
+        (lambda: (1 / 0 for _ in [1]), X, {}, "fails when it is called: ZeroDivisionError"),
+        (lambda: {"x": x}, X, {}, "fails when it is called: KeyError"),
+        (lambda: [None], X, {}, "a batch holds None, expected a row per sample"),
+        (lambda: [(x, 3)], X, {}, "labels: a batch holds 3, expected a row per sample"),
+        ("part.csv", [Input("x", np.dtype(np.int64), (None, 3))], {}, "1.9 is no whole number"),
         (({"z": x}, y), X, {}, "the data lack the input 'x': they hold z"),
     ]:
         if line == "images differ in size":

@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import DIGITS, parsed
 
 import ctonnx
-from ctonnx import intervals, journal, metrics, racing, results, runtime, sweeping
+from ctonnx import cli, data, engine, intervals, journal, metrics, racing, results, sweeping
 from ctonnx.errors import CtonnxError, ModelError, NothingToDo, UsageError
 
 pytest.importorskip("sklearn")
@@ -69,12 +71,20 @@ def test_a_model_may_be_steered_already(model):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_one_session_is_opened(monkeypatch):
-    opened = []
-    before = runtime.session
-    monkeypatch.setattr(runtime, "session", lambda *a, **k: opened.append(1) or before(*a, **k))
+def test_sessions_are_not_opened_for_points(monkeypatch):
+    opened, before = [], onnxruntime.InferenceSession
+
+    class Counted(before):
+        def __init__(self, *arguments, **options):
+            opened.append(1)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Counted)
+    ctonnx.sweep(MODEL, DATA, "0.9", batch_size=540)
+    few, opened[:] = len(opened), []
     ctonnx.sweep(MODEL, DATA, "0.7:1:0.05", coeffs="0.3,0.5")
-    assert opened == [1]
+    # More than one where layouts are compared: never more for more points.
+    assert 1 <= len(opened) == few <= 3
 
 
 def test_coeff_is_swept_too():
@@ -96,6 +106,9 @@ def test_fixed_batches_external_data_and_several_outputs(tmp_path):
         <float[3] w = {1.0, -2.0, 3.0}>
         { z = Mul(x, w) y = Relu(z) k = ArgMax<axis = 1, keepdims = 0>(y) }"""
     )
+    # External are raw data alone.
+    (weight,) = model.graph.initializer
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight), "w"))
     onnx.save(
         *(model, tmp_path / "m.onnx"),
         **{"save_as_external_data": True, "size_threshold": 0, "location": "w"},
@@ -103,6 +116,7 @@ def test_fixed_batches_external_data_and_several_outputs(tmp_path):
     x = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
     y = np.maximum(x * [1, -2, 3], 0)
     before = sorted(os.listdir(tmp_path))
+    assert before == ["m.onnx", "w"]
     result = ctonnx.sweep(tmp_path / "m.onnx", (x, y), [0.5], "mae")
     assert sorted(os.listdir(tmp_path)) == before
     assert (result.best.beta, result.original.samples) == (1.0, 10)
@@ -175,7 +189,7 @@ def synthetic(seed, accuracy):
 @pytest.mark.parametrize("accuracy", [True, False])
 def test_racing_finds_the_grids_best_with_few_passes(accuracy):
     """On 20 problems: the best, or one not significantly worse, and within what is stated."""
-    metric, found, bounds = metrics.Metric("score", None), 0, []
+    metric, found, bounds = metrics.Metric("score", None, span=1.0 if accuracy else None), 0, []
     for seed in range(20):
         scores, betas = synthetic(seed, accuracy)
         batches, runs = -(-scores.shape[1] // 32), []
@@ -187,7 +201,7 @@ def test_racing_finds_the_grids_best_with_few_passes(accuracy):
             runs.append(len(span) * len(points))
 
         outcome = racing.race(
-            *(evaluate, lambda p, s=scores, n=seen: s[p, : 32 * n[p], None]),
+            *(evaluate, lambda p, end, s=scores: s[p, : 32 * end, None]),
             *(metric, 31, batches, 1 - betas, 0.95),
         )
         values = scores.mean(1)
@@ -204,6 +218,56 @@ def test_racing_finds_the_grids_best_with_few_passes(accuracy):
     assert found >= 19
     # What is stated says something.
     assert np.median(bounds) < 0.01
+
+
+@pytest.mark.parametrize("span", [1.0, None])
+def test_racing_where_rare_samples_decide(span):
+    """With a known span what is stated holds; without, it is stated to be approximate."""
+    metric, held, betas = metrics.Metric("score", None, span=span), 0, np.linspace(1, 0.7, 11)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        hard = rng.random(4000) < 0.003
+        if span:
+            scores = (rng.random(4000) < np.linspace(0.9, 0.895, 11)[:, None]) * 1.0
+            scores[:, hard] = (np.arange(11) > 7)[:, None]
+        else:
+            spread = np.exp(0.5 * rng.normal(size=4000))
+            scores = -(0.3 + 0.01 * np.arange(11))[:, None] * spread
+            scores[:, hard] -= np.where(np.arange(11) > 7, 0.5, 20)[:, None]
+        outcome = racing.race(
+            *(lambda *_: None, lambda p, end, s=scores: s[p, : 32 * end, None]),
+            *(metric, 11, 125, 1 - betas, 0.95),
+        )
+        values = scores.mean(1)
+        held += values.max() - values[outcome.best] <= outcome.within
+        assert outcome.approximate == (span is None)
+    assert held >= (38 if span else 0)
+
+
+def test_racing_on_batches():
+    """Of a list they are taken in a random order; else nothing is stated of the others."""
+    batches = [(HELD["image"][i::9], HELD["label"][i::9]) for i in range(9)]
+
+    class Sized:
+        def __len__(self):
+            return 9
+
+        def __iter__(self):
+            return iter(batches)
+
+    inputs = engine.prepare(MODEL).inputs
+    source = data.open_source(lambda: batches, inputs, shuffle=True)
+    order = [
+        next(j for j in range(9) if np.array_equal(batches[j][1], source.batch(i).labels))
+        for i in range(9)
+    ]
+    assert sorted(order) == list(range(9)) != order
+    assert source.batch(9) is None
+    race = ctonnx.sweep(MODEL, lambda: batches, BETAS, "accuracy", search="racing").race
+    assert (race.confidence, race.approximate) == (0.95, True)
+    result = ctonnx.sweep(MODEL, Sized, BETAS, "accuracy", search="racing")
+    assert (result.race.confidence, result.document()["race"]["within"]) == (None, None)
+    assert "on the first batches, which tell nothing certain of the others" in cli._verdict(result)
 
 
 def test_racing_on_a_model():
@@ -226,7 +290,7 @@ def test_racing_keeps_what_it_cannot_tell_apart():
     seen = {}
     outcome = racing.race(
         lambda span, points: seen.update(dict.fromkeys(points, span.stop)),
-        lambda p: scores[p, : 32 * seen[p]],
+        lambda p, end: scores[p, : 32 * end],
         *(metrics.Metric("score", None), 5, 20, np.arange(5.0)),
     )
     assert (outcome.best, len(outcome.left)) == (0, 5)
@@ -260,12 +324,13 @@ class Interrupted:
 def test_an_interrupted_sweep_is_resumed(tmp_path, search):
     output, options = tmp_path / "r.csv", {"search": search, "metric": "nll"}
     whole = ctonnx.sweep(MODEL, Interrupted(None), BETAS, **options).to_csv()
-    stop, again = (1, 1) if search == "racing" else (4, 6)
+    # A race takes batch 5 as its second.
+    stop, kept, again = (5, 1, 5) if search == "racing" else (4, 4, 6)
     with pytest.raises(KeyboardInterrupt):
         ctonnx.sweep(MODEL, Interrupted(stop), BETAS, output=output, **options)
     assert os.listdir(tmp_path) == ["r.csv.progress"]
     progress = tmp_path / "r.csv.progress"
-    assert len(progress.read_bytes().splitlines()) == 1 + stop
+    assert len(progress.read_bytes().splitlines()) == 1 + kept
     # As if it had been cut off while a line was written.
     with open(progress, "ab") as stream:
         stream.write(b'{"batch": 4, "poi')
@@ -277,15 +342,101 @@ def test_an_interrupted_sweep_is_resumed(tmp_path, search):
         ctonnx.sweep(MODEL, Interrupted(again), BETAS, output=output, resume=True, **options)
     rest = Interrupted(None)
     ctonnx.sweep(MODEL, rest, BETAS, output=output, resume=True, **options)
-    assert min(rest.asked) == again
+    assert rest.asked[0] == again
     assert os.listdir(tmp_path) == ["r.csv"]
     assert output.read_text() == whole
+
+
+class Stop:
+    """A progress bar that interrupts after some runs."""
+
+    def __init__(self, runs):
+        self.runs = runs
+
+    def __call__(self, _):
+        return nullcontext(self)
+
+    def update(self, runs):
+        self.runs -= runs
+        if self.runs < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("runs", [120, 260, 380])
+def test_a_race_resumed_after_drops_decides_the_same(tmp_path, runs):
+    output = tmp_path / "r.csv"
+    arguments, options = (MODEL, DATA, "0.5:1:0.02", "nll"), {"batch_size": 10, "search": "racing"}
+    whole = ctonnx.sweep(*arguments, **options)
+    with pytest.raises(KeyboardInterrupt):
+        ctonnx.sweep(*arguments, **options, output=output, progress=Stop(runs))
+    assert ctonnx.sweep(*arguments, **options, output=output, resume=True) == whole
+    assert len({point.samples for point in whole.points}) > 2  # There were drops.
+
+
+def test_what_was_measured_on_something_else_is_not_taken_over(tmp_path):
+    """Weights, labels, images and providers belong to what a progress file is of."""
+    Image = pytest.importorskip("PIL.Image")
+    onnx.save(
+        *(onnx.load(MODEL), tmp_path / "m.onnx"),
+        **{"save_as_external_data": True, "size_threshold": 99, "location": "w"},
+    )
+    x, y = HELD["image"][:60], HELD["label"][:60]
+    np.savez(tmp_path / "d.npz", image=x, label=y, other=y[::-1])
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", y)
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for i in range(60):
+        Image.fromarray(np.uint8(x[i, 0] * 255)).save(tmp_path / "images" / "a" / f"{i}.png")
+    output = tmp_path / "r.csv"
+
+    def touch(name):
+        os.utime(tmp_path / name, (1, 1))
+
+    none, cpu = {}, {"providers": ["CPUExecutionProvider"]}
+    for name, first, then, change, line in [
+        ("d.npz", none, none, "w", "another model"),
+        ("d.npz", {"labels": "label"}, {"labels": "other"}, None, "another data"),
+        ("x.npy", {"labels": str(tmp_path / "y.npy")}, None, "y.npy", "another data"),
+        ("images", none, none, "images/a/3.png", "another data"),
+        ("images", none, {"skip_broken": True}, None, None),
+        ("d.npz", none, cpu, None, "another providers"),
+    ]:
+        arguments = (tmp_path / "m.onnx", tmp_path / name, [0.8, 0.9])
+        options = {"output": output, "batch_size": 20, "force": True}
+        with pytest.raises(KeyboardInterrupt):
+            ctonnx.sweep(*arguments, **options, **first, progress=Stop(3))
+        if change:
+            touch(change)
+        with nullcontext() if line is None else pytest.raises(UsageError, match=line):
+            ctonnx.sweep(*arguments, **options, **(first if then is None else then), resume=True)
+        Path(f"{output}.progress").unlink(missing_ok=True)
+
+
+def test_a_mistake_leaves_no_progress_file(tmp_path):
+    wrong = HELD["label"] + 1
+    with pytest.raises(UsageError, match=r"label \d0 is out of range"):
+        ctonnx.sweep(MODEL, (HELD["image"][:9], wrong[:9] * 10), BETAS, output=tmp_path / "r.csv")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """Where no file may grow, as on a full disk."""
+    np.savez(tmp_path / "d.npz", **HELD)
+    arguments = ["sweep", MODEL, "--data", "d.npz", "-o", "r.csv", "--beta", "0.9"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 0; "$@"', "_", sys.executable, "-m", "ctonnx", *arguments],
+        **{"cwd": tmp_path, "capture_output": True, "text": True},
+    )
+    assert done.returncode == 2
+    assert done.stderr == "ctonnx: r.csv.progress: cannot be written: File too large\n"
 
 
 def test_a_damaged_progress_file_is_one_line(tmp_path):
     header = {"metric": "x"}
     path = tmp_path / "r.csv.progress"
-    journal.Journal(path, header).close()
+    made = journal.Journal(path, header)
+    made.add(0, [0], np.zeros((1, 2, 1)), 0)
+    made.close()
     path.write_bytes(path.read_bytes() + b"nonsense\n")
     with pytest.raises(ModelError, match=r"progress: is damaged: remove it to start anew"):
         journal.Journal(path, header, resume=True)
@@ -494,7 +645,12 @@ def test_mistakes_are_one_clear_line():
         g (float[N, 2] x) => (float[1, 2] y)
         { r = Relu(x) y = ReduceMean<axes = [0], keepdims = 1>(r) }"""
     pair = (np.zeros((9, 2), np.float32), np.zeros(9, int))
+    alike = (np.zeros((9, 2), np.float32), np.zeros((9, 2)))
     nan = (np.full((9, 2), np.nan, np.float32), np.zeros(9, int))
+    more = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 2] x) => (float[M, 2] y) { r = Relu(x) y = Concat<axis = 0>(r, r) }"""
+    broken = """<ir_version: 8, opset_import: ["" : 17, "no.such" : 1]>
+        g (float[N, 2] x) => (float[N, 2] y) { r = Relu(x) y = no.such.Op(r) }"""
     relu = mean.replace("[1, 2] y", "[N, 2] r").replace(
         "y = ReduceMean<axes = [0], keepdims = 1>(r)", ""
     )
@@ -502,12 +658,20 @@ def test_mistakes_are_one_clear_line():
         ((parsed(scalar), pair), {}, UsageError, "'x' is a single value: it has no row per"),
         ((parsed(whole), pair), {}, UsageError, "no floating-point output to measure"),
         ((parsed(mean), pair), {}, UsageError, "output 'y' is [1, 2] for 9 samples: a metric"),
+        ((parsed(more), pair), {}, UsageError, "output 'y' is [18, 2] for 9 samples: a metric"),
+        ((onnx.parser.parse_model(broken), pair), {}, ModelError, "ONNX Runtime cannot load"),
         ((parsed(relu), nan), {}, UsageError, "accuracy is NaN at every point"),
         ((MODEL, (images, labels + 1)), {}, UsageError, "label 10 is out of range"),
         ((MODEL, (images[:, :, :4], labels)), {}, UsageError, "model takes float32[N,1,8,8]"),
         ((MODEL, (images, labels[:3])), {}, UsageError, "the numbers of rows differ"),
         ((MODEL, (images, None)), {}, UsageError, "accuracy needs labels"),
         ((MODEL, DATA), {"metric": "miou"}, UsageError, "miou needs scores (N, classes, H, W)"),
+        (
+            *((MODEL, DATA), {"metric": lambda outputs, labels: 1 / 0}),
+            *(UsageError, "<lambda>: fails when it is called: ZeroDivisionError: division"),
+        ),
+        ((MODEL, DATA), {"gpus": 1}, UsageError, "address and gpus are of engine ray"),
+        ((parsed(relu), alike), {"metric": "r2"}, UsageError, "labels, or samples, are all alike"),
         ((MODEL, DATA), {"search": "all"}, UsageError, "search must be one of grid, racing"),
         ((MODEL, DATA), {"confidence": 1.0}, UsageError, "confidence must lie in [0.5, 1)"),
         ((MODEL, DATA), {"resume": True}, UsageError, "resume goes with an output"),
