@@ -113,14 +113,18 @@ class Images(Indexed):
         return [self._path.parent / row[column] for row in self._lines[indices]]
 
     def _walk(self, folder):
-        """The image files in order, and the index of the class of each or None."""
+        """The image files in order, and the index of the class of each or None. Classes are in the
+        order of their names, of numbers by their value."""
         known = self._pillow.registered_extensions()
 
         def images(where):
             names = sorted(e.name for e in os.scandir(where) if e.is_file())
             return [n for n in names if Path(n).suffix.lower() in known]
 
-        classes = sorted(e.name for e in os.scandir(folder) if e.is_dir())
+        # What other tools leave behind is no class.
+        found = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] not in "._"]
+        numbers = all(name.isdecimal() for name in found)
+        classes = sorted(found, key=int) if numbers else sorted(found)
         files, labels = [], []
         for label, name in enumerate(classes):
             found = images(folder / name)

@@ -131,6 +131,14 @@ def _data_offset(path, info):
     return info.header_offset + 30 + int(lengths.sum())
 
 
+def _is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 class Lines:
     """A CSV file with a header: its rows by number. A row is one line.
 
@@ -150,6 +158,8 @@ class Lines:
                 offset += len(line)
         if not self.header or not self._offsets:
             raise ModelError(f"{path}: holds no rows below a header")
+        if all(_is_number(name) for name in self.header):
+            raise ModelError(f"{path}: its first line holds numbers: a header of names is missing")
 
     def __len__(self):
         return len(self._offsets)

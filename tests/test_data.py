@@ -136,6 +136,9 @@ def test_a_folder_of_images(folder):
     nchw, nhwc = ([Input("x", FLOAT, shape)] for shape in (IMAGE, (None, 8, 8, 3)))
     held, labels, _ = everything(open_source(folder, nchw))
     assert labels.tolist() == [0, 0, 0, 1, 1]
+    (folder / ".cache").mkdir()
+    (folder / "__MACOSX").mkdir()
+    assert everything(open_source(folder, nchw))[1].tolist() == [0, 0, 0, 1, 1]
     expected = np.asarray(picture(4).resize((8, 8), Image.Resampling.BILINEAR)) / np.float32(255)
     np.testing.assert_array_equal(held["x"][4], expected.transpose(2, 0, 1))
     other, _, _ = everything(open_source(folder, nhwc))
@@ -155,6 +158,17 @@ def test_a_folder_of_images(folder):
     gray, _, _ = everything(open_source(folder, [Input("x", np.dtype(np.uint8), (2, 1, 8, 8))]))
     expected = picture(1).convert("L").resize((8, 8), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(gray["x"][1, 0], np.asarray(expected))
+
+
+def test_folders_named_by_numbers_are_in_their_order(tmp_path):
+    for name in "10", "2", "1":
+        (tmp_path / name).mkdir()
+        picture(int(name)).save(tmp_path / name / "a.png")
+    held, labels, _ = everything(open_source(tmp_path, [Input("x", FLOAT, IMAGE)]))
+    assert labels.tolist() == [0, 1, 2]
+    (tmp_path / "2").rename(tmp_path / "second")
+    again, _, _ = everything(open_source(tmp_path, [Input("x", FLOAT, IMAGE)]))
+    np.testing.assert_array_equal(again["x"], held["x"][[0, 2, 1]])
 
 
 def test_images_from_a_csv_file_and_without_labels(folder):
@@ -200,6 +214,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
     (tmp_path / "part.csv").write_text("a,b,c\n1,2,1.9\n")
     (tmp_path / "short.csv").write_text("a,b,c\n1,2\n")
     (tmp_path / "head.csv").write_text("a,b,c\n")
+    (tmp_path / "bare.csv").write_text("1,2,3\n4,5,6\n")
     (tmp_path / "d.txt").write_text("")
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     (tmp_path / "mod.py").write_text("a = 1\ndef three(): return [(1, 2, 3)]\n")
@@ -207,6 +222,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
     for spec, inputs, options, line in [
         ("missing.npz", X, {}, "missing.npz: no such file"),
         ("missing.csv", X, {}, "missing.csv: no such file"),
+        ("bare.csv", X, {}, "its first line holds numbers: a header of names is missing"),
         ("d.txt", X, {}, "expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY"),
         ("other.npz", X, {}, "holds no array 'x', an input of the model, but z"),
         ("rows.npz", X, {}, "the numbers of rows differ: x 70, labels 5"),
