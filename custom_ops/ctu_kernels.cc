@@ -187,11 +187,17 @@ constexpr int kWideDegree = 3, kFineDegree = 2;
 constexpr int kRow = 4;  // floats
 #endif
 
+constexpr float kMiddle = 1 + 0.5f / (1 << kSplitBits);  // of a segment, in the mantissa
+
+// Polynomials are in the mantissa less kOrigin: fine ones of degree 2 lose nothing by one of 0, which
+// saves a subtraction.
 struct Wide {
   static constexpr int kDegree = kWideDegree, kPowers = kDegree + 1, kScale = 1;
+  static constexpr float kOrigin = kMiddle;
 };
 struct Fine {
   static constexpr int kDegree = kFineDegree, kPowers = kDegree + 1, kScale = 8;
+  static constexpr float kOrigin = kDegree > 2 ? kMiddle : 0;
 };
 constexpr float kFineFromBeta = 0.699f;
 
@@ -204,7 +210,6 @@ constexpr int kOctaves = 8;
 constexpr int kSegments = kOctaves << kSplitBits;
 constexpr int kFractionBits = 23 - kSplitBits;  // of a float32 mantissa, the place in the segment
 constexpr float kLimit = 1 << kOctaves;
-constexpr float kMiddle = 1 + 0.5f / (1 << kSplitBits);
 
 // What fitting needs and no beta changes: the nodes of each segment and the map from values there to
 // coefficients.
@@ -244,6 +249,12 @@ struct Nodes {
         }
         std::memcpy(before, chebyshev, sizeof before);
         std::memcpy(chebyshev, next, sizeof chebyshev);
+      }
+      // From powers of the distance to the middle to those of the distance to kOrigin.
+      for (int i = 0; i < kPowers - 1; ++i) {
+        for (int power = kPowers - 2; power >= i; --power) {
+          column[power * kPowers] += column[(power + 1) * kPowers] * (Grid::kOrigin - kMiddle);
+        }
       }
     }
   }
@@ -317,7 +328,7 @@ class Table {
   Floats at(Floats v) const {
     const Ints bits = bits_as<Ints>(v);
     const Ints segment = bits >> kFractionBits;
-    const Floats t = bits_as<Floats>((bits & ((1 << kFractionBits) - 1)) | 0x3f800000) - kMiddle;
+    const Floats t = bits_as<Floats>((bits & ((1 << kFractionBits) - 1)) | 0x3f800000) - Grid::kOrigin;
     // Even and odd powers apart: two short chains of operations rather than a long one.
     const Floats square = t * t;
     Floats sums[2];
@@ -370,7 +381,7 @@ class Table {
     const Words bits = bits_as<Words>(clamped);
     const Words offset = (bits >> (kFractionBits - kRowBits)) & ~(kRowBytes - 1);
     const Words fraction = bits & ((1 << kFractionBits) - 1);
-    const Floats t = bits_as<Floats>(fraction | 0x3f800000) - kMiddle;
+    const Floats t = bits_as<Floats>(fraction | 0x3f800000) - Grid::kOrigin;
     // Four rows of four coefficients are a 4 x 4 matrix: transposed, each power is a vector.
     const Pairs pairs = bits_as<Pairs>(offset);
     const Floats row0 = row(first(pairs[0])), row1 = row(second(pairs[0]));
