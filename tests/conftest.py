@@ -33,6 +33,8 @@ LIGHT_MODELS = [
     *("bvlc_alexnet", "densenet121", "inception_v1", "inception_v2", "resnet50"),
     *("shufflenet", "squeezenet", "vgg19", "zfnet512"),
 ]
+# Hundreds of megabytes of weights, and no op that the other light models lack.
+HEAVY = ("bvlc_alexnet", "vgg19", "zfnet512")
 
 
 def parsed(text):

@@ -7,7 +7,7 @@ evaluator in float64, its activations computed by the formula: see `oracle`.
 import numpy as np
 import onnx
 import pytest
-from conftest import LIGHT, LIGHT_MODELS, backend_cases, parsed, vary_weights
+from conftest import HEAVY, LIGHT, LIGHT_MODELS, backend_cases, parsed, vary_weights
 from onnx import ModelProto, TensorProto, helper, inliner
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -32,9 +32,6 @@ BLIND = {}
 
 # Whether the op library is registered, by lowering.
 LIBRARY = {"portable": (False, True), "op": (True,), "primitives": (False,)}
-
-# Hundreds of megabytes of weights, and no op that the other light models lack.
-HEAVY = ("bvlc_alexnet", "vgg19", "zfnet512")
 
 # How many models of each kind are steered, at least.
 KINDS = {"node": 17, "simple": 1, "pytorch-converted": 9, "pytorch-operator": 1}

@@ -137,7 +137,7 @@ def test_mistakes_come_back_as_one_line(cluster):
 def test_a_batch_that_always_kills_its_worker_is_one_line(cluster, monkeypatch):
     monkeypatch.setattr("ctonnx.cluster._RETRIES", 1)
     with pytest.raises(
-        EnvironmentLacks, match=r"batch 0 ends its worker 2 times.*Crashed"
+        EnvironmentLacks, match=r"batch \d ends its worker 2 times.*Crashed"
     ) as caught:
         on_ray(cluster, MODEL, "shards:Fatal", [0.9])
     assert "\n" not in str(caught.value)
