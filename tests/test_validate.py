@@ -350,8 +350,6 @@ def test_inputs_and_shapes_that_do_not_fit(tmp_path):
     with pytest.raises(UsageError, match="is steered itself"):
         validate.validate(path, against=path)
     np.savez(tmp_path / "inputs.npz", image=image, beta=5.0, label=np.arange(4))
-    with pytest.raises(UsageError, match="beta must lie in"):
-        validate.validate(path, inputs=tmp_path / "inputs.npz")
     # What else the file holds is for others.
     result = validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
     assert result.ok
@@ -428,3 +426,13 @@ def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
         validate.validate(path, module=name("net"))
     with pytest.raises(UsageError, match="give one"):
         validate.validate(path, module=name("net"), against=path)
+
+
+def test_a_beta_in_the_inputs_that_is_none_is_refused(tmp_path):
+    pytest.importorskip("torch")
+    path = steered(tmp_path, beta_as="required-input")
+    image = np.load(DIGITS / "digits_test.npz")["image"][:4]
+    for beta in (5.0, np.nan):
+        np.savez(tmp_path / "inputs.npz", image=image, beta=beta)
+        with pytest.raises(UsageError, match="beta must lie in"):
+            validate.validate(path, inputs=tmp_path / "inputs.npz")
