@@ -673,7 +673,9 @@ def _insert_activations(model, sites):
 
 def _note_weights(model, given, report):
     """Note where a state dict holds other weights than the model: T-CT trains a head as well."""
-    names = list(given.differing(model.graph.initializer)) if hasattr(given, "differing") else []
+    if not isinstance(given, params.Trained):
+        return
+    names = list(given.differing(model.graph.initializer))
     if names:
         report.notes.append(
             f"took beta and c alone: {len(names)} weights of the checkpoint differ from those in "

@@ -109,6 +109,8 @@ def validate(
     ways = _ways(path, model, providers, notes)
     first = ways[0].open()
     if inputs is None:
+        if _betas(model) & _required(model) - side.fed.keys():
+            raise UsageError("the model does not tell which beta to feed: use --inputs")
         try:
             inputs = random_inputs(first, shapes, side.fed)
         except CheckFailed as error:
@@ -249,10 +251,8 @@ class _Module:
     def run(self, inputs, names=None):
         from . import factory
 
-        betas = set()
-        with suppress(NothingToDo):
-            betas = rewrite.beta_names(self._model)
-        beta = next((float(inputs[n]) for n in betas & inputs.keys()), self._number("beta"))
+        betas = _betas(self._model)
+        beta = next((float(inputs[n]) for n in betas & inputs.keys()), _number(self._model, "beta"))
         graph = self._model.graph
         order = [v.name for v in graph.input if v.name in inputs and v.name not in betas]
         outputs, activations = factory.run(
@@ -260,7 +260,7 @@ class _Module:
             [inputs[name] for name in order],
             [value.name for value in graph.output],
             beta,
-            self._number("coeff"),
+            _number(self._model, "coeff"),
         )
         if names is None:
             return outputs
@@ -269,14 +269,6 @@ class _Module:
                 f"{self._target}: has {len(activations)} activations, not {len(names)}"
             )
         return dict(zip(names, activations, strict=True))
-
-    def _number(self, key):
-        """What the model was steered with, None where that differs by activation."""
-        value = next((e.value for e in self._model.metadata_props if e.key == f"ctonnx.{key}"), "")
-        try:
-            return float(value)
-        except ValueError:
-            return None
 
 
 def _inputs(model):
@@ -289,28 +281,35 @@ def _required(model):
     return _inputs(model) - defaults
 
 
-def _fed_betas(model):
-    """What to feed for each beta that must be fed: the value that the model was steered with.
+def _betas(model):
+    """The names of what holds a beta; none where nothing does."""
+    try:
+        return rewrite.beta_names(model)
+    except NothingToDo:
+        return set()
 
-    Raises:
-        UsageError: the model does not hold it.
-    """
-    with suppress(NothingToDo):
-        names = rewrite.beta_names(model) & _required(model)
-        value = next((e.value for e in model.metadata_props if e.key == "ctonnx.beta"), None)
-        try:
-            return {name: np.array(value, np.float32) for name in names}
-        except (TypeError, ValueError):
-            raise UsageError("the model does not tell which beta to feed: use --inputs") from None
-    return {}
+
+def _number(model, key):
+    """What the model was steered with, None where that differs by activation or is not recorded."""
+    value = next((e.value for e in model.metadata_props if e.key == f"ctonnx.{key}"), "")
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _fed_betas(model):
+    """What to feed for each beta that must be fed: what the model was steered with, if it tells."""
+    value = _number(model, "beta")
+    names = set() if value is None else _betas(model) & _required(model)
+    return dict.fromkeys(names, np.array(value, np.float32))
 
 
 def _check_inputs(model, inputs, notes):
     """Raise UsageError where a beta is none, and note what makes NaN of everything."""
-    with suppress(NothingToDo):
-        for name in rewrite.beta_names(model) & inputs.keys():
-            for value in np.ravel(inputs[name]):
-                ctu.check_unit_interval(name, value)
+    for name in _betas(model) & inputs.keys():
+        for value in np.ravel(inputs[name]):
+            ctu.check_unit_interval(name, value)
     for name, value in inputs.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             notes.append(f"input {name!r} holds NaN or infinity")

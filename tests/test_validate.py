@@ -436,3 +436,23 @@ def test_a_beta_in_the_inputs_that_is_none_is_refused(tmp_path):
         np.savez(tmp_path / "inputs.npz", image=image, beta=beta)
         with pytest.raises(UsageError, match="beta must lie in"):
             validate.validate(path, inputs=tmp_path / "inputs.npz")
+
+
+def test_a_beta_that_the_model_does_not_tell_comes_from_the_inputs(tmp_path):
+    """Other tools drop metadata: what must be fed is asked for, and taken where it is given."""
+    pytest.importorskip("torch")
+    image = np.load(DIGITS / "digits_test.npz")["image"][:4]
+    np.savez(tmp_path / "inputs.npz", image=image, beta=0.7)
+    for value in (None, "per activation"):
+
+        def forget(model, value=value):
+            (entry,) = [e for e in model.metadata_props if e.key == "ctonnx.beta"]
+            if value is None:
+                model.metadata_props.remove(entry)
+            else:
+                entry.value = value
+
+        path = steered(tmp_path, forget, beta_as="required-input")
+        with pytest.raises(UsageError, match="does not tell which beta to feed"):
+            validate.validate(path)
+        assert validate.validate(path, inputs=tmp_path / "inputs.npz").ok
