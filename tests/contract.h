@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <vector>
 
 #include "ctu_plan.h"
@@ -127,6 +128,24 @@ void test_comparison() {
   require(!keeps_contract<float>(x, std::nan(""), exact, 0), "accepts NaN", "", 1);
   require(!keeps_contract<Half>(x, exact * (1 + 0x1p-10), exact, 0), "accepts an ulp", "", 1);
   require(keeps_contract<float>(x, exact + 2e-7, exact, 0), "rejects 2e-7", "", 1);
+}
+
+// Zeros, denormals, infinities and NaN; every number of a 16-bit type that the contract is for.
+template <class T>
+std::vector<T> special_values() {
+  const double infinity = std::numeric_limits<double>::infinity();
+  std::vector<T> x = {T{}, from_double<T>(1e-40), from_double<T>(-1e-40)};
+  if constexpr (sizeof(T) == 2) {
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+      const T value{static_cast<uint16_t>(bits)};
+      if (!(std::fabs(to_double(value)) > 1e4) || !std::isfinite(to_double(value))) {
+        x.push_back(value);
+      }
+    }
+  } else {
+    for (double value : {infinity, -infinity, std::nan(""), -0.0}) x.push_back(T(value));
+  }
+  return x;
 }
 
 }  // namespace

@@ -190,18 +190,7 @@ void test_worst_case() {
 
 template <class T>
 void test_special_values() {
-  const double infinity = std::numeric_limits<double>::infinity();
-  std::vector<T> x = {T{}, from_double<T>(1e-40), from_double<T>(-1e-40)};
-  if constexpr (sizeof(T) == 2) {
-    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
-      const T value{static_cast<uint16_t>(bits)};
-      if (!(std::fabs(to_double(value)) > 1e4) || !std::isfinite(to_double(value))) {
-        x.push_back(value);
-      }
-    }
-  } else {
-    for (double value : {infinity, -infinity, std::nan(""), -0.0}) x.push_back(T(value));
-  }
+  const std::vector<T> x = special_values<T>();
   std::vector<T> y(x.size());
   for (Parameters p : {Parameters{0, 0.5f, 1}, {0.3f, 0.5f, 0}, {0.5f, 0.5f, -0.5},
                        {0.85f, 0.5f, 0}, {0.85f, 0.5f, 0.25}, {1, 0.5f, -0.5}}) {

@@ -45,24 +45,12 @@ void test_contract() {
 
 template <class T>
 void test_special_values() {
-  const double infinity = std::numeric_limits<double>::infinity();
-  const T zero{};
-  std::vector<T> x = {zero, from_double<T>(1e-40), from_double<T>(-1e-40)};
-  if constexpr (sizeof(T) == 2) {
-    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
-      const T value{static_cast<uint16_t>(bits)};
-      if (!(std::fabs(to_double(value)) > 1e4) || !std::isfinite(to_double(value))) {
-        x.push_back(value);
-      }
-    }
-  } else {
-    for (double value : {infinity, -infinity, std::nan(""), -0.0}) x.push_back(T(value));
-    if (sizeof(T) == 4) {
-      // Bit patterns over the whole range, denormals included.
-      for (uint64_t bits = 0; bits < 0x100000000; bits += 65521) {
-        const float value = bits_as<float>(static_cast<uint32_t>(bits));
-        if (!(std::fabs(value) > 1e4) || !std::isfinite(value)) x.push_back(T(value));
-      }
+  std::vector<T> x = special_values<T>();
+  if (sizeof(T) == 4) {
+    // Bit patterns over the whole range, denormals included.
+    for (uint64_t bits = 0; bits < 0x100000000; bits += 65521) {
+      const float value = bits_as<float>(static_cast<uint32_t>(bits));
+      if (!(std::fabs(value) > 1e4) || !std::isfinite(value)) x.push_back(from_double<T>(value));
     }
   }
   std::vector<T> y(x.size());
