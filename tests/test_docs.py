@@ -1,8 +1,8 @@
-"""Every block of the READMEs is run, and prints what they say it prints.
+"""Every block of the pages for users is run, and prints what they say it prints.
 
 A `console` block holds commands after "$ " and their output; a `python` block is followed by a
-`text` block with its output where it has one; "..." stands for anything. `sh` blocks set up and are
-run by CI.
+`text` block with its output where it has one; "..." stands for anything. Blocks run in the folder
+of their page, those of docs/ at the root. What is not run is in NOT_RUN, with the reason.
 """
 
 import doctest
@@ -11,24 +11,36 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-PAGES = [
-    "README.md",
-    "samples/digits/README.md",
-    "samples/graphsurgeon/README.md",
-    "samples/pytorch/README.md",
-    "samples/sweep/README.md",
-    "CONTRIBUTING.md",
-]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "samples/*/README.md")
+    for path in ROOT.glob(pattern)
+)
+RUN = ("console", "python")
+
+# Language of a block -> why it is not run.
+NOT_RUN = {
+    "text": "output",
+    "sh": "sets up a machine: CI runs the README's",
+    "gpu": "needs an NVIDIA GPU",
+}
+BLOCK = re.compile(r"^( *)(`{3,}|~{3,})(.*?)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page):
-    return BLOCK.findall((ROOT / page).read_text())
+    """Pairs of a block's language and text."""
+    found = BLOCK.findall((ROOT / page).read_text())
+    return [(info.strip(), textwrap.dedent(text)) for _, _, info, text in found]
+
+
+def runnable(page):
+    return any(language in RUN for language, _ in blocks(page))
 
 
 def assert_output(expected, got, what):
@@ -43,14 +55,13 @@ def run(command, folder):
     return done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)])
 def test_blocks_print_what_the_page_says(page, tmp_path):
     # Without what somebody who followed the README has made there.
     ignored = shutil.ignore_patterns("*.ct.onnx")
     shutil.copytree(ROOT / "samples", tmp_path / "samples", ignore=ignored)
-    folder = tmp_path / Path(page).parent
+    folder = tmp_path if page.startswith("docs/") else tmp_path / Path(page).parent
     found = blocks(page)
-    assert found
     for i, (language, text) in enumerate(found):
         if language == "console":
             for command in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
@@ -60,8 +71,21 @@ def test_blocks_print_what_the_page_says(page, tmp_path):
             got = run([sys.executable, "-c", text], folder)
             if i + 1 < len(found) and found[i + 1][0] == "text":
                 assert_output(found[i + 1][1], got, text)
-        else:
-            assert language in ("text", "sh")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_run_or_has_a_reason(page):
+    for language, text in blocks(page):
+        assert language in RUN or language in NOT_RUN, f"{language!r} of\n{text}"
+        if language == "console":
+            assert text.startswith("$ "), text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    for link in re.findall(r"\]\(([^)\s#]+)", (ROOT / page).read_text()):
+        if "://" not in link:
+            assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
 def test_ci_runs_the_commands_of_the_readme():
