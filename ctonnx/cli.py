@@ -30,7 +30,9 @@ def cli(context):
 # As typed, for a Path would drop the slash that ends a folder's name, and take `./-` for `-`.
 # Whether it can be read is for the code that reads it to say.
 _model = click.argument("model")
-_output = click.option("-o", "--output", help="Where to write; - for standard output.")
+_output = click.option(
+    "-o", "--output", metavar="FILE", help="Where to write; - for standard output."
+)
 _force = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -57,7 +59,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     help="CTU nodes with a fallback function, CTU nodes alone, or standard ops alone.",
 )
 @click.option(
-    "--ops", metavar="LIST", help="Op types to steer: relu,leakyrelu,prelu,clip,... [default: all]"
+    "--ops",
+    metavar="LIST",
+    help="Op types to steer.  [default: relu, leakyrelu, prelu, clip, hardsigmoid, max, min]",
 )
 @click.option("--include", metavar="REGEX", help="Steer only nodes whose name matches.")
 @click.option("--exclude", metavar="REGEX", help="Leave out nodes whose name matches.")
@@ -65,21 +69,22 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
     "--params",
     "params_file",
     metavar="FILE",
-    help="Beta and coeff by node name or regular expression, per channel too: .json or .npz; or of "
-    "a T-CT state dict: .pth.",
+    help="Beta and c of single activations, per channel too, by name or regular expression: .json "
+    "or .npz; or a T-CT state dict: .pth.",
 )
 @click.option(
     "--check",
     is_flag=True,
-    help="Before writing, compare with the original at beta 1, and kernel with fallback.",
+    help="Before writing, compare it with the original at beta 1, and kernel with fallback.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @_force
 @_json
 def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, as_json, **choices):
-    """Steer MODEL, a file or - for standard input.
+    """Steer MODEL: write a copy with CT units for activations.
 
-    Writes X.ct.onnx beside X.onnx, - for -, or OUTPUT.
+    MODEL is a file, or - for standard input. Written is --output, or else X.ct.onnx beside X.onnx,
+    and standard output for -.
     """
     from . import api, files, params, rewrite, runtime, validate
 
@@ -135,7 +140,11 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
 @_model
 @_json
 def inspect(model, as_json):
-    """List the activations of MODEL, a file or - for standard input, and their state."""
+    """List the activations of MODEL, and their state.
+
+    MODEL is a file, or - for standard input. An activation is steered, steerable or, with the
+    reason, skipped.
+    """
     from . import api
 
     activations = api.inspect(model)
@@ -195,7 +204,10 @@ def _number(value):
 @_force
 @_json
 def set_(model, beta, output, force, as_json):
-    """Change the beta of a steered MODEL, in place or into OUTPUT; - is standard input."""
+    """Change the beta of a steered MODEL.
+
+    MODEL is a file, or - for standard input. Written is --output, or else MODEL itself.
+    """
     from . import files, rewrite
 
     held, written = files.edit(
@@ -219,9 +231,10 @@ def set_(model, beta, output, force, as_json):
 @_force
 @_json
 def unpatch(model, output, force, as_json):
-    """Give back the original of a steered MODEL, a file or - for standard input.
+    """Give back the original of a steered MODEL.
 
-    Writes X.onnx for X.ct.onnx, - for -, or OUTPUT.
+    MODEL is a file, or - for standard input. Written is --output, or else X.onnx beside X.ct.onnx,
+    and standard output for -.
     """
     from . import api, files, rewrite
 
@@ -248,11 +261,32 @@ def _numbers(context, option, value):
 
 @cli.command()
 @_model
-@click.option("--data", "dataset", metavar="DATA", required=True, help="See the README.")
+@click.option(
+    "--data", "dataset", metavar="DATA", required=True, help="What to measure on: see above."
+)
 @click.option("--labels", metavar="NAME", help="Array or column of the labels, or a .npy file.")
-@click.option("--beta", "betas", metavar="GRID", default="0.7:1.0:0.01", show_default=True)
-@click.option("--coeff", "coeffs", metavar="GRID", help="Sweep the paper's c too.")
-@click.option("--metric", metavar="NAME|PKG:FUNCTION", default="accuracy", show_default=True)
+@click.option(
+    "--beta",
+    "betas",
+    metavar="GRID",
+    default="0.7:1.0:0.01",
+    show_default=True,
+    help="What to try; the original, at 1, is tried too.",
+)
+@click.option(
+    "--coeff",
+    "coeffs",
+    metavar="GRID",
+    help="Values of the paper's c to try with each.  [default: the model's, or 0.5]",
+)
+@click.option(
+    "--metric",
+    metavar="NAME|PKG:FUNCTION",
+    default="accuracy",
+    show_default=True,
+    help="accuracy, top5 (or another number), f1, nll, ece, miou, mse, mae, r2, agreement, "
+    "entropy, kl, or a function of yours.",
+)
 @click.option(
     "--search",
     type=click.Choice(["grid", "racing"]),
@@ -260,32 +294,55 @@ def _numbers(context, option, value):
     show_default=True,
     help="All points on all data, or drop what is significantly worse on growing subsets.",
 )
-@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of racing.")
+@click.option(
+    "--confidence", type=float, default=0.95, show_default=True, help="Of what racing finds."
+)
 @click.option("--batch", "batch_size", type=int, help="Samples per run.  [default: 32]")
-@click.option("--preset", help="For images: plain, imagenet or caffe.  [default: plain]")
-@click.option("--resize", type=int, help="Shorter side of the images.")
-@click.option("--crop", type=int, help="Height and width of their middle.")
-@click.option("--mean", callback=_numbers, help="Of pixels in [0, 1]: one number, or R,G,B.")
-@click.option("--std", callback=_numbers, help="Likewise.")
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="How images are fed: plain, imagenet or caffe.  [default: plain]",
+)
+@click.option("--resize", type=int, help="Scale the shorter side of images to this.")
+@click.option("--crop", type=int, help="Keep the middle, of this height and width.")
+@click.option(
+    "--mean",
+    metavar="NUMBERS",
+    callback=_numbers,
+    help="Taken from pixels in [0, 1]: one number, or R,G,B.",
+)
+@click.option(
+    "--std", metavar="NUMBERS", callback=_numbers, help="What they are then divided by, likewise."
+)
 @click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read.")
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Run here, or on an existing Ray cluster.",
+)
 @click.option("--address", help="Of the Ray cluster.  [default: what Ray finds]")
-@click.option("--gpus", type=click.FloatRange(0), default=0, help="GPUs per task on Ray.")
-@click.option("-o", "--output", help="Write the points to a .csv, .json or .parquet file.")
-@click.option("--resume", is_flag=True, help="Go on with the interrupted sweep beside OUTPUT.")
+@click.option(
+    "--gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs per task on Ray."
+)
+@click.option(
+    "-o", "--output", metavar="FILE", help="Write the points to a .csv, .json or .parquet file."
+)
+@click.option("--resume", is_flag=True, help="Go on with the interrupted sweep of this --output.")
 @click.option(
     "--plot",
     "drawing",
     metavar="[FILE]",
     is_flag=False,
     flag_value="-",
-    help="Draw the curve: into a .png or .svg file, or here.",
+    help="Draw the curve: into a .png or .svg file, or here, as text.",
 )
 @click.option("--save-best", metavar="FILE", help="Write the model with the best beta.")
 @click.option(
     "--beta-as",
     type=click.Choice(["initializer", "input"]),
-    help="In what --save-best writes.  [default: initializer]",
+    help="As for patch, in what --save-best writes.  [default: initializer]",
 )
 @_force
 @_json
@@ -308,9 +365,11 @@ def sweep(
 ):
     """Find the beta that serves your data: measure MODEL at each.
 
-    DATA is an .npz file (inputs by name, labels), .npy, .csv, a folder of images with one
-    sub-folder per class, or PKG:FACTORY. A GRID is FIRST:LAST:STEP, a number, or a list of these
-    with commas.
+    DATA is an .npz file (inputs by name, labels), .npy (with --labels another), .csv (features
+    under a header, or path and label of images), a folder of images with one sub-folder per class,
+    or PKG:FACTORY, a function that gives an iterable of (inputs, labels).
+
+    A GRID is FIRST:LAST:STEP, a number, or a list of these with commas.
     """
     from . import files, images, plot, runtime, sweeping
 
@@ -422,7 +481,7 @@ def _verdict(result):
 @click.option(
     "--against",
     metavar="ORIGINAL",
-    help="Compare with this unsteered model, at beta 1. [default: with a float64 run]",
+    help="Compare with this unsteered model, at beta 1.  [default: with a float64 run]",
 )
 @click.option(
     "--torch",
@@ -430,7 +489,7 @@ def _verdict(result):
     metavar="PKG:FACTORY",
     help="Compare with this PyTorch model, as for `ctonnx export`, steered alike.",
 )
-@click.option("--inputs", metavar="FILE", help="An .npz file of inputs. [default: random ones]")
+@click.option("--inputs", metavar="FILE", help="An .npz file of inputs.  [default: random ones]")
 @click.option(
     "--shape",
     "shapes",
@@ -448,20 +507,21 @@ def _verdict(result):
 @click.option(
     "--rtol",
     type=click.FloatRange(0),
-    help="Allowed difference, as a part of an output's largest value. [default: for float32 1e-4 "
+    help="Allowed difference, as a part of an output's largest value.  [default: for float32 1e-4 "
     "from a float64 run, else 1e-5]",
 )
 @click.option(
-    "--atol", type=click.FloatRange(0), help="Allowed difference besides. [default: 1e-6]"
+    "--atol", type=click.FloatRange(0), help="Allowed difference besides.  [default: 1e-6]"
 )
 @_json
 def validate(model, shapes, providers, as_json, **options):
-    """Compare what MODEL gives in ONNX Runtime with what the method says.
+    """Show that MODEL computes what the method says.
 
-    Every output is compared, in each way to run the model: with the op library, without it, and in
-    the blocked layout where `ctonnx.session` uses that. Beside a float64 run, its CT units are also
-    tried by themselves, on inputs of their own. MAX REL is the largest difference over the largest
-    value, ULP the largest difference in units of the last place.
+    Each output that it gives in ONNX Runtime is compared with that of a float64 run, or of another
+    model: with the op library, without it, and in the blocked layout where `ctonnx.session` uses
+    that. Beside a float64 run, its CT units are also tried by themselves, on inputs of their own.
+    MAX REL is the largest difference over the largest value, ULP the largest difference in units of
+    the last place.
     """
     from .validate import validate
 
@@ -559,7 +619,9 @@ def _measurements(run):
     "--coeff", type=float, default=0.5, show_default=True, help="The paper's c, in [0, 1]."
 )
 @click.option("--checkpoint", metavar="FILE", help="State dict of the T-CT model: .pth.")
-@click.option("-o", "--output", required=True, help="Where to write; - for standard output.")
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", help="Where to write; - for standard output."
+)
 @_force
 @_json
 def export(model, inputs, output, as_json, **choices):

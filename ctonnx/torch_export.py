@@ -24,6 +24,8 @@ _MIN_OPSET = 11
 def export(model, args=(), path=None, *, dynamo=True, force=False, **options):
     """Export a model with CT units, or one that is steered, to ONNX.
 
+    What torch.onnx.export raises besides the errors below passes through.
+
     Args:
         model: nn.Module or torch.export.ExportedProgram.
         args: its example arguments, as for torch.onnx.export.
@@ -40,7 +42,6 @@ def export(model, args=(), path=None, *, dynamo=True, force=False, **options):
         NothingToDo: the model holds no CT unit.
         ModelError: it is too large for one file.
         EnvironmentLacks: onnxscript is missing, which the newer exporter needs.
-        What torch.onnx.export raises.
     """
     if path is not None:
         path = files.check_output(path, force)

@@ -18,13 +18,12 @@ def main(path):
     )
     x = np.linspace(-2, 2, 201)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.5), layout="constrained")
-    betas = (1.0, 0.9, 0.8, 0.6, 0.0)
-    colors = matplotlib.colormaps["viridis"](np.linspace(0.35, 0.85, len(betas)))
-    for beta, color in zip(betas, colors, strict=True):
+    colors = ("#808890", "#4f83cc", "#3fa796", "#d09a3c", "#cf6250")
+    for beta, color in zip((1.0, 0.9, 0.8, 0.6, 0.0), colors, strict=True):
         left.plot(x, ctu(x, beta), color=color, label=f"β = {beta:g}", linewidth=2)
     left.set_title("β, with c = 0.5", color=TEXT)
-    right.plot(x, ctu(x, 1.0), color=AXIS, label="ReLU", linewidth=2)
-    for coeff, color in zip((0.0, 0.5, 1.0), ("#d08a3c", "#3fa796", "#6c83c9"), strict=True):
+    right.plot(x, ctu(x, 1.0), color=TEXT, label="ReLU", linewidth=2)
+    for coeff, color in zip((0.0, 0.5, 1.0), ("#d09a3c", "#3fa796", "#4f83cc"), strict=True):
         right.plot(x, ctu(x, 0.6, coeff), color=color, label=f"c = {coeff:g}", linewidth=2)
     right.set_title("c, with β = 0.6", color=TEXT)
     for axes in left, right:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -619,8 +620,11 @@ def test_interruption(run, monkeypatch):
 
 def test_the_choices_are_those_of_the_library():
     """They are written out in cli.py, for --help must not wait for onnx."""
-    from ctonnx import sweeping
+    from ctonnx import activations, metrics, sweeping
 
+    named = {option.name: option.help for option in (*cli.sweep.params[1:], *cli.patch.params[1:])}
+    assert set(metrics.NAMES) <= set(re.findall(r"\w+", named["metric"]))
+    assert {op.lower() for op in activations.STEERABLE} <= set(re.findall(r"\w+", named["ops"]))
     options = {option.name: option.type for option in cli.sweep.params}
     assert tuple(options["search"].choices) == sweeping.SEARCHES
     assert tuple(options["engine"].choices) == sweeping.ENGINES
