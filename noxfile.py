@@ -1,4 +1,4 @@
-"""What `nox` runs: lint, and the tests on the newest and on the oldest supported packages."""
+"""What `nox` runs: lint, the tests on the newest and on the oldest supported packages, the site."""
 
 import sys
 
@@ -35,3 +35,24 @@ def oldest(session):
         "validate",
     )
     session.run("pytest", *(f"tests/test_{name}.py" for name in names))
+
+
+@nox.session
+def docs(session):
+    """The site of docs/, in build/site, and what it must have. `-- --serve` shows it instead."""
+    session.install(
+        *(
+            "mkdocs==1.6.1",
+            "mkdocs-material==9.8.1",
+            "mkdocs-click==0.9.0",
+            "pymdown-extensions==13.1",
+        ),
+        *("mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11", "latex2mathml==3.81.1"),
+        *("click==8.5.1", "ruff==0.17.6", "beautifulsoup4==4.15.0", "pytest"),
+    )
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
+    if "--serve" in session.posargs:
+        session.run("python", "-m", "mkdocs", "serve")
+        return
+    session.run("python", "-m", "mkdocs", "build", "--strict", "--site-dir", "build/site")
+    session.run("python", "-m", "pytest", "docs/test_site.py")

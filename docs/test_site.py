@@ -1,0 +1,122 @@
+"""The built site is whole: `nox -s docs` runs this behind `mkdocs build --strict`.
+
+It reads the HTML in build/site, and needs beautifulsoup4, click and pytest alone.
+"""
+
+import ast
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+
+import ctonnx
+from ctonnx import cli
+
+ROOT = Path(__file__).parent.parent
+SITE = ROOT / "build" / "site"
+PAGES = {path: BeautifulSoup(path.read_text(), "html.parser") for path in SITE.rglob("*.html")}
+
+# What a page fetches by itself, while links are followed by who reads it.
+FETCHED = {
+    **{"audio": "src", "embed": "src", "iframe": "src", "img": "src", "input": "src"},
+    **{"link": "href", "object": "data", "script": "src", "source": "src", "video": "src"},
+}
+
+
+def text_of(name):
+    return PAGES[SITE / name].find("article").get_text(" ")
+
+
+def test_every_page_is_there():
+    built = {str(path.relative_to(SITE).with_suffix("")) for path in PAGES} - {"404"}
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} | {"CONTRIBUTING", "CHANGELOG"}
+    samples = {f"samples/{path.parent.name}/index" for path in ROOT.glob("samples/*/README.md")}
+    assert built == pages | samples
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(SITE)))
+def test_links_lead_somewhere(page):
+    if page.name == "404.html":
+        pytest.skip("its links are absolute, as it is shown in place of any page")
+    for tag in PAGES[page].find_all(["a", "img"]):
+        link = urlsplit(tag.get("href") or tag.get("src") or "")
+        if link.scheme:
+            continue
+        target = (page.parent / unquote(link.path)).resolve() if link.path else page
+        target = target / "index.html" if target.is_dir() else target
+        assert target.is_file(), tag
+        if link.fragment:
+            assert PAGES[target].find(id=unquote(link.fragment)), tag
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(SITE)))
+def test_no_other_host_is_asked_for_anything(page):
+    for tag in PAGES[page].find_all(list(FETCHED)):
+        for address in (tag.get(FETCHED[tag.name]), tag.get("srcset")):
+            assert not urlsplit(address or "").netloc, tag
+    styles = [style.get_text() for style in PAGES[page].find_all("style")]
+    for text in [*styles, *(tag["style"] for tag in PAGES[page].find_all(style=True))]:
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", text)
+
+
+def test_no_style_sheet_asks_another_host():
+    sheets = list(SITE.rglob("*.css"))
+    assert sheets
+    for path in sheets:
+        assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", path.read_text()), path
+
+
+def test_every_public_name_is_documented():
+    text = text_of("python.html")
+    public = {name: f"ctonnx.{name}" for name in ctonnx.__all__ if not name[0].isupper()}
+    public |= {name: name for name in ctonnx.__all__ if name[0].isupper()}
+    # Read, not imported: PyTorch is not needed here.
+    tree = ast.parse((ROOT / "ctonnx" / "torch.py").read_text())
+    (names,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+    )
+    public |= {f"torch.{name}": f"ctonnx.torch.{name}" for name in names}
+    public["graphsurgeon"] = "Graph.ctu"
+    for name in public.values():
+        assert re.search(rf"(?<![\w.]){re.escape(name)}\b", text), name
+
+
+def test_every_command_and_option_is_documented():
+    page = PAGES[SITE / "commands.html"]
+    for name, command in cli.cli.commands.items():
+        heading = page.find(id=f"ctonnx-{name}")
+        assert heading, name
+        section = "".join(
+            sibling.get_text()
+            for sibling in heading.find_next_siblings()
+            if sibling.find_previous("h3") is heading
+        )
+        for param in command.params:
+            for option in getattr(param, "opts", ()):
+                if option.startswith("-"):
+                    assert re.search(rf"(?<![\w-]){option}\b", section), (name, option)
+
+
+def test_every_option_has_a_help():
+    for name, command in cli.cli.commands.items():
+        for param in command.params:
+            assert param.param_type_name == "argument" or param.help, (name, param.name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(SITE)))
+def test_formulas_and_blocks_are_rendered(page):
+    soup = PAGES[page]
+    assert not soup.find(class_="arithmatex")
+    for block in soup.select("article div.highlight"):
+        named = any(c.startswith("language-") for c in block["class"])
+        assert named or block.find_parent(class_="doc"), f"a block without a language: {block}"
+
+
+def test_the_method_has_its_formulas_and_picture():
+    page = PAGES[SITE / "method.html"]
+    assert len(page.find_all("math")) == 3
+    assert page.find("img", src="ctu.svg")
