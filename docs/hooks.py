@@ -45,7 +45,9 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(content, page, config, files):
     def formula(match):
         display = "block" if match[1] == "div" else "inline"
-        return convert(html.unescape(match[2]), display=display)
+        made = convert(html.unescape(match[2]), display=display)
+        # Bars around something stand close to it.
+        return made.replace("<mo>&#x0007C;</mo>", '<mo lspace="0" rspace="0">&#x0007C;</mo>')
 
     # What is returned has no name in our docstrings, which mkdocstrings puts before a dash.
     return _FORMULA.sub(formula, _NAMELESS.sub(r"\1", content))

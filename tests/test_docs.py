@@ -27,8 +27,9 @@ RUN = ("console", "python")
 # Language of a block -> why it is not run.
 NOT_RUN = {
     "text": "output",
-    "sh": "sets up a machine: CI runs the README's",
+    "sh": "sets up a machine: run by CI, or by a test of that page's own",
     "gpu": "needs an NVIDIA GPU",
+    "proto": "a server's configuration: read by a test of that page's own",
 }
 BLOCK = re.compile(r"^( *)(`{3,}|~{3,})(.*?)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 
@@ -58,7 +59,7 @@ def run(command, folder):
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)])
 def test_blocks_print_what_the_page_says(page, tmp_path):
     # Without what somebody who followed the README has made there.
-    ignored = shutil.ignore_patterns("*.ct.onnx")
+    ignored = shutil.ignore_patterns("*.ct.onnx", "build", "__pycache__")
     shutil.copytree(ROOT / "samples", tmp_path / "samples", ignore=ignored)
     folder = tmp_path if page.startswith("docs/") else tmp_path / Path(page).parent
     found = blocks(page)
