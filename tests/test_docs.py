@@ -109,6 +109,19 @@ def test_every_module_is_on_the_map():
         assert path.name.startswith("__") or path.name in page, path.name
 
 
+def test_the_figure_is_what_its_script_draws(tmp_path):
+    """By what is written in it: of the curves, versions of matplotlib differ in the last digits."""
+    pytest.importorskip("matplotlib")
+    shutil.copy(ROOT / "docs" / "figures.py", tmp_path)
+    run([sys.executable, "figures.py"], tmp_path)
+    drawn, committed = (
+        re.findall(r"<text[^>]*>(.*?)</text>", (folder / "ctu.svg").read_text())
+        for folder in (tmp_path, ROOT / "docs")
+    )
+    assert drawn == committed
+    assert {"β = 0.9", "c = 0.5"} < set(drawn)
+
+
 def test_the_training_script_runs(tmp_path):
     """One epoch from the committed script gives a model and held-out data of the same form."""
     pytest.importorskip("sklearn")
