@@ -41,14 +41,10 @@ def oldest(session):
 def docs(session):
     """The site of docs/, in build/site, and what it must have. `-- --serve` shows it instead."""
     session.install(
-        *(
-            "mkdocs==1.6.1",
-            "mkdocs-material==9.8.1",
-            "mkdocs-click==0.9.0",
-            "pymdown-extensions==13.1",
-        ),
-        *("mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11", "latex2mathml==3.81.1"),
-        *("click==8.5.1", "ruff==0.17.6", "beautifulsoup4==4.15.0", "pytest"),
+        *("mkdocs==1.6.1", "mkdocs-material==9.8.1", "pymdown-extensions==13.1"),
+        *("mkdocs-click==0.9.0", "mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"),
+        *("click==8.5.1", "ruff==0.17.6", "latex2mathml==3.81.1", "beautifulsoup4==4.15.0"),
+        "pytest",
     )
     session.env["NO_MKDOCS_2_WARNING"] = "1"
     if "--serve" in session.posargs:
