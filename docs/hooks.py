@@ -4,11 +4,12 @@ MathML is drawn by the browser itself: no script and no font is fetched.
 """
 
 import html
+import os
 import re
 from pathlib import Path
 
 from latex2mathml.converter import convert
-from mkdocs.structure.files import File
+from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("samples/*/README.md"))
@@ -25,21 +26,25 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Add the pages of other folders, and what of theirs they show or link to."""
-    for page in OTHERS:
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / page)))
+    """Add the pages of other folders, and the files that any page shows or links to."""
+    linked = set()
+    for page in [*OTHERS, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]:
         for link in _LINK.findall((ROOT / page).read_text()):
-            path = (ROOT / page).parent / link
-            beside = Path(page).parent / link
-            if path.suffix != ".md" and path.is_file() and ".." not in beside.parts:
-                files.append(File.generated(config, str(beside), abs_src_path=str(path)))
+            path = Path(os.path.normpath(ROOT / page / ".." / link))
+            if path.suffix == ".md" or path.name == "index.html":  # That of a README is there.
+                continue
+            if path.is_file() and ROOT / "docs" not in path.parents:
+                linked.add(str(path.relative_to(ROOT)))
+    for path in [*OTHERS, *sorted(linked)]:
+        kept = InclusionLevel.INCLUDED  # Python files too.
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path), inclusion=kept))
 
 
 def on_page_markdown(markdown, page, config, files):
     """Make links work in the site that work in the repository, where docs/ is a folder."""
     if page.file.src_uri in OTHERS:
-        return markdown.replace("](docs/", "](").replace("/docs/", "/")
-    return re.sub(r"\]\(\.\./(samples/|\w+\.md)", r"](\1", markdown)
+        return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
+    return markdown.replace("](../", "](")
 
 
 def on_page_content(content, page, config, files):
