@@ -374,12 +374,13 @@ def _survey(model, values):
     for scope in typed_scopes(model):
         if scope.function is not None and ctu.is_ctu(scope.function):
             continue
+        makers = {name: node.op_type for node in scope.body.node for name in node.output}
         for node in scope.body.node:
             inner = activations.unfused(node)
             # X, bounds, slope and Y are of one type: the first that is known.
             types = (scope.types.get(name) for name in (*node.input, *node.output))
             known = next(filter(None, types), set())
-            found = _judge(node, inner, known, scope, values)
+            found = _judge(node, inner, known, scope, values, makers)
             if found is None:
                 continue
             details, steering = found
@@ -393,7 +394,7 @@ def _survey(model, values):
             yield _Site(activation, node, scope, known, steering, inner)
 
 
-def _judge(node, inner, known, scope, values):
+def _judge(node, inner, known, scope, values, makers):
     """What an Activation says of a node, and its Steering; None where it is no activation."""
     if ctu.is_ctu(node):
         # Somebody else's may lack them.
@@ -403,6 +404,7 @@ def _judge(node, inner, known, scope, values):
     if lowered is not None:
         return ({"op": lowered, "status": "steered"}, None) if lowered else None
     judged = activations.judge(inner or node, known, scope.constant)
+    judged = judged or activations.clips_at_zero(node, scope.types, scope.constant, makers)
     if judged is None:
         return None
     op_type = (inner or node).op_type

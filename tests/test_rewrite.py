@@ -333,6 +333,34 @@ def test_a_calibrated_range_is_mentioned():
     assert any("1 feed QuantizeLinear" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "taken"),
+    [
+        ("h = Add(x, x)  y = QuantizeLinear(h, s, u)", True),
+        ("h = Add(x, x)  y = QuantizeLinear(h, s)", True),
+        ("h = Add(x, x)  y = QuantizeLinear(h, s, m)", True),
+        ("h = Add(x, x)  y = QuantizeLinear(h, s, i)", False),
+        ("h = Add(x, x)  y = QuantizeLinear(h, s, c)", False),
+        ("h = Abs(x)  y = QuantizeLinear(h, s, u)", False),
+        ("y = QuantizeLinear(x, s, u)", False),
+        ("y = com.microsoft.QLinearAdd(q, s, u, q, s, u, s, u)", True),
+        ("y = com.microsoft.QLinearAdd(q, s, u, q, s, u, s, c)", False),
+        ("y = QLinearMatMul(q, s, u, q, s, u, s, u)", True),
+        ("y = mine.QLinearAdd(q, s, u, q, s, u, s, u)", False),
+        ("y = QuantizeLinear()", False),
+    ],
+)
+def test_a_relu_that_is_in_a_range_is_listed(nodes, taken):
+    """Quantizing what an affine op gives to a range from 0 on clips as the Relu there did."""
+    text = f"""<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1, "mine" : 1]>
+    g (float[4,4] x, uint8[4,4] q) => (y)
+    <float s = {{0.1}}, uint8 u = {{0}}, uint8 c = {{128}}, int8 m = {{-128}}, int8 i = {{0}}>
+    {{ {nodes}  z = Relu(x) }}"""
+    _, report = steered(onnx.parser.parse_model(text), 0.5)
+    assert len(report.replaced) == 1
+    assert ["its range starts at 0" in a.reason for a in report.skipped] == [True] * taken
+
+
 @each_model
 @pytest.mark.parametrize("lowering", ["portable", "op"])
 @pytest.mark.parametrize("beta_as", rewrite.BETA_AS)
