@@ -1,5 +1,6 @@
 """What `nox` runs: lint, and the tests on the newest and on the oldest supported packages."""
 
+import shutil
 import sys
 
 import nox
@@ -35,3 +36,12 @@ def oldest(session):
         "validate",
     )
     session.run("pytest", *(f"tests/test_{name}.py" for name in names))
+
+
+@nox.session
+def serving(session):
+    """What tests/test_serving.py downloads or builds too much for: Node and the Dockerfile."""
+    if shutil.which("npm") is None:
+        session.skip("needs npm")
+    session.install(".[cpu]", "pytest")
+    session.run("pytest", "-k", "node or dockerfile", "tests/test_serving.py", *session.posargs)

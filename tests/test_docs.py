@@ -1,8 +1,8 @@
 """Every block of the READMEs is run, and prints what they say it prints.
 
 A `console` block holds commands after "$ " and their output; a `python` block is followed by a
-`text` block with its output where it has one; "..." stands for anything. `sh` blocks set up and are
-run by CI.
+`text` block with its output where it has one; "..." stands for anything. Blocks of docs/ run at the
+root. `sh` blocks set up and are run by CI or by the sample's own test, as `proto` blocks are read.
 """
 
 import doctest
@@ -21,7 +21,9 @@ PAGES = [
     "samples/digits/README.md",
     "samples/graphsurgeon/README.md",
     "samples/pytorch/README.md",
+    "samples/serving/README.md",
     "samples/sweep/README.md",
+    "docs/deployment.md",
     "CONTRIBUTING.md",
 ]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -46,9 +48,9 @@ def run(command, folder):
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_print_what_the_page_says(page, tmp_path):
     # Without what somebody who followed the README has made there.
-    ignored = shutil.ignore_patterns("*.ct.onnx")
+    ignored = shutil.ignore_patterns("*.ct.onnx", "build")
     shutil.copytree(ROOT / "samples", tmp_path / "samples", ignore=ignored)
-    folder = tmp_path / Path(page).parent
+    folder = tmp_path if page.startswith("docs/") else tmp_path / Path(page).parent
     found = blocks(page)
     assert found
     for i, (language, text) in enumerate(found):
@@ -61,7 +63,7 @@ def test_blocks_print_what_the_page_says(page, tmp_path):
             if i + 1 < len(found) and found[i + 1][0] == "text":
                 assert_output(found[i + 1][1], got, text)
         else:
-            assert language in ("text", "sh")
+            assert language in ("text", "sh", "proto")
 
 
 def test_ci_runs_the_commands_of_the_readme():

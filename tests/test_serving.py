@@ -14,12 +14,10 @@ import sys
 import venv
 from pathlib import Path
 
-import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 from conftest import DIGITS, ROOT
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from google.protobuf import text_format
 from test_docs import blocks, run
 
 import ctonnx
@@ -141,6 +139,34 @@ def test_a_wrong_path_gives_one_line(language, arguments, message, sample, progr
     assert done.stderr.startswith(("serve", "usage"))
     assert done.stderr.count("\n") == 1, done.stderr
     assert not done.stdout
+
+
+def test_the_triton_configuration_fits_the_schema_and_the_model(fetched, tmp_path):
+    """As Triton's ONNX Runtime backend checks it when it loads a model."""
+    (path,) = fetched("tritonclient==2.73.0").glob("*/grpc/model_config_pb2.py")
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    schema = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(schema)
+    ((_, text),) = (b for b in blocks("docs/deployment.md") if b[0] == "proto")
+    config = text_format.Parse(text, schema.ModelConfig())
+    library = config.model_operations.op_library_filename
+    assert [Path(name).name for name in library] == [Path(ctonnx.get_library_path()).name]
+    assert all(Path(name).is_absolute() for name in library)
+    assert config.max_batch_size == 0
+
+    model = DIGITS / "digits.onnx"
+    steered = ctonnx.patch(model, 0.85, beta_as="input", output=tmp_path / "model.onnx")
+    session = ctonnx.session(steered, ["CPUExecutionProvider"])
+    optional = session.get_overridable_initializers()
+    puts = [*session.get_inputs(), *optional, *session.get_outputs()]
+    assert {put.name for put in (*config.input, *config.output)} == {put.name for put in puts}
+    assert [i.name for i in config.input if i.optional] == [i.name for i in optional]
+    dims = {put.name: list(put.dims) for put in (*config.input, *config.output)}
+    for put in puts:
+        assert put.type == "tensor(float)"
+        sizes = [size if isinstance(size, int) else -1 for size in put.shape]
+        assert dims[put.name] == (sizes or [1]), put.name
+    assert {i.data_type for i in config.input} == {schema.TYPE_FP32}
 
 
 @in_its_session
