@@ -47,6 +47,8 @@ LOWERED = "ctonnx.lowered"
 # What stands for beta or coeff in the model's metadata where it is not one number.
 PER_ACTIVATION = "per activation"
 
+_INLINED = "the model was steered, and another tool inlined its CTUs: this may be part of one"
+
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
 
@@ -100,7 +102,14 @@ def find(model):
     """The Activations of a ModelProto, in order of scope and node."""
     check_names(model)
     values = _parameter_values(model)
-    return [site.activation for site in _survey(model, values)]
+    found = [site.activation for site in _survey(model, values)]
+    if _is_steered(model) and all(a.status != "steered" for a in found):
+        # Optimisers inline functions, and the CTU's own Relu looks like any other then.
+        found = [
+            replace(a, status="skipped", reason=_INLINED) if a.status == "steerable" else a
+            for a in found
+        ]
+    return found
 
 
 def steer(

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import DIGITS, parsed, without_steering
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, inliner
 
 from ctonnx import activations, ctu, rewrite
 from ctonnx.errors import ModelError, NothingToDo, UsageError
@@ -331,6 +331,14 @@ def test_a_calibrated_range_is_mentioned():
     { h = Relu(x)  y = QuantizeLinear(h, s, o) }"""
     _, report = steered(parsed(text), 0.5)
     assert any("1 feed QuantizeLinear" in note for note in report.notes)
+
+
+def test_what_another_tool_inlined_is_not_offered_to_steer():
+    model, _ = steered(parsed(RELU), 0.5)
+    inlined = inliner.inline_local_functions(model)
+    found = rewrite.find(inlined)
+    assert any(a.op == "Relu" for a in found)
+    assert all(a.status == "skipped" and "inlined" in a.reason for a in found)
 
 
 @pytest.mark.parametrize(
