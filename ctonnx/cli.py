@@ -503,7 +503,7 @@ def probe(model, output, points, preset, resize, crop, mean, std, force, as_json
         f"{result.width} features {result.features!r}, {len(result.classes)} classes, "
         f"{result.train_samples} training and {result.test_samples} test samples"
     )
-    for line in (*_columns(_probed(result)), "", *_columns(_chosen(result))):
+    for line in (*_columns(_probed(result)), *_columns(_chosen(result))):
         click.echo(line)
     click.echo(
         f"accuracy {result.accuracy:.4f}, linear probing {result.original.test:.4f}: gain "

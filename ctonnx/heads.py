@@ -11,7 +11,7 @@ from .activations import DEFAULT_DOMAINS
 from .errors import UsageError
 from .flow import Flow
 from .graph import names, node_label, unique_name
-from .rewrite import keep
+from .rewrite import CLASSES, keep, original_op
 
 # What stands between a linear layer and the class scores as they are given out.
 _PASSED = {
@@ -20,9 +20,6 @@ _PASSED = {
 }
 _ENDINGS = ("Softmax", "LogSoftmax", "Sigmoid")
 _WITH_CONSTANT = {"Add", "Sub", "Mul", "Div"}
-
-# The labels that the classes stand for, where they are not 0, 1, ...
-CLASSES = "ctonnx.classes"
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def _linear(model, flow, output):
         elif op in _WITH_CONSTANT and len(varying) == 1:
             (name,) = varying
         else:
-            return None, ending, f"it comes from {op} {node_label(node)!r}"
+            return None, ending, f"it comes from {original_op(node)} {node_label(node)!r}"
 
 
 def _is_linear(op, node, held, shapes):
