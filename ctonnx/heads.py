@@ -147,7 +147,7 @@ def replace(model, head, weight, bias, dtype, flatten, classes):
     rows, last = "batch", head.features
     shape = output.type.tensor_type.shape.dim
     if shape:
-        rows = shape[0].dim_value or shape[0].dim_param or None
+        rows = max(shape[0].dim_value, 0) or shape[0].dim_param or None
     ends = head.ending in ("Softmax", "LogSoftmax")
     steps = [("Flatten", {"axis": 1})] if flatten else []
     if helper.np_dtype_to_tensor_dtype(dtype) != kind:

@@ -219,6 +219,11 @@ def probe(
             measure(None, opened)
     written, *more = measured
     notes = [*steerable.notes, *_notes(fits, sets), *said, *more]
+    before = float(fits[leader].test.mean())
+    if written != before:
+        notes.append(
+            f"rounded to the model's numbers the head's test accuracy was {before:.6g} before"
+        )
     width = math.prod(shape)
     return _result(
         *(fits, leader, seeds, len(splits[0][1])),
