@@ -1,5 +1,6 @@
 """What `nox` runs: lint, the tests on the newest and on the oldest supported packages, the site."""
 
+import shutil
 import sys
 
 import nox
@@ -52,3 +53,12 @@ def docs(session):
         return
     session.run("python", "-m", "mkdocs", "build", "--strict", "--site-dir", "build/site")
     session.run("python", "-m", "pytest", "docs/test_site.py")
+
+
+@nox.session
+def serving(session):
+    """What tests/test_serving.py downloads or builds too much for: Node and the Dockerfile."""
+    if shutil.which("npm") is None:
+        session.skip("needs npm")
+    session.install(".[cpu]", "pytest")
+    session.run("pytest", "-k", "node or dockerfile", "tests/test_serving.py", *session.posargs)

@@ -159,6 +159,44 @@ LEFT_ALONE = {
 
 _RECURRENT = ("RNN", "GRU", "LSTM")
 
+# Ops that quantize what they give -> the position of its zero point. The first takes it as it is
+# from another op; where that is an affine one, clipping at 0 is a Relu's doing.
+_QUANTIZING = {
+    "QuantizeLinear": 2,
+    "QLinearAdd": 7,
+    "QLinearConv": 7,
+    "QLinearMatMul": 7,
+    "QGemm": 8,
+}
+_AFFINE = {"Add", "BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul", "Sub", "Sum"}
+_LOWEST = {
+    TensorProto.UINT8: 0,
+    TensorProto.INT8: -(1 << 7),
+    TensorProto.UINT16: 0,
+    TensorProto.INT16: -(1 << 15),
+}
+_TAKEN_IN = "its range starts at 0, as of a Relu that quantization took in: steer before quantizing"
+
+
+def clips_at_zero(node, types, constant, makers):
+    """The reason why the Relu that quantization left in a NodeProto's range cannot be steered; None
+    where its range goes below 0, or what it quantizes is no affine op's.
+
+    Args:
+        types: element types by tensor name, as Scope.types.
+        constant: as for `judge`.
+        makers: the op types by output name of the nodes around it.
+    """
+    if node.op_type not in _QUANTIZING or node.domain not in (*DEFAULT_DOMAINS, "com.microsoft"):
+        return None
+    position = _QUANTIZING[node.op_type]
+    x, name = (*node.input[:1], "")[0], (*node.input[position : position + 1], "")[0]
+    if node.op_type == "QuantizeLinear" and makers.get(x) not in _AFFINE:
+        return None
+    zero = constant(name) if name else 0
+    known = types.get(name or (*node.output, "")[0], {TensorProto.UINT8})
+    return _TAKEN_IN if any(zero == _LOWEST.get(dtype) for dtype in known) else None
+
 
 def judge(node, dtypes, constant):
     """Judge a NodeProto.

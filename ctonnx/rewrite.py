@@ -44,8 +44,13 @@ ORIGINAL = "ctonnx.original"
 # and empty on those inside that would look like activations themselves.
 LOWERED = "ctonnx.lowered"
 
+# The labels of a head that `ctonnx probe` has put in: no record of steering.
+CLASSES = "ctonnx.classes"
+
 # What stands for beta or coeff in the model's metadata where it is not one number.
 PER_ACTIVATION = "per activation"
+
+_INLINED = "the model was steered, and another tool inlined its CTUs: this may be part of one"
 
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
@@ -100,7 +105,14 @@ def find(model):
     """The Activations of a ModelProto, in order of scope and node."""
     check_names(model)
     values = _parameter_values(model)
-    return [site.activation for site in _survey(model, values)]
+    found = [site.activation for site in _survey(model, values)]
+    if _is_steered(model) and all(a.status != "steered" for a in found):
+        # Optimisers inline functions, and the CTU's own Relu looks like any other then.
+        found = [
+            replace(a, status="skipped", reason=_INLINED) if a.status == "steerable" else a
+            for a in found
+        ]
+    return found
 
 
 def steer(
@@ -350,7 +362,7 @@ def unsteer(model):
     if before.graph.input:
         del model.graph.input[:]
         model.graph.input.extend(before.graph.input)
-    keep(model.metadata_props, lambda entry: not entry.key.startswith("ctonnx."))
+    keep(model.metadata_props, lambda entry: not _is_record(entry))
 
 
 # --- finding
@@ -374,12 +386,13 @@ def _survey(model, values):
     for scope in typed_scopes(model):
         if scope.function is not None and ctu.is_ctu(scope.function):
             continue
+        makers = {name: node.op_type for node in scope.body.node for name in node.output}
         for node in scope.body.node:
             inner = activations.unfused(node)
             # X, bounds, slope and Y are of one type: the first that is known.
             types = (scope.types.get(name) for name in (*node.input, *node.output))
             known = next(filter(None, types), set())
-            found = _judge(node, inner, known, scope, values)
+            found = _judge(node, inner, known, scope, values, makers)
             if found is None:
                 continue
             details, steering = found
@@ -393,16 +406,17 @@ def _survey(model, values):
             yield _Site(activation, node, scope, known, steering, inner)
 
 
-def _judge(node, inner, known, scope, values):
+def _judge(node, inner, known, scope, values, makers):
     """What an Activation says of a node, and its Steering; None where it is no activation."""
     if ctu.is_ctu(node):
         # Somebody else's may lack them.
         beta, coeff = (*(values.get(name) for name in node.input[1:3]), None, None)[:2]
-        return {"op": _original_op(node), "status": "steered", "beta": beta, "coeff": coeff}, None
+        return {"op": original_op(node), "status": "steered", "beta": beta, "coeff": coeff}, None
     lowered = _metadata(node, LOWERED)
     if lowered is not None:
         return ({"op": lowered, "status": "steered"}, None) if lowered else None
     judged = activations.judge(inner or node, known, scope.constant)
+    judged = judged or activations.clips_at_zero(node, scope.types, scope.constant, makers)
     if judged is None:
         return None
     op_type = (inner or node).op_type
@@ -584,7 +598,11 @@ def _is_steered(model):
 
 
 def _has_record(proto):
-    return any(entry.key.startswith("ctonnx.") for entry in proto.metadata_props)
+    return any(map(_is_record, proto.metadata_props))
+
+
+def _is_record(entry):
+    return entry.key.startswith("ctonnx.") and entry.key != CLASSES
 
 
 def _steered(model):
@@ -813,7 +831,7 @@ def _inline(model):
                 if node.op_type in activations.STEERABLE:
                     node.metadata_props.add(key=LOWERED, value="")
             elif ctu.is_ctu(node):
-                results[scope.path, node.output[0]] = _original_op(node)
+                results[scope.path, node.output[0]] = original_op(node)
     try:
         inlined = inliner.inline_selected_functions(model, [(f.domain, f.name) for f in ours])
     except (RuntimeError, checker.ValidationError) as error:
@@ -873,7 +891,8 @@ def _restore(node):
     keep(node.metadata_props, lambda entry: entry.key != ORIGINAL)
 
 
-def _original_op(node):
+def original_op(node):
+    """The op type that a node had before it was steered."""
     text = _metadata(node, ORIGINAL)
     return _decode(NodeProto, text).op_type if text is not None else node.op_type
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import DIGITS, parsed, without_steering
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, inliner
 
 from ctonnx import activations, ctu, rewrite
 from ctonnx.errors import ModelError, NothingToDo, UsageError
@@ -331,6 +331,42 @@ def test_a_calibrated_range_is_mentioned():
     { h = Relu(x)  y = QuantizeLinear(h, s, o) }"""
     _, report = steered(parsed(text), 0.5)
     assert any("1 feed QuantizeLinear" in note for note in report.notes)
+
+
+def test_what_another_tool_inlined_is_not_offered_to_steer():
+    model, _ = steered(parsed(RELU), 0.5)
+    inlined = inliner.inline_local_functions(model)
+    found = rewrite.find(inlined)
+    assert any(a.op == "Relu" for a in found)
+    assert all(a.status == "skipped" and "inlined" in a.reason for a in found)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "taken"),
+    [
+        ("h = Add(x, x)  y = QuantizeLinear(h, s, u)", True),
+        ("h = Add(x, x)  y = QuantizeLinear(h, s)", True),
+        ("h = Add(x, x)  y = QuantizeLinear(h, s, m)", True),
+        ("h = Add(x, x)  y = QuantizeLinear(h, s, i)", False),
+        ("h = Add(x, x)  y = QuantizeLinear(h, s, c)", False),
+        ("h = Abs(x)  y = QuantizeLinear(h, s, u)", False),
+        ("y = QuantizeLinear(x, s, u)", False),
+        ("y = com.microsoft.QLinearAdd(q, s, u, q, s, u, s, u)", True),
+        ("y = com.microsoft.QLinearAdd(q, s, u, q, s, u, s, c)", False),
+        ("y = QLinearMatMul(q, s, u, q, s, u, s, u)", True),
+        ("y = mine.QLinearAdd(q, s, u, q, s, u, s, u)", False),
+        ("y = QuantizeLinear()", False),
+    ],
+)
+def test_a_relu_that_is_in_a_range_is_listed(nodes, taken):
+    """Quantizing what an affine op gives to a range from 0 on clips as the Relu there did."""
+    text = f"""<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1, "mine" : 1]>
+    g (float[4,4] x, uint8[4,4] q) => (y)
+    <float s = {{0.1}}, uint8 u = {{0}}, uint8 c = {{128}}, int8 m = {{-128}}, int8 i = {{0}}>
+    {{ {nodes}  z = Relu(x) }}"""
+    _, report = steered(onnx.parser.parse_model(text), 0.5)
+    assert len(report.replaced) == 1
+    assert ["its range starts at 0" in a.reason for a in report.skipped] == [True] * taken
 
 
 @each_model
