@@ -63,6 +63,7 @@ def tract(path, fed):
 
     model = tract.onnx().load(path)
     names = [model.input_name(i) for i in range(model.input_count())]
+    refuse_unknown(fed, names)
     symbols = {}  # such as the size of a batch, which tract wants to know before it optimises
     for i, name in enumerate(names):
         *dims, kind = model.input_fact(i).dump().split(",")
@@ -77,39 +78,8 @@ def tract(path, fed):
     runnable = typed.into_runnable()
 
     def run(inputs):
-        refuse_unknown(inputs, names)
         values = runnable.run([inputs[name] for name in names])
         return named(outputs, (value.to_numpy() for value in values))
-
-    return run
-
-
-def iree(path, fed):
-    import iree.compiler.tools.import_onnx.__main__ as importer
-    import iree.runtime as rt
-    from iree.compiler import tools
-
-    with tempfile.TemporaryDirectory() as folder:
-        mlir = os.path.join(folder, "model.mlir")
-        # As its documentation asks for, models of older opsets are raised first.
-        arguments = [path, "--opset-version", "17", "-o", mlir]
-        importer.main(importer.parse_arguments(arguments))
-        code = tools.compile_file(
-            mlir,
-            input_type="onnx",
-            target_backends=["llvm-cpu"],
-            extra_args=["--iree-llvmcpu-target-cpu=host"],
-        )
-    modules = rt.load_vm_flatbuffer(code, driver="local-task")
-    names = (n for n in modules.vm_module.function_names if not n.startswith("__"))
-    function = modules[next(n for n in names if not n.endswith("$async"))]
-    order, outputs = interface(path)
-
-    def run(inputs):
-        refuse_unknown(inputs, order)
-        values = function(*(inputs[name] for name in order))
-        values = values if isinstance(values, (list, tuple)) else [values]
-        return named(outputs, (value.to_host() for value in values))
 
     return run
 
@@ -122,6 +92,7 @@ def tvm(path, fed):
 
     model = onnx.load(path)
     order, outputs = interface(path)
+    refuse_unknown(fed, order)
     module = from_onnx(
         model,
         shape_dict={name: list(fed[name].shape) for name in order},
@@ -132,7 +103,6 @@ def tvm(path, fed):
     machine = relax.VirtualMachine(built, tvm.cpu())
 
     def run(inputs):
-        refuse_unknown(inputs, order)
         values = machine["main"](*(tvm.runtime.tensor(inputs[name]) for name in order))
         values = values if not hasattr(values, "numpy") else [values]
         return named(outputs, (value.numpy() for value in values))
@@ -144,6 +114,7 @@ def mnn(path, fed):
     from MNN import expr, nn
 
     order, outputs = interface(path)
+    refuse_unknown(fed, order)
     with tempfile.TemporaryDirectory() as folder:
         converted = os.path.join(folder, "model.mnn")
         # Not the package's own command, which installs a reporter of use and waits for its server.
@@ -158,7 +129,6 @@ def mnn(path, fed):
     kinds = {"float32": expr.float, "int64": expr.int64, "int32": expr.int}
 
     def run(inputs):
-        refuse_unknown(inputs, order)
         fed = [
             expr.const(
                 np.ascontiguousarray(inputs[name]),
@@ -281,10 +251,11 @@ def in_python(opener):
         nonlocal opened, run
         inputs = from_json(job["inputs"])
         try:
-            if opened != job["model"]:
+            # With other inputs anew: who refused the first may take these.
+            if opened != (job["model"], *inputs):
                 opened = None
                 run = opener(job["model"], inputs)
-                opened = job["model"]
+                opened = job["model"], *inputs
             return {"outputs": to_json(run(inputs))}
         except BaseException as error:  # Whatever a runtime raises is what this is to find out.
             return {"error": f"{type(error).__name__}: {error}"}
