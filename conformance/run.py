@@ -383,7 +383,7 @@ def main():
     npm = arguments.npm.resolve()
     if not shutil.which("chromium"):
         print("chromium is missing: apt-get install -y chromium", file=sys.stderr)
-        if os.environ.get("CI"):
+        if arguments.write or os.environ.get("CI"):
             return 4
     measured, titles = {}, {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:

@@ -195,29 +195,28 @@ class Page:
     FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
     QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
     SCRIPT = """
-        import * as ort from "/dist/ort.wasm.bundle.min.mjs";
+        import * as ort from "/ort.wasm.bundle.min.mjs";
         import { answer } from "/worker.mjs";
         ort.env.wasm.numThreads = 1;
-        window.answer = (job) => answer(ort, job, (path) => "/model" + path);
+        window.answer = (job) => answer(ort, job, (path) => "/model?" + path);
     """
+
+    model = None  # the path of the one that is being run
 
     def __init__(self, npm):
         from playwright.sync_api import sync_playwright
 
-        files = {
-            "dist": Path(npm) / "node_modules" / "onnxruntime-web" / "dist",
-            "model": Path("/"),
-            "worker.mjs": Path(__file__).with_name("worker.mjs"),
-        }
+        page, dist = self, Path(npm) / "node_modules" / "onnxruntime-web" / "dist"
 
         class Files(http.server.SimpleHTTPRequestHandler):
+            def translate_path(self, path):
+                name = Path(urllib.parse.urlsplit(path).path).name
+                ours = {"model": page.model, "worker.mjs": Path(__file__).with_name("worker.mjs")}
+                return str(ours.get(name) or dist / name)
+
             def guess_type(self, path):
                 known = {".mjs": "text/javascript", ".wasm": "application/wasm"}
                 return known.get(Path(path).suffix, "application/octet-stream")
-
-            def translate_path(self, path):
-                first, _, rest = urllib.parse.unquote(path).lstrip("/").partition("/")
-                return str(files[first] / rest) if first in files else os.devnull
 
             def log_message(self, *_):
                 pass
@@ -225,12 +224,9 @@ class Page:
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         origin = f"http://127.0.0.1:{self._server.server_port}"
-        browser = (
-            sync_playwright()
-            .start()
-            .chromium.launch(
-                executable_path=shutil.which("chromium"), args=[*self.FLAGS, *self.QUIET]
-            )
+        chromium = sync_playwright().start().chromium
+        browser = chromium.launch(
+            executable_path=shutil.which("chromium"), args=[*self.FLAGS, *self.QUIET]
         )
         self._page = browser.new_page()
         # An empty page of this origin, whose content is then set.
@@ -240,6 +236,7 @@ class Page:
         self._page.wait_for_function("() => window.answer")
 
     def answer(self, job):
+        self.model = job["model"]
         return self._page.evaluate("(job) => window.answer(job)", job)
 
 
