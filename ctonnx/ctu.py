@@ -84,6 +84,7 @@ def function(opset, dtypes, sloped):
         FunctionProto (X, beta, coeff[, slope]) -> Y. Its error against the exact formula is that of
         BOUNDS for beta >= 0.3, and of LOW_FALLBACK_BOUNDS below.
     """
+    # Of the comparisons only Less is used, the one that jaxonnxruntime has.
     dtypes = set(dtypes)
     compute = TensorProto.DOUBLE if TensorProto.DOUBLE in dtypes else TensorProto.FLOAT
     nodes = []
@@ -121,12 +122,12 @@ def function(opset, dtypes, sloped):
         zero = constant(0.0)
         if opset >= 9:
             # Again, for slope 0 and X = -inf.
-            negative = op("Where", op("Greater", op("Abs", slope), zero), negative, zero)
+            negative = op("Where", op("Less", zero, op("Abs", slope)), negative, zero)
         original = op("Sub", original, negative)
     # inf / inf would be NaN, so the gate's distance stays finite; the log term carries NaN.
     largest = float(np.finfo(np.float32).max)
     if opset >= 9:
-        beyond = op("Greater", distance, constant(largest))
+        beyond = op("Less", constant(largest), distance)
         finite = op("Where", beyond, constant(0.0), distance)
     else:
         finite = op("Clip", distance, max=largest)
@@ -136,7 +137,7 @@ def function(opset, dtypes, sloped):
     gate_term = op("Div", op("Mul", finite, coeff), op("Add", growth, one))
     correction = op("Sub", log_term, gate_term)
     if sloped:
-        above, below = op("Greater", gap, zero), op("Less", gap, zero)
+        above, below = op("Less", op("Neg", gap), zero), op("Less", gap, zero)
         sign = op("Sub", op("Cast", above, to=compute), op("Cast", below, to=compute))
         correction = op("Mul", correction, sign)
     if dtypes == {compute}:

@@ -130,3 +130,11 @@ def _assert_close(y, x, beta, slope, tolerance):
     expected = ctu.ctu(x.astype(np.float64), np.float32(beta), 0.5, slope)
     error = np.abs(y.astype(np.float64) - expected) / np.maximum(1, np.abs(expected))
     assert error.max() <= tolerance
+
+
+@pytest.mark.parametrize("opset", [6, 9, 13, 17])
+def test_function_keeps_to_ops_that_other_runtimes_have(opset):
+    """jaxonnxruntime has no Greater, and ONNX Runtime no Softplus of doubles."""
+    for sloped in (False, True):
+        used = {node.op_type for node in ctu.function(opset, {TensorProto.FLOAT}, sloped).node}
+        assert not used & {"Greater", "GreaterOrEqual", "Softplus", "PRelu"}
