@@ -35,3 +35,10 @@ def oldest(session):
         "validate",
     )
     session.run("pytest", *(f"tests/test_{name}.py" for name in names))
+
+
+@nox.session
+def playground(session):
+    """The page in a browser: Chromium of the system, which CI must have, and npm."""
+    session.install(".[cpu]", "playwright", "pytest")
+    session.run("pytest", "tests/test_playground.py", *session.posargs)

@@ -100,7 +100,7 @@ def _fetch(folder):
                 content = package.extractfile(f"package/dist/{name}").read()
                 (folder / name).write_bytes(content)
     except (tarfile.TarError, KeyError, EOFError) as error:
-        raise EnvironmentLacks(f"{cannot}: what it gave is damaged ({error})") from None
+        raise EnvironmentLacks(f"{cannot}: what it gave is damaged ({first_line(error)})") from None
     if not _is_complete(folder):
         raise EnvironmentLacks(f"{cannot}: what it gave is not the package of that version")
 

@@ -20,6 +20,7 @@ PAGES = [
     "README.md",
     "samples/digits/README.md",
     "samples/graphsurgeon/README.md",
+    "samples/playground/README.md",
     "samples/pytorch/README.md",
     "samples/sweep/README.md",
     "CONTRIBUTING.md",

@@ -71,12 +71,12 @@ async function settle(now) {
   const number = wanted;
   const stale = () => number !== wanted;
   if (views.digits.counted?.beta === now.beta && views.digits.counted?.coeff === now.coeff) return;
-  const right = await views.digits.countRight(now, stale);
+  const before = (views.digits.before ??= await views.digits.countRight(ORIGINAL, stale));
+  const right = before === null ? null : await views.digits.countRight(now, stale);
   if (right === null) return;
   views.digits.counted = now;
-  const before = views.digits.before;
   element("held-figures").textContent =
-    `${right} of ${views.digits.labels.length} new digits read right (${before} at β = 1)`;
+    `${right} of ${views.digits.labels.length} new digits read right (${before} at β\u00a0=\u00a01)`;
 }
 
 function fail(error) {
@@ -92,9 +92,9 @@ async function start() {
   const spiral = await Spiral.load(data.spiral);
   const regression = await Regression.load(data.regression);
   const digits = await Digits.load(data.digits, change);
-  digits.before = await digits.countRight(ORIGINAL, () => false);
   Object.assign(views, { spiral, regression, digits });
   status.hidden = true;
+  since = null;
   change();
 
   for (const slider of Object.values(sliders)) slider.addEventListener("input", change);

@@ -11,7 +11,7 @@ const CHUNK = 60;
 export class Digits {
   static async load(data, changed) {
     const view = new Digits(await Model.load("digits.onnx"), data, changed);
-    view.#takeExample(3);
+    view.#takeExample(0);
     return view;
   }
 
@@ -144,9 +144,11 @@ export class Digits {
     const { context, width } = prepare(this.canvas);
     const cell = width / SIDE;
     context.fillStyle = color("ink");
+    const edge = (i) => Math.round(i * cell); // Between pixels of the screen there would be seams.
     this.ink.forEach((v, k) => {
+      const [x, y] = [k % SIDE, (k / SIDE) | 0];
       context.globalAlpha = v / FULL;
-      context.fillRect((k % SIDE) * cell, ((k / SIDE) | 0) * cell, cell + 0.5, cell + 0.5);
+      context.fillRect(edge(x), edge(y), edge(x + 1) - edge(x), edge(y + 1) - edge(y));
     });
     context.globalAlpha = 1;
     if (this.cursor !== null) {
@@ -160,12 +162,13 @@ export class Digits {
     this.bars.forEach((bar, digit) => {
       bar.querySelector(".fill").style.width = `${100 * now[digit]}%`;
       bar.querySelector(".mark").style.left = `${100 * before[digit]}%`;
+      bar.querySelector(".mark").hidden = before[digit] < 0.005;
       bar.lastElementChild.textContent = percent(now[digit], 0);
       bar.classList.toggle("most", digit === read);
     });
     this.figures.textContent = this.ink.some(Boolean)
-      ? `Reads ${read}, with ${percent(now[read])} ` +
-        `(${readBefore}, with ${percent(before[readBefore])} at β = 1)`
+      ? `Reads ${read}, ${percent(now[read], 0)} sure ` +
+        `(${readBefore}, ${percent(before[readBefore], 0)} at β\u00a0=\u00a01)`
       : "Draw a digit, or take an example";
     this.summary = `Digit: ${this.figures.textContent}.`;
   }

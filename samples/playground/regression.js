@@ -3,7 +3,7 @@
 import { color, prepare } from "./canvas.js";
 import { Model, ORIGINAL } from "./model.js";
 
-const HEIGHT = 2.3; // The picture goes from -HEIGHT to HEIGHT.
+const HEIGHT = 2.5; // The picture goes from -HEIGHT to HEIGHT.
 
 export class Regression {
   static async load(data) {
@@ -60,9 +60,10 @@ export class Regression {
 
     const [error, before] = [this.#error(this.values), this.#error(this.original)];
     this.figures.textContent =
-      `Mean squared error ${error.toFixed(3)} from the curve without noise ` +
-      `(${before.toFixed(3)} at β = 1)`;
+      `Squared error ${error.toFixed(3)} (${before.toFixed(3)} at β\u00a0=\u00a01)`;
     this.summary = `Curve: ${this.figures.textContent}.`;
-    this.canvas.ariaLabel = `Noisy points and the curve fitted to them. ${this.figures.textContent}.`;
+    this.canvas.ariaLabel =
+      `Noisy points, and the curve fitted to them beside the one without noise. ` +
+      `${this.figures.textContent}.`;
   }
 }

@@ -4,7 +4,7 @@ import { channels, color, percent, prepare } from "./canvas.js";
 import { Model, ORIGINAL } from "./model.js";
 
 const SIDE = 100;
-const REACH = 5; // The picture goes from -REACH to REACH.
+const REACH = 4.8; // The picture goes from -REACH to REACH.
 
 export class Spiral {
   static async load(data) {
@@ -63,10 +63,10 @@ export class Spiral {
     for (let k = 0; k < SIDE * SIDE; k++) moved += this.scores[k] > 0 !== this.original[k] > 0;
     const share = percent(moved / (SIDE * SIDE));
     this.figures.textContent =
-      `${percent(accuracy)} of new points right (${percent(before)} at β = 1); ` +
-      `${share} of the plane has changed sides`;
-    this.summary = `Spiral: ${this.figures.textContent}.`;
-    this.canvas.ariaLabel = `Plane divided between two spiral arms. ${this.figures.textContent}.`;
+      `${percent(accuracy)} of new points right (${percent(before)} at β\u00a0=\u00a01)`;
+    const changed = `${this.figures.textContent}. ${share} of the plane is on another side.`;
+    this.summary = `Boundary: ${changed}`;
+    this.canvas.ariaLabel = `Plane divided between two spiral arms. ${changed}`;
   }
 
   // One pixel for each value: the arms' colors, paler where the network is less sure.

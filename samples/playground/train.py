@@ -1,7 +1,7 @@
 """Train the playground's two small networks, and write what its page loads.
 
 spiral.onnx reads points of a plane, regression.onnx fits a noisy curve, digits.onnx is that of
-samples/digits. All three are steered, with beta and c (`coeff`) as inputs; `ctonnx unpatch` gives the
+samples/digits. All are steered, with beta and c (`coeff`) as inputs; `ctonnx unpatch` gives the
 original networks. data.json holds the points, the curve without noise and held-out digits. One CPU
 core does it in half a minute.
 """
