@@ -18,6 +18,7 @@ from conftest import ROOT
 
 PAGES = [
     "README.md",
+    "samples/boundary/README.md",
     "samples/digits/README.md",
     "samples/graphsurgeon/README.md",
     "samples/playground/README.md",
@@ -69,6 +70,11 @@ def test_ci_runs_the_commands_of_the_readme():
     commands = [text for language, text in blocks("README.md") if language == "sh"]
     assert len(commands) == 2
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_results_hold_the_table_that_the_sample_prints():
+    (_, text), *_ = blocks("samples/boundary/README.md")
+    assert text.partition("\n")[2] in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_every_sample_file_is_named_in_a_readme():

@@ -250,14 +250,22 @@ def chromium():
 def url(chromium):
     """Where `ctonnx playground` serves the page, with the true onnxruntime-web."""
     process = subprocess.Popen(
-        [*COMMAND, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs, and what they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     address = process.stdout.readline().strip()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address), process.communicate()[1]
     yield address
     # Ctrl-C is how it is ended: no error, no traceback.
     process.send_signal(signal.SIGINT)
-    _, messages = process.communicate(timeout=30)
+    try:
+        _, messages = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 0
     assert "Traceback" not in messages
 
@@ -345,6 +353,43 @@ def test_moving_beta_changes_what_is_drawn(visit):
     settled(page)
     assert {name: picture(page, name) for name in canvases} == first
     assert page.inner_text("#probabilities") == bars
+
+
+INK = """(id) => {
+  const canvas = document.getElementById(id);
+  const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const found = [];
+  for (let k = 0; k < data.length / 4; k++) {
+    const [red, green, blue] = data.subarray(4 * k, 4 * k + 3);
+    if (Math.abs(red - 28) + Math.abs(green - 34) + Math.abs(blue - 48) < 24) {
+      found.push([(k % canvas.width) / canvas.width, ((k / canvas.width) | 0) / canvas.height]);
+    }
+  }
+  return found;
+}"""
+
+
+def test_the_boundary_is_drawn_where_the_scores_change_sign(visit):
+    """Each pixel of its color is within two squares of the grid of such a place, and all of these
+    have such a pixel."""
+    page = visit()
+    lines = []
+    for beta in (1.0, 0.5):
+        move(page, beta=beta)
+        settled(page)
+        inked = (np.array(page.evaluate(INK, "spiral")) * 100).astype(int)
+        above = values(page, "spiral").reshape(100, 100) > 0
+        assert len(inked) > 1000
+        near = np.zeros((100, 100), bool)
+        for x, y in inked:
+            around = above[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]
+            assert around.any()
+            assert not around.all()
+            near[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = True
+        assert near[:, :-1][above[:, :-1] != above[:, 1:]].all()
+        assert near[:-1][above[:-1] != above[1:]].all()
+        lines.append(set(map(tuple, inked)))
+    assert len(lines[0] & lines[1]) < 0.7 * len(lines[0])
 
 
 def test_the_values_are_those_of_onnxruntime(visit):
