@@ -80,3 +80,10 @@ def conformance(session):
     session.run("npm", "install", *flags, *packages, external=True)
     options = session.posargs or ["--check"]
     session.run("python", "conformance/run.py", "--npm", str(npm), *options)
+
+
+@nox.session
+def playground(session):
+    """The page in a browser: Chromium of the system, which CI must have, and npm."""
+    session.install(".[cpu]", "playwright", "pytest")
+    session.run("pytest", "tests/test_playground.py", *session.posargs)

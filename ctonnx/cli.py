@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import click
@@ -787,6 +788,26 @@ def doctor(as_json):
         click.echo("works" if report["ok"] else "the op library does not work, see above")
     if not report["ok"]:
         sys.exit(4)
+
+
+@cli.command()
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8710, show_default=True, help="0 for any."
+)
+def playground(port):
+    """Serve a page with sliders for beta and c to a browser on this machine.
+
+    It shows a decision boundary, a regression curve and a reader of digits, run by onnxruntime-web,
+    which npm fetches at the first start. Ctrl-C ends it.
+    """
+    from .playground import server
+
+    with server(port, _say) as serving:
+        host, port = serving.server_address
+        click.echo(f"http://{host}:{port}/")
+        _say("open this in a browser; Ctrl-C ends the playground")
+        with suppress(KeyboardInterrupt):
+            serving.serve_forever()
 
 
 def _say_of(report, as_json):

@@ -95,6 +95,11 @@ def test_ci_runs_the_commands_of_the_readme():
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_results_hold_the_table_that_the_sample_prints():
+    (_, text), *_ = blocks("samples/boundary/README.md")
+    assert text.partition("\n")[2] in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_every_sample_file_is_named_in_a_readme():
     for folder in (ROOT / "samples").iterdir():
         page = (folder / "README.md").read_text()

@@ -1,0 +1,34 @@
+// A steered ONNX model with the inputs beta and coeff, run by onnxruntime-web.
+
+import * as ort from "./runtime/ort.wasm.bundle.min.mjs";
+
+// Threads would need headers of the server's, and the networks are small.
+ort.env.wasm.numThreads = 1;
+ort.env.wasm.wasmPaths = {
+  wasm: new URL("./runtime/ort-wasm-simd-threaded.wasm", import.meta.url).href,
+};
+
+export class Model {
+  static async load(file) {
+    return new Model(await ort.InferenceSession.create(new URL(file, import.meta.url).href));
+  }
+
+  constructor(session) {
+    this.session = session;
+  }
+
+  // The output, a Float32Array, for an input of the shape `dims` as a Float32Array.
+  async run(data, dims, { beta, coeff }) {
+    const [input] = this.session.inputNames.filter((name) => name !== "beta" && name !== "coeff");
+    const number = (value) => new ort.Tensor("float32", Float32Array.of(value), []);
+    const results = await this.session.run({
+      [input]: new ort.Tensor("float32", data, dims),
+      beta: number(beta),
+      coeff: number(coeff),
+    });
+    return results[this.session.outputNames[0]].data;
+  }
+}
+
+// What the pictures are compared with: at beta 1 c does not matter.
+export const ORIGINAL = { beta: 1, coeff: 0.5 };

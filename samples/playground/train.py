@@ -1,0 +1,168 @@
+"""Train the playground's two small networks, and write what its page loads.
+
+spiral.onnx reads points of a plane, regression.onnx fits a noisy curve, digits.onnx is that of
+samples/digits. All are steered, with beta and c (`coeff`) as inputs; `ctonnx unpatch` gives the
+original networks. data.json holds the points, the curve without noise and held-out digits. One CPU
+core does it in half a minute.
+"""
+
+import argparse
+import base64
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ctonnx
+from ctonnx import rewrite
+
+HERE = Path(__file__).resolve().parent
+DIGITS = HERE.parent / "digits"
+
+
+def network(inputs, width, depth):
+    layers = []
+    for i in range(depth):
+        layers += [nn.Linear(width if i else inputs, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, 1))
+
+
+def spiral(count, rng):
+    """Points of two arms, one and a half turns each: (count, 2), and 0 or 1 for the arm."""
+    arm = np.arange(count) % 2
+    radius = np.sqrt(rng.uniform(0.02, 1, count))
+    angle = 3 * np.pi * radius + np.pi * arm
+    points = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    points += rng.normal(scale=0.06, size=points.shape)
+    # The larger the numbers, the smaller is what beta changes beside them.
+    return (4 * points).astype(np.float32), arm
+
+
+def curve(x):
+    return np.sin(x / 2) + 0.4 * np.sin(x + 1)
+
+
+def train(model, x, y, loss, steps):
+    x, y = torch.from_numpy(x), torch.from_numpy(y.astype(np.float32))[:, None]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def exported(model, inputs):
+    """The ModelProto of a network on rows of `inputs` numbers."""
+    program = torch.onnx.export(
+        model,
+        (torch.zeros(2, inputs),),
+        input_names=["x"],
+        output_names=["y"],
+        dynamic_shapes={"input": {0: torch.export.Dim("batch")}},
+        opset_version=18,
+        dynamo=True,
+        verbose=False,
+    )
+    for node in program.model.graph:
+        # Stack traces hold the paths of the machine that exported the model.
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+    with tempfile.TemporaryDirectory() as folder:
+        program.save(f"{folder}/model.onnx", external_data=False)
+        return onnx.load(f"{folder}/model.onnx")
+
+
+def steered(model):
+    """A steered ModelProto with the inputs beta and coeff.
+
+    Both must be fed: onnxruntime-web takes no values for optional inputs.
+    """
+    model = ctonnx.patch(model, 1.0, beta_as="required-input")
+    _, coeffs = rewrite.parameters_of(model)
+    rewrite.require_inputs(model, coeffs)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def seeded():
+    """A generator of NumPy's; PyTorch's starts anew too."""
+    torch.manual_seed(0)
+    return np.random.default_rng(0)
+
+
+def rounded(array, decimals=3):
+    return np.round(array.astype(float), decimals).tolist()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE)
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+
+    # One thread and one seed: a rerun gives the same weights.
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+    rng = seeded()
+    points, arms = spiral(240, rng)
+    held_points, held_arms = spiral(600, rng)
+    classifier = network(2, width=16, depth=3)
+    train(classifier, points, arms, F.binary_cross_entropy_with_logits, steps=2000)
+    onnx.save(steered(exported(classifier, 2)), out / "spiral.onnx")
+
+    rng = seeded()
+    x = (np.linspace(-8, 8, 40) + rng.uniform(-0.16, 0.16, 40)).astype(np.float32)
+    y = (curve(x) + rng.normal(scale=0.25, size=40)).astype(np.float32)
+    line = np.linspace(-8, 8, 401)
+    fit = network(1, width=32, depth=3)
+    train(fit, x[:, None], y, F.mse_loss, steps=3000)
+    onnx.save(steered(exported(fit, 1)), out / "regression.onnx")
+
+    onnx.save(steered(onnx.load(DIGITS / "digits.onnx")), out / "digits.onnx")
+    test = np.load(DIGITS / "digits_test.npz")
+    pixels = np.rint(test["image"] * 16).astype(np.uint8)  # of 0 to 16
+
+    data = {
+        "spiral": {
+            "points": rounded(points),
+            "arms": arms.tolist(),
+            "held_points": rounded(held_points),
+            "held_arms": held_arms.tolist(),
+        },
+        "regression": {
+            "x": rounded(x),
+            "y": rounded(y),
+            "line": rounded(line),
+            "curve": rounded(curve(line), 5),
+        },
+        "digits": {
+            "pixels": base64.b64encode(pixels.tobytes()).decode(),
+            "labels": test["label"].tolist(),
+        },
+    }
+    (out / "data.json").write_text(json.dumps(data, separators=(",", ":")) + "\n")
+
+    for beta in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+        feeds = {"beta": np.float32(beta), "coeff": np.float32(0.5)}
+        logits = run(out / "spiral.onnx", held_points, feeds)
+        accuracy = ((logits > 0) == held_arms).mean()
+        error = ((run(out / "regression.onnx", line[:, None], feeds) - curve(line)) ** 2).mean()
+        print(f"beta {beta:.1f}  spiral accuracy {accuracy:.3f}  squared error {error:.4f}")
+
+
+def run(path, x, feeds):
+    feeds = {name: np.asarray(value) for name, value in feeds.items()}
+    (y,) = ctonnx.session(path).run(["y"], {"x": x.astype(np.float32), **feeds})
+    return y[:, 0]
+
+
+if __name__ == "__main__":
+    main()
