@@ -281,6 +281,8 @@ def test_a_model_may_be_steered_already(options):
     assert result.original.test == plain.original.test
     assert (result.points[0].test == plain.points[0].test) != one
     assert any("no fallback" in note for note in result.notes) == (options == {"lowering": "op"})
+    unknown = any("beta 1 is measured through the CT units" in note for note in result.notes)
+    assert unknown == (options.get("lowering") == "primitives")
     states = Counter(a.status for a in ctonnx.inspect(result.model))
     assert states == ({"steered": 1, "steerable": 6} if one else {"steered": 7})
 
