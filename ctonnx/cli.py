@@ -532,7 +532,7 @@ def _verdict(result):
 @_force
 @_json
 def probe(model, output, points, preset, resize, crop, mean, std, force, as_json, **choices):
-    """Transfer MODEL to other classes: a new linear head, at the beta that serves it.
+    """Give MODEL other classes: a new linear head, and the beta that serves it.
 
     At each beta a linear head is fitted on the features in front of the classifier. Beta is chosen
     on a part of the training set, and the test set compares it with beta 1, plain linear probing.

@@ -11,7 +11,7 @@ from .activations import DEFAULT_DOMAINS
 from .errors import UsageError
 from .flow import Flow
 from .graph import names, node_label, unique_name
-from .rewrite import CLASSES, keep, original_op
+from .rewrite import CLASSES, drop_recorded_inputs, keep, original_op
 
 # What stands between a linear layer and the class scores as they are given out.
 _PASSED = {
@@ -200,6 +200,7 @@ def _take_out(model, flow, hung, features, gone):
     keep(graph.sparse_initializer, lambda tensor: tensor.values.name not in unused)
     # Until IR 4 initializers were inputs too; other inputs stay, for callers feed them.
     keep(graph.input, lambda value: value.name not in unused & tensors)
+    drop_recorded_inputs(model, unused & tensors)
     keep(graph.value_info, lambda value: value.name not in made)
     keep(graph.quantization_annotation, lambda entry: entry.tensor_name not in made | unused)
     keep(graph.node, lambda node: made.isdisjoint(node.output))

@@ -186,6 +186,8 @@ def probe(
         for group in _groups(betas, sets):
             if group != [1.0]:
                 labels = [given.labels for given in sets]
+                for given in sets:
+                    given.features.clear()
                 sets = [_read(steered, s, head, [(beta, coeff) for beta in group]) for s in sources]
                 if labels != [given.labels for given in sets]:
                     raise UsageError("the data come in another order when read again: fix it")
@@ -309,6 +311,7 @@ def _runners(model, steerable, features, providers):
         if _is_steered(original):
             rewrite.unsteer(original)
     except CtonnxError:  # It is lowered to primitives, or another tool took the record out.
+        steerable.notes.append("beta 1 is measured through the CT units: the original is not known")
         return head, steered, steered
     return head, runner(flow.cut(original, [head.features]), **fixed), steered
 
@@ -347,7 +350,10 @@ def _read(runner, source, head, points):
             held.append(value.reshape(len(value), -1))
     if not labels:
         raise ModelError("the data hold no sample that can be read")
-    return _Set(list(map(np.concatenate, rows)), labels, *kinds.pop(), broken)
+    features = []
+    while rows:  # One by one, for each is in memory twice meanwhile.
+        features.append(np.concatenate(rows.pop(0)))
+    return _Set(features, labels, *kinds.pop(), broken)
 
 
 def _check_features(value, kinds, head, beta):

@@ -365,6 +365,16 @@ def unsteer(model):
     keep(model.metadata_props, lambda entry: not _is_record(entry))
 
 
+def drop_recorded_inputs(model, names):
+    """Drop inputs from the record that `unsteer` would give a steered ModelProto back."""
+    for entry in model.metadata_props:
+        if entry.key == ORIGINAL:
+            before = _decode(ModelProto, entry.value)
+            keep(before.graph.input, lambda value: value.name not in names)
+            data = before.SerializeToString(deterministic=True)
+            entry.value = base64.b64encode(data).decode()
+
+
 # --- finding
 
 

@@ -15,7 +15,7 @@ from ctonnx import runtime
 
 PUBLIC = [
     *("CheckFailed", "CtonnxError", "EnvironmentLacks", "ModelError", "NothingToDo", "UsageError"),
-    *("get_library_path", "inspect", "patch", "register", "session", "sweep", "unpatch"),
+    *("get_library_path", "inspect", "patch", "probe", "register", "session", "sweep", "unpatch"),
 ]
 
 

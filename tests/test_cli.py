@@ -637,7 +637,7 @@ def test_help_and_version(run):
     code, out, _ = run("--help")
     assert code == 0
     assert run()[:2] == (0, out)
-    for command in ("patch", "inspect", "set", "sweep", "unpatch", "export", "doctor"):
+    for command in ("patch", "inspect", "set", "sweep", "probe", "unpatch", "export", "doctor"):
         assert f"  {command} " in out
         assert run(command, "--help")[0] == 0
     assert run("--version")[1].startswith("ctonnx")

@@ -204,6 +204,13 @@ def test_old_models_and_fixed_batches():
     assert inputs.isdisjoint({"w"})
     assert original.graph.output[0].type.tensor_type.shape.dim[0].dim_value == 4
     onnxruntime.InferenceSession(original.SerializeToString())
+    # Steering takes initializers out of the inputs, and undoing it brings back those that are left.
+    steered = ctonnx.probe(ctonnx.patch(model, 0.9), (X[:59], Y[:59]), (X[60:], Y[60:]), [0.5, 1])
+    assert steered.points == result.points
+    again = ctonnx.unpatch(steered.model)
+    assert {value.name for value in again.graph.input} == inputs - {"head_weight", "head_bias"}
+    session = onnxruntime.InferenceSession(again.SerializeToString())
+    assert [value.name for value in session.get_inputs()] == ["x"]
 
 
 def test_what_hangs_on_the_old_head_is_left_out():
@@ -281,6 +288,8 @@ def test_a_model_may_be_steered_already(options):
     assert result.original.test == plain.original.test
     assert (result.points[0].test == plain.points[0].test) != one
     assert any("no fallback" in note for note in result.notes) == (options == {"lowering": "op"})
+    unknown = any("beta 1 is measured through the CT units" in note for note in result.notes)
+    assert unknown == (options.get("lowering") == "primitives")
     states = Counter(a.status for a in ctonnx.inspect(result.model))
     assert states == ({"steered": 1, "steerable": 6} if one else {"steered": 7})
 
