@@ -305,7 +305,10 @@ def _verdict(row):
 
 def table(rows, survivors, budget, seconds):
     """table.md."""
-    lines = ["| threat | original | β chosen | accuracy there | gain (95 %) | |", "|-|-|-|-|-|-|"]
+    lines = [
+        "| threat | original | β chosen | accuracy there | gain (95 %) | verdict |",
+        "|-|-|-|-|-|-|",
+    ]
     for threat in [*THREATS, "mixed", "clean", *CORRUPTIONS]:
         row, original = chosen(rows, threat), _report(rows, threat)[-1]
         lines.append(
