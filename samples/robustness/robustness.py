@@ -359,8 +359,9 @@ def draw(rows, path):
         betas = [row["beta"] for row in own]
         for name, label in curves.items() if threat in THREATS else ():
             axis.plot(betas, [row[name] for row in own], "--", lw=1, label=label)
-        reach = [1.96 * row["error"] for row in own]
-        accuracy = [row["accuracy"] for row in own]
+        accuracy = np.array([row["accuracy"] for row in own])
+        reach = 1.96 * np.array([row["error"] for row in own])
+        reach = np.minimum(reach, [accuracy, 1 - accuracy])  # no bar leaves 0 to 1
         axis.errorbar(betas, accuracy, reach, fmt="k.-", capsize=2, label="all attacks")
         axis.set(title=TITLES[threat], xlabel="β")
         axis.grid(alpha=0.3)
