@@ -1,0 +1,177 @@
+"""samples/robustness in small: the table's shape, and what must hold of any such numbers."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+FOLDER = ROOT / "samples" / "robustness"
+COLUMNS = (
+    *("threat", "half", "beta", "digits", "accuracy", "error", "gain", "low", "high", "clean"),
+    *("white_box", "square", "other_network", "other_betas", "missed", "torch_differs", "masked"),
+)
+ATTACKED = ("linf", "l2")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The folder that a quick run wrote, and what it printed."""
+    out = tmp_path_factory.mktemp("robustness")
+    command = [sys.executable, str(FOLDER / "robustness.py"), "--quick", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def rows(written):
+    with (written[0] / "results.csv").open() as file:
+        held = list(csv.DictReader(file))
+    assert tuple(held[0]) == COLUMNS
+    text = ("threat", "half", "masked")
+    return [{k: v if k in text or v == "" else float(v) for k, v in r.items()} for r in held]
+
+
+@pytest.fixture(scope="module")
+def robustness():
+    pytest.importorskip("pyautoattack")
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import robustness
+    finally:
+        sys.path.remove(str(FOLDER))
+    return robustness
+
+
+def test_every_threat_has_both_halves_at_every_beta(rows, robustness):
+    kinds = {"clean", "mixed", *robustness.CORRUPTIONS}
+    expected = {(t, h, b) for t in ATTACKED for h in ("choose", "report") for b in (0.8, 1)}
+    expected |= {(t, h, b) for t in kinds for h in ("choose", "report") for b in (0.8, 0.9, 1)}
+    assert {(r["threat"], r["half"], r["beta"]) for r in rows} == expected
+    assert len(rows) == len(expected)
+
+
+def test_beta_1_is_the_original_network_to_the_last_digit(rows, robustness):
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(FOLDER / "resnet.onnx", providers=["CPUExecutionProvider"])
+
+    def right(images, labels):
+        return (session.run(None, {"image": images})[0].argmax(1) == labels).mean()
+
+    budget = robustness.QUICK
+    images, labels = robustness.held_out(budget.corrupted)
+    seen = 0
+    for row in (row for row in rows if row["beta"] == 1):
+        assert (row["gain"], row["low"], row["high"]) == (0, 0, 0)
+        attacked = row["threat"] in ATTACKED
+        count = budget.digits if attacked else budget.corrupted
+        x = images if attacked else robustness.corrupted(row["threat"], images)
+        half = slice(count // 2) if row["half"] == "choose" else slice(count // 2, count)
+        assert row["clean" if attacked else "accuracy"] == pytest.approx(
+            right(x[half], labels[half]), abs=1e-6
+        )
+        seen += 1
+    assert seen == 2 * (len(ATTACKED) + len(robustness.CORRUPTIONS) + 2)
+
+
+def test_pytorch_and_onnx_runtime_agree_on_every_example(rows):
+    assert {row["torch_differs"] for row in rows if row["threat"] in ATTACKED} == {0}
+
+
+def test_attacks_only_take_away(rows):
+    for row in (row for row in rows if row["threat"] in ATTACKED):
+        attacks = [row[k] for k in ("white_box", "square", "other_network", "other_betas")]
+        assert max(attacks) <= row["clean"] <= 1
+        assert 0 <= row["accuracy"] <= min(attacks)
+        missed = round((row["white_box"] - row["accuracy"]) * row["digits"], 3)
+        assert missed == row["missed"]
+        masked = row["white_box"] > min(attacks)
+        assert row["masked"] == ("yes" if masked else "no")
+    # They do something even so small.
+    assert min(row["white_box"] for row in rows if row["threat"] == "linf") < 0.5
+
+
+def test_with_a_large_bound_nothing_stays_right(written):
+    assert "at most 0 of 32 digits stay right at any β" in written[1]
+
+
+def test_the_table_is_printed_and_written_and_drawn(written, rows, robustness):
+    out, printed = written
+    assert (out / "table.md").read_text() == printed
+    assert (out / "robustness.png").stat().st_size > 10_000
+    summary = printed.split("\n\n")[0].splitlines()[2:]
+    assert len(summary) == 4 + len(robustness.CORRUPTIONS)
+    assert all(line.count("|") == 7 for line in summary)
+
+
+def test_an_attack_gives_the_same_examples_again(robustness):
+    few = robustness.QUICK._replace(digits=8)
+    for kind in "white-box", "square", "transfer":
+        job = (kind, "l2", "resnet", 0.8, few)
+        np.testing.assert_array_equal(robustness.attack(job), robustness.attack(job))
+
+
+@pytest.mark.parametrize(
+    ("norm", "moved"), [("Linf", [0.06, 0.07, 0.0]), ("L2", [0.06, 0.06, 0.0])]
+)
+def test_examples_outside_the_bound_are_refused(robustness, norm, moved):
+    images = np.full((1, 1, 1, 3), 0.5, np.float32)
+    robustness.checked(images + np.float32(0.02), images, norm, 0.06)
+    with pytest.raises(ValueError, match="examples leave"):
+        robustness.checked(images + np.array(moved, np.float32), images, norm, 0.06)
+    with pytest.raises(ValueError, match="examples leave"):
+        robustness.checked(images - 0.51, images, norm, 1.0)
+    with pytest.raises(ValueError, match="examples leave"):
+        robustness.checked(np.full_like(images, np.nan), images, norm, 1.0)
+
+
+def test_the_beta_reported_is_chosen_on_the_other_half(robustness):
+    def row(half, beta, accuracy):
+        return {"threat": "l2", "half": half, "beta": beta, "accuracy": accuracy}
+
+    rows = [row("choose", 0.8, 0.5), row("choose", 0.9, 0.5), row("choose", 1.0, 0.4)]
+    rows += [row("report", 0.8, 0.9), row("report", 0.9, 0.1), row("report", 1.0, 0.8)]
+    assert robustness.chosen(rows, "l2") == row("report", 0.9, 0.1)
+
+
+def test_corruptions_change_digits_and_keep_them_images(robustness):
+    images, _ = robustness.held_out(60)
+    for kind in (*robustness.CORRUPTIONS, "mixed"):
+        made = robustness.corrupted(kind, images)
+        assert made.dtype == np.float32
+        assert made.shape == images.shape
+        assert made.min() >= 0
+        assert made.max() <= 1
+        assert (made != images).any(axis=(1, 2, 3)).all()
+        np.testing.assert_array_equal(made, robustness.corrupted(kind, images))
+
+
+def test_the_committed_table_is_of_the_committed_results(robustness):
+    """table.md repeats results.csv; only machine and time are its own."""
+    with (FOLDER / "results.csv").open() as file:
+        held = list(csv.DictReader(file))
+    text = ("threat", "half", "masked")
+    rows = [{k: v if k in text or v == "" else float(v) for k, v in r.items()} for r in held]
+    for row in rows:
+        for name in ("missed", "torch_differs", "digits"):
+            row[name] = int(row[name]) if row[name] != "" else ""
+    table = robustness.table(rows, 0, robustness.FULL, 0.0)
+    committed = (FOLDER / "table.md").read_text()
+    assert table.split("\n\nWith ε")[0] == committed.split("\n\nWith ε")[0]
+
+
+def test_the_committed_network_is_the_one_that_the_weights_give(robustness):
+    network = robustness.Network()
+    images, labels = robustness.held_out(2000)
+    for beta in (1.0, 0.8):
+        right, differ = network.right(images, labels, beta)
+        assert differ == 0
+        assert right.mean() > 0.97
+    assert Path(robustness.MODEL).stat().st_size < 300_000
