@@ -86,7 +86,6 @@ def runtimes(npm):
         python("tract", "tract", "tract"),
         python("MNN", "MNN", "mnn"),
         python("jaxonnxruntime", "jaxonnxruntime", "jaxonnxruntime"),
-        python("TVM", "apache-tvm", "tvm"),
     ]
 
 
@@ -277,7 +276,7 @@ def telling(message):
     """The reason in a runtime's message, in one line without what differs from run to run."""
     causes, found = _CAUSE.findall(message), _TELLING.search(message)
     line = found.group() if found else causes[-1] if causes else message.strip().split("\n")[0]
-    line = re.sub(r"/\S+/(\S+)", r"\1", line.replace("|", "¦"))
+    line = re.sub(r"/\S+/(\S+)", r"\1", line.replace("|", "¦").replace("`", "'"))
     line = re.sub(r"^(ValueError|RuntimeError|Error): ", "", line).strip()
     return line if len(line) <= 160 else f"{line[:160]}…"
 
@@ -309,7 +308,8 @@ def render(measured, titles, columns=COLUMNS):
                 number = f"fails ({reasons.index(result.reason) + 1})" if result.reason else None
                 cells.append(number or _number(result.error))
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines += ["", *(f"{i}. `{reason}`" for i, reason in enumerate(reasons, 1))]
+        lines += [""] * bool(reasons)
+        lines += [f"{i}. `{reason}`" for i, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, ""])
 
 
@@ -389,7 +389,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         made = cases(models(), Path(folder))
         known, running = runtimes(npm), {}
-        for runtime in reversed(known):  # the last take the longest
+        for runtime in reversed(known):  # the last take longest
             if runtime.version(npm):
                 running[runtime.name] = pool.submit(measure, runtime, made)
         for runtime in known:

@@ -84,32 +84,6 @@ def tract(path, fed):
     return run
 
 
-def tvm(path, fed):
-    import onnx
-    import tvm
-    from tvm import relax
-    from tvm.relax.frontend.onnx import from_onnx
-
-    model = onnx.load(path)
-    order, outputs = interface(path)
-    refuse_unknown(fed, order)
-    module = from_onnx(
-        model,
-        shape_dict={name: list(fed[name].shape) for name in order},
-        dtype_dict={name: fed[name].dtype.name for name in order},
-    )
-    with tvm.transform.PassContext(opt_level=3):
-        built = relax.build(module, target="llvm")
-    machine = relax.VirtualMachine(built, tvm.cpu())
-
-    def run(inputs):
-        values = machine["main"](*(tvm.runtime.tensor(inputs[name]) for name in order))
-        values = values if not hasattr(values, "numpy") else [values]
-        return named(outputs, (value.numpy() for value in values))
-
-    return run
-
-
 def mnn(path, fed):
     from MNN import expr, nn
 
@@ -121,7 +95,10 @@ def mnn(path, fed):
         code = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
         options = ["-f", "ONNX", "--bizCode", "x", "--modelFile", path, "--MNNModel", converted]
         done = subprocess.run(
-            [sys.executable, "-c", code, *options], capture_output=True, text=True
+            [sys.executable, "-c", code, *options],
+            cwd=folder,  # where it leaves a file
+            capture_output=True,
+            text=True,
         )
         if not os.path.exists(converted):
             raise RuntimeError(f"{done.stdout}{done.stderr}")
@@ -179,8 +156,8 @@ def to_json(arrays):
 
 
 def from_json(tensors):
-    return {
-        name: np.frombuffer(base64.b64decode(data), dtype).reshape(shape)
+    return {  # copied, as OpenVINO takes no arrays that cannot be written to
+        name: np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
         for name, (dtype, shape, data) in tensors.items()
     }
 
