@@ -357,7 +357,10 @@ def test_moving_beta_changes_what_is_drawn(visit):
 
 INK = """(id) => {
   const canvas = document.getElementById(id);
-  const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const copy = new OffscreenCanvas(canvas.width, canvas.height);
+  const context = copy.getContext("2d", {willReadFrequently: true});
+  context.drawImage(canvas, 0, 0);
+  const {data} = context.getImageData(0, 0, canvas.width, canvas.height);
   const found = [];
   for (let k = 0; k < data.length / 4; k++) {
     const [red, green, blue] = data.subarray(4 * k, 4 * k + 3);
