@@ -583,7 +583,7 @@ def test_narrow_pages_scroll_down_only_and_are_large_enough_to_touch(visit, widt
 
 
 @pytest.fixture(scope="module")
-def axe(tmp_path_factory):
+def axe(chromium, tmp_path_factory):
     """The source of axe-core, which tells what keeps people from using a page."""
     folder = tmp_path_factory.mktemp("axe")
     command = ["npm", "pack", "axe-core@4.14.1", "--ignore-scripts", "--silent"]
