@@ -137,3 +137,17 @@ def test_the_training_script_runs(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.onnx", "digits_test.npz"]
     committed = (script.parent / "digits_test.npz").read_bytes()
     assert (tmp_path / "digits_test.npz").stat().st_size == len(committed)
+
+
+def test_the_playground_is_made_by_its_training_script(tmp_path):
+    """Machines may round otherwise: the data are the committed ones, the networks as good."""
+    pytest.importorskip("onnxscript")
+    folder = ROOT / "samples" / "playground"
+    out = run([sys.executable, str(folder / "train.py"), "--out", str(tmp_path)], tmp_path)
+    first = re.search(r"beta 1.0  spiral accuracy (.*)  squared error (.*)", out)
+    assert float(first[1]) > 0.97
+    assert float(first[2]) < 0.08
+    assert (tmp_path / "data.json").read_text() == (folder / "data.json").read_text()
+    assert sorted(p.name for p in tmp_path.glob("*.onnx")) == sorted(
+        p.name for p in folder.glob("*.onnx")
+    )

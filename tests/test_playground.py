@@ -357,7 +357,10 @@ def test_moving_beta_changes_what_is_drawn(visit):
 
 INK = """(id) => {
   const canvas = document.getElementById(id);
-  const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const copy = new OffscreenCanvas(canvas.width, canvas.height);
+  const context = copy.getContext("2d", {willReadFrequently: true});
+  context.drawImage(canvas, 0, 0);
+  const {data} = context.getImageData(0, 0, canvas.width, canvas.height);
   const found = [];
   for (let k = 0; k < data.length / 4; k++) {
     const [red, green, blue] = data.subarray(4 * k, 4 * k + 3);
@@ -580,7 +583,7 @@ def test_narrow_pages_scroll_down_only_and_are_large_enough_to_touch(visit, widt
 
 
 @pytest.fixture(scope="module")
-def axe(tmp_path_factory):
+def axe(chromium, tmp_path_factory):
     """The source of axe-core, which tells what keeps people from using a page."""
     folder = tmp_path_factory.mktemp("axe")
     command = ["npm", "pack", "axe-core@4.14.1", "--ignore-scripts", "--silent"]

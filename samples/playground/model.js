@@ -8,6 +8,8 @@ ort.env.wasm.wasmPaths = {
   wasm: new URL("./runtime/ort-wasm-simd-threaded.wasm", import.meta.url).href,
 };
 
+let last = Promise.resolve(); // Runs must not overlap: their sessions share one memory.
+
 export class Model {
   static async load(file) {
     return new Model(await ort.InferenceSession.create(new URL(file, import.meta.url).href));
@@ -18,7 +20,13 @@ export class Model {
   }
 
   // The output, a Float32Array, for an input of the shape `dims` as a Float32Array.
-  async run(data, dims, { beta, coeff }) {
+  run(data, dims, parameters) {
+    const result = last.then(() => this.#run(data, dims, parameters));
+    last = result.catch(() => {});
+    return result;
+  }
+
+  async #run(data, dims, { beta, coeff }) {
     const [input] = this.session.inputNames.filter((name) => name !== "beta" && name !== "coeff");
     const number = (value) => new ort.Tensor("float32", Float32Array.of(value), []);
     const results = await this.session.run({
