@@ -20,6 +20,7 @@ _HOMES = {
     "get_library_path": "runtime",
     "inspect": "api",
     "patch": "api",
+    "probe": "probing",
     "register": "runtime",
     "session": "runtime",
     "sweep": "sweeping",

@@ -246,11 +246,47 @@ def _numbers(context, option, value):
         raise click.BadParameter(f"{value!r} is no list of numbers") from None
 
 
+def _options(*options):
+    """A decorator that gives a command several options, in that order."""
+
+    def decorate(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_labels = click.option(
+    "--labels", metavar="NAME", help="Array or column of the labels, or a .npy file."
+)
+_betas = click.option("--beta", "betas", metavar="GRID", default="0.7:1.0:0.01", show_default=True)
+# How data become batches.
+_feeding = _options(
+    click.option("--batch", "batch_size", type=int, help="Samples per run.  [default: 32]"),
+    click.option("--preset", help="For images: plain, imagenet or caffe.  [default: plain]"),
+    click.option("--resize", type=int, help="Shorter side of the images."),
+    click.option("--crop", type=int, help="Height and width of their middle."),
+    click.option("--mean", callback=_numbers, help="Of pixels in [0, 1]: one number, or R,G,B."),
+    click.option("--std", callback=_numbers, help="Likewise."),
+    click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read."),
+)
+
+
+def _transform(preset, **given):
+    """The images.Transform that the options ask for; None where none does."""
+    from . import images
+
+    if preset is None and all(value is None for value in given.values()):
+        return None
+    return images.transform(preset or "plain", **given)
+
+
 @cli.command()
 @_model
 @click.option("--data", "dataset", metavar="DATA", required=True, help="See the README.")
-@click.option("--labels", metavar="NAME", help="Array or column of the labels, or a .npy file.")
-@click.option("--beta", "betas", metavar="GRID", default="0.7:1.0:0.01", show_default=True)
+@_labels
+@_betas
 @click.option("--coeff", "coeffs", metavar="GRID", help="Sweep the paper's c too.")
 @click.option("--metric", metavar="NAME|PKG:FUNCTION", default="accuracy", show_default=True)
 @click.option(
@@ -261,13 +297,7 @@ def _numbers(context, option, value):
     help="All points on all data, or drop what is significantly worse on growing subsets.",
 )
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of racing.")
-@click.option("--batch", "batch_size", type=int, help="Samples per run.  [default: 32]")
-@click.option("--preset", help="For images: plain, imagenet or caffe.  [default: plain]")
-@click.option("--resize", type=int, help="Shorter side of the images.")
-@click.option("--crop", type=int, help="Height and width of their middle.")
-@click.option("--mean", callback=_numbers, help="Of pixels in [0, 1]: one number, or R,G,B.")
-@click.option("--std", callback=_numbers, help="Likewise.")
-@click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read.")
+@_feeding
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--address", help="Of the Ray cluster.  [default: what Ray finds]")
 @click.option("--gpus", type=click.FloatRange(0), default=0, help="GPUs per task on Ray.")
@@ -312,7 +342,7 @@ def sweep(
     sub-folder per class, or PKG:FACTORY. A GRID is FIRST:LAST:STEP, a number, or a list of these
     with commas.
     """
-    from . import files, images, plot, runtime, sweeping
+    from . import files, plot, runtime, sweeping
 
     if model == files.STDIO:
         raise click.UsageError("a sweep takes the model's file, not -")
@@ -320,10 +350,7 @@ def sweep(
         raise click.UsageError("--resume goes with -o: progress is kept beside the output")
     if beta_as is not None and save_best is None:
         raise click.UsageError("--beta-as goes with --save-best: it is how that is written")
-    given = {"resize": resize, "crop": crop, "mean": mean, "std": std}
-    transform = None
-    if preset is not None or any(value is not None for value in given.values()):
-        transform = images.transform(preset or "plain", **given)
+    transform = _transform(preset, resize=resize, crop=crop, mean=mean, std=std)
     if drawing is not None:
         plot.check(None if drawing == "-" else drawing)
     for path in filter(None, (save_best, None if drawing == "-" else drawing)):
@@ -415,6 +442,92 @@ def _verdict(result):
             f"({about}{100 * race.confidence:g} % confidence)"
         )
     return line
+
+
+@cli.command()
+@_model
+@click.option("--train", metavar="DATA", required=True, help="To fit on and to choose beta on.")
+@click.option("--test", metavar="DATA", required=True, help="To measure on alone.")
+@_labels
+@click.option("--test-labels", metavar="NAME", help="Those of --test.  [default: as --labels]")
+@_betas
+@click.option("--coeff", type=float, help="The paper's c.  [default: the model's own, or 0.5]")
+@click.option("--features", metavar="TENSOR", help="[default: the input of the last linear layer]")
+@click.option("--seeds", type=int, default=3, show_default=True, help="Splits to choose beta on.")
+@click.option(
+    "--validation", type=float, default=0.2, show_default=True, help="Share of --train for that."
+)
+@_feeding
+@click.option("-o", "--output", help="Where to write the model.  [default: X.probe.onnx]")
+@click.option("--points", metavar="FILE", help="Write the points: .csv, .json or .parquet.")
+@_force
+@_json
+def probe(model, output, points, preset, resize, crop, mean, std, force, as_json, **choices):
+    """Transfer MODEL to other classes: a new linear head, at the beta that serves it.
+
+    At each beta a linear head is fitted on the features in front of the classifier. Beta is chosen
+    on a part of the training set, and the test set compares it with beta 1, plain linear probing.
+    OUTPUT is the model with that beta and its head. DATA and GRID are as for sweep.
+    """
+    from pathlib import Path
+
+    from . import files, probing, results, runtime
+
+    if files.STDIO in (model, output):
+        raise click.UsageError("a probe takes the model's file, and writes one, not -")
+    output = output or Path(f"{model.removesuffix('.onnx')}.probe.onnx")
+    if points is not None:
+        results.check_format(points)
+        files.check_output(points, force)
+    if not runtime.has_library():
+        _say("the op library is not installed: the model runs as its fallback")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "running without fast kernels")
+        result = probing.probe(
+            model,
+            images=_transform(preset, resize=resize, crop=crop, mean=mean, std=std),
+            output=output,
+            force=force,
+            progress=_progress("probing"),
+            **choices,
+        )
+    if points is not None:
+        result.write(points)
+        _say(f"wrote {points}")
+    for note in result.notes:
+        _say(note)
+    if as_json:
+        _print_json(output, **result.document())
+        return
+    click.echo(
+        f"{result.width} features {result.features!r}, {len(result.classes)} classes, "
+        f"{result.train_samples} training and {result.test_samples} test samples"
+    )
+    for line in (*_columns(_probed(result)), *_columns(_chosen(result))):
+        click.echo(line)
+    click.echo(
+        f"accuracy {result.accuracy:.4f}, linear probing {result.original.test:.4f}: gain "
+        f"{result.gain:+.4f} (95 %: {result.gain_low:+.4f} to {result.gain_high:+.4f})"
+    )
+    click.echo(f"wrote {output}: beta {result.best.beta:g}, test accuracy {result.written:.4f}")
+
+
+def _probed(result):
+    """The rows of the table of a probe's points."""
+    yield "", "BETA", "VALIDATION", "TEST", "GAIN", "95 %"
+    for p in result.points:
+        mark = "*" if p is result.best else "=" if p is result.original else ""
+        gain = (f"{p.gain:+.4f}", f"{p.gain_low:+.4f} to {p.gain_high:+.4f}")
+        gain = ("", "") if p is result.original else gain
+        yield mark, f"{p.beta:g}", f"{p.validation:.4f}", f"{p.test:.4f}", *gain
+
+
+def _chosen(result):
+    """The rows of the table of what each seed chose."""
+    yield "SEED", "BETA", "VALIDATION", "TEST", "GAIN"
+    for s in result.seeds:
+        numbers = (f"{s.validation:.4f}", f"{s.test:.4f}", f"{s.gain:+.4f}")
+        yield str(s.seed), f"{s.beta:g}", *numbers
 
 
 @cli.command()

@@ -146,9 +146,13 @@ class Runner:
     to compare layouts, and keeps one: their number does not grow with the points.
     """
 
-    def __init__(self, steerable, providers=None, threads=0):
+    def __init__(self, steerable, providers=None, threads=0, shared=None):
+        """`shared` is a Steerable that makes, once for all points, inputs that the session takes
+        beside those of the data."""
         self._model = steerable
+        self._shared = shared and Runner(shared, providers, threads)
         self._session = steerable.open(providers, threads)
+        self._taken = {i.name for i in self._session.get_inputs()}
         cuda = set(runtime.CUDA_PROVIDERS).intersection(self._session.get_providers())
         self._device = "cuda" if cuda else "cpu"
 
@@ -163,49 +167,98 @@ class Runner:
         if not len(batch):
             return None
         names = self._model.outputs if metric.takes_all_outputs else [self._model.output]
-        ort = runtime.import_onnxruntime()
-        binding = self._session.io_binding()
-        size, fed, values = len(batch), len(batch), []
-        for i in self._model.inputs:
-            array = batch.inputs[i.name]
-            # The last batch of a model with a fixed size is filled up.
-            short = (i.shape[0] or size) - size if i.shape else 0
-            if short > 0:
-                array = np.concatenate([array, np.repeat(array[-1:], short, 0)])
-            fed = len(array)
-            values.append(ort.OrtValue.ortvalue_from_numpy(array, self._device, 0))
-            binding.bind_ortvalue_input(i.name, values[-1])
-        for name in names:
-            binding.bind_output(name, self._device)
         original, rows = None, []
-        for beta, coeff in points:
-            given = dict.fromkeys(self._model.betas, beta)
-            given |= dict.fromkeys(self._model.coeffs, 0.5 if coeff is None else coeff)
-            # What is bound must live until the run is done.
-            scalars = {name: np.array(value, np.float32) for name, value in given.items()}
-            for name, scalar in scalars.items():
-                binding.bind_cpu_input(name, scalar)
-            outputs = self._run(binding, names, fed)
-            outputs = {name: value[:size] for name, value in outputs.items()}
+        for outputs in self.outputs(batch, points, names):
             scores = outputs if metric.takes_all_outputs else outputs[names[0]]
             original = scores if original is None else original
             rows.append(metric.measure(scores, batch.labels, original))
         return np.stack(rows)
 
-    def _run(self, binding, names, rows):
+    def outputs(self, batch, points, names):
+        """Yield output name -> array of the outputs `names` at each point: see `measure`."""
+        ort = runtime.import_onnxruntime()
+        given = filled(batch, self._model.inputs)
+        rows = len(next(iter(given.values())))
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+            for name, array in given.items()
+        }
+        if self._shared:
+            values |= self._shared._values(values)
+        binding = self._bound(values, names)
+        for beta, coeff in points:
+            fed = dict.fromkeys(self._model.betas, beta)
+            fed |= dict.fromkeys(self._model.coeffs, 0.5 if coeff is None else coeff)
+            # What is bound must live until the run is done.
+            scalars = {name: np.array(value, np.float32) for name, value in fed.items()}
+            for name in self._taken.intersection(scalars):
+                binding.bind_cpu_input(name, scalars[name])
+            outputs = self._run(binding, names, rows)
+            yield {name: value[: len(batch)] for name, value in outputs.items()}
+
+    def _bound(self, values, names):
+        binding = self._session.io_binding()
+        for name in self._taken.intersection(values):
+            binding.bind_ortvalue_input(name, values[name])
+        for name in names:
+            binding.bind_output(name, self._device)
+        return binding
+
+    def _values(self, values):
+        """All outputs, name -> OrtValue, of a model that takes no β."""
+        binding = self._bound(values, self._model.outputs)
+        self._execute(binding)
+        return dict(zip(self._model.outputs, binding.get_outputs(), strict=True))
+
+    def _execute(self, binding):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
             line = first_line(error)
             raise UsageError(f"the model does not run on the data: {line}") from error
+
+    def _run(self, binding, names, rows):
+        self._execute(binding)
         outputs = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
         for name, value in outputs.items():
             if not value.ndim or len(value) != rows:
                 raise UsageError(
-                    f"output {name!r} is {list(value.shape)} for {rows} samples: a metric needs a "
-                    "row per sample"
+                    f"output {name!r} is {list(value.shape)} for {rows} samples: it needs a row "
+                    "per sample"
                 )
         return outputs
+
+
+def filled(batch, inputs):
+    """The arrays of a Batch by name; where an input's size is fixed, with its last row repeated."""
+    arrays = {}
+    for i in inputs:
+        array = batch.inputs[i.name]
+        short = (i.shape[0] or 0) - len(array) if i.shape else 0
+        arrays[i.name] = (
+            np.concatenate([array, np.repeat(array[-1:], short, 0)]) if short > 0 else array
+        )
+    return arrays
+
+
+def ahead(source, work):
+    """Yield (item, batch) of each item of `work`, (batch index, ...), until the source ends; the
+    next batch is prepared while one is used."""
+    work = iter(work)
+    with ThreadPoolExecutor(1) as pool:
+
+        def start():
+            item = next(work, None)
+            return item and (item, pool.submit(source.batch, item[0]))
+
+        started = start()
+        while started:
+            item, future = started
+            batch = future.result()
+            if batch is None:
+                return
+            started = start()
+            yield item, batch
 
 
 def run_local(runner, source, metric, points, work):
@@ -219,21 +272,8 @@ def run_local(runner, source, metric, points, work):
         (batch index, point indices, statistics as Runner.measure gives them, count of unreadable
         samples). It ends where the source does.
     """
-    work = iter(work)
-    with ThreadPoolExecutor(1) as pool:
-
-        def ahead():
-            item = next(work, None)
-            return item and (*item, pool.submit(source.batch, item[0]))
-
-        item = ahead()
-        while item:
-            index, chosen, future = item
-            batch = future.result()
-            if batch is None:
-                return
-            item = ahead()
-            yield index, chosen, measure(runner, batch, metric, points, chosen), batch.broken
+    for (index, chosen), batch in ahead(source, work):
+        yield index, chosen, measure(runner, batch, metric, points, chosen), batch.broken
 
 
 def measure(runner, batch, metric, points, chosen):

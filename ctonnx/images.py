@@ -65,7 +65,11 @@ class Images(Indexed):
             names, or with images only; or a CSV file with the columns `path`, relative to it, and
             labels.
         skip: leave out what cannot be read.
+
+    `classes` are the names of the sub-folders, in the order of the labels.
     """
+
+    classes = ()
 
     def __init__(self, path, inputs, labels, size, shuffle, transform, skip):
         if len(inputs) != 1 or len(inputs[0].shape or ()) != 4:
@@ -81,7 +85,7 @@ class Images(Indexed):
             if labels is not None:
                 raise UsageError("labels are the sub-folders of a folder: leave out --labels")
             self._lines = None
-            self._files, self._labels = self._walk(path)
+            self._files, self._labels, self.classes = self._walk(path)
         else:
             self._lines = Lines(path)
             if "path" not in self._lines.header:
@@ -113,8 +117,8 @@ class Images(Indexed):
         return [self._path.parent / row[column] for row in self._lines[indices]]
 
     def _walk(self, folder):
-        """The image files in order, and the index of the class of each or None. Classes are in the
-        order of their names, of numbers by their value."""
+        """The image files in order, the index of the class of each or None, and the classes' names
+        in order, of numbers by their value."""
         known = self._pillow.registered_extensions()
 
         def images(where):
@@ -134,7 +138,7 @@ class Images(Indexed):
             files, labels = images(folder), None
         if not files:
             raise ModelError(f"{folder}: holds no images, in sub-folders or itself")
-        return files, None if labels is None else np.array(labels)
+        return files, None if labels is None else np.array(labels), classes
 
     def _read(self, indices):
         paths = self._paths(indices)

@@ -39,42 +39,13 @@ class Point:
     samples: int
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """The result: `points` by c and β, `best` and `original` among them.
-
-    `race` is a racing.Outcome, None for a grid; `broken` counts samples that were skipped, and
-    `notes` are lines that a user should see.
-    """
-
-    metric: str
-    higher_is_better: bool
-    points: list[Point]
-    best: Point
-    original: Point
-    race: racing.Outcome | None = None
-    broken: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def document(self):
-        """The result as a dict that JSON can hold."""
-        race = self.race and {
-            **{"passes": self.race.passes, "grid_passes": self.race.grid_passes},
-            **{"within": self.race.within, "confidence": self.race.confidence},
-            **{"approximate": self.race.approximate, "left": len(self.race.left)},
-        }
-        document = {
-            **{"metric": self.metric, "higher_is_better": self.higher_is_better},
-            "points": [asdict(point) for point in self.points],
-            **{"best": asdict(self.best), "original": asdict(self.original)},
-            **{"race": race, "broken": self.broken, "notes": self.notes},
-        }
-        return _without_nan(document)
+class Table:
+    """Base of results with `points`, a list of dataclasses of one kind, and `document()`."""
 
     def to_csv(self, path=None):
         """Write the points to a CSV file, or return its text where `path` is None."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(asdict(self.best)), lineterminator="\n")
+        writer = csv.DictWriter(text, list(asdict(self.points[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(point) for point in self.points)
         if path is None:
@@ -103,6 +74,39 @@ class Sweep:
             rows = pyarrow.Table.from_pylist([asdict(point) for point in self.points])
             pyarrow.parquet.write_table(rows, buffer)
             files.write(path, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class Sweep(Table):
+    """The result: `points` by c and β, `best` and `original` among them.
+
+    `race` is a racing.Outcome, None for a grid; `broken` counts samples that were skipped, and
+    `notes` are lines that a user should see.
+    """
+
+    metric: str
+    higher_is_better: bool
+    points: list[Point]
+    best: Point
+    original: Point
+    race: racing.Outcome | None = None
+    broken: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def document(self):
+        """The result as a dict that JSON can hold."""
+        race = self.race and {
+            **{"passes": self.race.passes, "grid_passes": self.race.grid_passes},
+            **{"within": self.race.within, "confidence": self.race.confidence},
+            **{"approximate": self.race.approximate, "left": len(self.race.left)},
+        }
+        document = {
+            **{"metric": self.metric, "higher_is_better": self.higher_is_better},
+            "points": [asdict(point) for point in self.points],
+            **{"best": asdict(self.best), "original": asdict(self.original)},
+            **{"race": race, "broken": self.broken, "notes": self.notes},
+        }
+        return without_nan(document)
 
     def plot(self, path=None):
         """Draw the curve with its 95 % intervals: into a .png or .svg file, or as text,
@@ -179,9 +183,10 @@ def check_format(path):
     return kind
 
 
-def _without_nan(value):
+def without_nan(value):
+    """A document with None for numbers that JSON has no way to write."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

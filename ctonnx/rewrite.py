@@ -44,6 +44,9 @@ ORIGINAL = "ctonnx.original"
 # and empty on those inside that would look like activations themselves.
 LOWERED = "ctonnx.lowered"
 
+# The labels of a head that `ctonnx probe` has put in: no record of steering.
+CLASSES = "ctonnx.classes"
+
 # What stands for beta or coeff in the model's metadata where it is not one number.
 PER_ACTIVATION = "per activation"
 
@@ -350,7 +353,7 @@ def unsteer(model):
     if before.graph.input:
         del model.graph.input[:]
         model.graph.input.extend(before.graph.input)
-    keep(model.metadata_props, lambda entry: not entry.key.startswith("ctonnx."))
+    keep(model.metadata_props, lambda entry: not _is_record(entry))
 
 
 # --- finding
@@ -398,7 +401,7 @@ def _judge(node, inner, known, scope, values):
     if ctu.is_ctu(node):
         # Somebody else's may lack them.
         beta, coeff = (*(values.get(name) for name in node.input[1:3]), None, None)[:2]
-        return {"op": _original_op(node), "status": "steered", "beta": beta, "coeff": coeff}, None
+        return {"op": original_op(node), "status": "steered", "beta": beta, "coeff": coeff}, None
     lowered = _metadata(node, LOWERED)
     if lowered is not None:
         return ({"op": lowered, "status": "steered"}, None) if lowered else None
@@ -584,7 +587,11 @@ def _is_steered(model):
 
 
 def _has_record(proto):
-    return any(entry.key.startswith("ctonnx.") for entry in proto.metadata_props)
+    return any(map(_is_record, proto.metadata_props))
+
+
+def _is_record(entry):
+    return entry.key.startswith("ctonnx.") and entry.key != CLASSES
 
 
 def _steered(model):
@@ -813,7 +820,7 @@ def _inline(model):
                 if node.op_type in activations.STEERABLE:
                     node.metadata_props.add(key=LOWERED, value="")
             elif ctu.is_ctu(node):
-                results[scope.path, node.output[0]] = _original_op(node)
+                results[scope.path, node.output[0]] = original_op(node)
     try:
         inlined = inliner.inline_selected_functions(model, [(f.domain, f.name) for f in ours])
     except (RuntimeError, checker.ValidationError) as error:
@@ -873,7 +880,8 @@ def _restore(node):
     keep(node.metadata_props, lambda entry: entry.key != ORIGINAL)
 
 
-def _original_op(node):
+def original_op(node):
+    """The op type that a node had before it was steered."""
     text = _metadata(node, ORIGINAL)
     return _decode(NodeProto, text).op_type if text is not None else node.op_type
 

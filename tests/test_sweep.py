@@ -657,8 +657,8 @@ def test_mistakes_are_one_clear_line():
     for arguments, options, kind, line in [
         ((parsed(scalar), pair), {}, UsageError, "'x' is a single value: it has no row per"),
         ((parsed(whole), pair), {}, UsageError, "no floating-point output to measure"),
-        ((parsed(mean), pair), {}, UsageError, "output 'y' is [1, 2] for 9 samples: a metric"),
-        ((parsed(more), pair), {}, UsageError, "output 'y' is [18, 2] for 9 samples: a metric"),
+        ((parsed(mean), pair), {}, UsageError, "output 'y' is [1, 2] for 9 samples: it needs"),
+        ((parsed(more), pair), {}, UsageError, "output 'y' is [18, 2] for 9 samples: it needs"),
         ((onnx.parser.parse_model(broken), pair), {}, ModelError, "ONNX Runtime cannot load"),
         ((parsed(relu), nan), {}, UsageError, "accuracy is NaN at every point"),
         ((MODEL, (images, labels + 1)), {}, UsageError, "label 10 is out of range"),
