@@ -18,7 +18,16 @@ def lint(session):
 def tests(session):
     session.install("torch==2.13.0")  # first, so that nothing asks for another build of it
     session.install(".[test]")
-    session.run("pytest", "--numprocesses", "2", "--dist", "worksteal", *session.posargs)
+    parallel = "--numprocesses", "2", "--dist", "worksteal"
+    session.run("pytest", *parallel, "--ignore", "tests/samples", *session.posargs)
+
+
+@nox.session
+def samples(session):
+    """The experiments in small: what they write, and that it is sane."""
+    session.install("torch==2.13.0")
+    session.install(".[cpu,samples]", "pytest")
+    session.run("pytest", "tests/samples", *session.posargs)
 
 
 @nox.session
