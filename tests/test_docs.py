@@ -22,6 +22,7 @@ PAGES = [
     "samples/graphsurgeon/README.md",
     "samples/pytorch/README.md",
     "samples/sweep/README.md",
+    "samples/transfer/README.md",
     "CONTRIBUTING.md",
     "docs/probe.md",
 ]
