@@ -12,16 +12,16 @@ _BATCH = 50
 _HALF = 1000
 
 
-def _rotated(images):
+def rotate(images):
     return ndimage.rotate(images, 30, axes=(2, 3), reshape=False, order=1)
 
 
-def _noisy(images):
+def add_noise(images):
     noise = np.random.default_rng(0).normal(scale=0.5, size=images.shape)
     return np.clip(images + noise, 0, 1)
 
 
-def _blurred(images):
+def blur(images):
     return ndimage.gaussian_filter(images, 2.5, axes=(2, 3))
 
 
@@ -35,6 +35,6 @@ def _batches(shift, check=False):
 
 
 clean, clean_check = (partial(_batches, lambda images: images, check) for check in (False, True))
-rotated, rotated_check = (partial(_batches, _rotated, check) for check in (False, True))
-noisy, noisy_check = (partial(_batches, _noisy, check) for check in (False, True))
-blurred, blurred_check = (partial(_batches, _blurred, check) for check in (False, True))
+rotated, rotated_check = (partial(_batches, rotate, check) for check in (False, True))
+noisy, noisy_check = (partial(_batches, add_noise, check) for check in (False, True))
+blurred, blurred_check = (partial(_batches, blur, check) for check in (False, True))
