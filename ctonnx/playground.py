@@ -80,7 +80,7 @@ def _is_complete(folder):
 
 def _fetch(folder):
     """Put the files of the package into a folder."""
-    command = ["npm", "pack", RUNTIME, "--ignore-scripts", "--silent", "--fetch-retries=1"]
+    command = ["npm", "pack", RUNTIME, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1"]
     cannot = f"the playground needs {RUNTIME}, which npm cannot fetch"
     try:
         done = subprocess.run(

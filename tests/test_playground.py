@@ -98,7 +98,7 @@ def test_the_runtime_is_fetched_once_and_anew_when_damaged(cache, npm, monkeypat
     assert all((folder / name).read_bytes() == content for name, content in CONTENT.items())
     assert len(said) == 1
     assert calls.read_text() == (
-        "pack onnxruntime-web@1.30.0 --ignore-scripts --silent --fetch-retries=1\n"
+        "pack onnxruntime-web@1.30.0 --ignore-scripts --loglevel=error --fetch-retries=1\n"
     )
     assert playground.runtime(said.append) == folder
     assert len(said) == 1
