@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _fetch(folder):
             for name in _FILES:
                 content = package.extractfile(f"package/dist/{name}").read()
                 (folder / name).write_bytes(content)
-    except (tarfile.TarError, KeyError, EOFError) as error:
+    except (tarfile.TarError, zlib.error, KeyError, EOFError) as error:
         raise EnvironmentLacks(f"{cannot}: what it gave is damaged ({first_line(error)})") from None
     if not _is_complete(folder):
         raise EnvironmentLacks(f"{cannot}: what it gave is not the package of that version")

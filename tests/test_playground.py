@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -51,6 +52,12 @@ def a_package(files):
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def an_overwritten_package():
+    """It opens as one, but what it holds can't be unpacked from a quarter on."""
+    package = a_package(dict.fromkeys(CONTENT, np.random.default_rng(0).bytes(100_000)))
+    return package[: len(package) // 4].ljust(len(package), b"\xff")
 
 
 @pytest.fixture
@@ -115,6 +122,7 @@ def test_the_runtime_is_fetched_once_and_anew_when_damaged(cache, npm, monkeypat
         ("exit 0", b"", "npm ended with 0"),
         ("cp $here/package.tgz x.tgz", a_package(CONTENT), "is not the package of that version"),
         ("cp $here/package.tgz x.tgz", a_package(CONTENT)[:60], "is damaged"),
+        ("cp $here/package.tgz x.tgz", an_overwritten_package(), "is damaged"),
         ("cp $here/package.tgz x.tgz", a_package({"other.js": b""}), "is damaged"),
         ("echo '<html>' >x.tgz", b"", "is damaged"),
     ],
@@ -317,7 +325,9 @@ def move(page, **values):
     for name, value in values.items():
         before = drawn(page)
         page.evaluate(MOVE, [name, value])
+        deadline = time.monotonic() + 30
         while drawn(page) == before:
+            assert time.monotonic() < deadline, page.inner_text("#status")
             page.wait_for_timeout(5)
 
 
