@@ -1,4 +1,4 @@
-"""What `nox` runs: lint, the tests on the newest and on the oldest supported packages, the site."""
+"""What `nox` runs: lint, the tests, what takes more than they have, and the site."""
 
 import shutil
 import sys
