@@ -94,5 +94,5 @@ def conformance(session):
 @nox.session
 def playground(session):
     """The page in a browser: Chromium of the system, which CI must have, and npm."""
-    session.install(".[cpu]", "playwright", "pytest")
+    session.install(".[cpu]", "playwright==1.65.2", "pytest")
     session.run("pytest", "tests/test_playground.py", *session.posargs)

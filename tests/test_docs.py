@@ -28,7 +28,7 @@ RUN = ("console", "python")
 # Language of a block -> why it is not run.
 NOT_RUN = {
     "text": "output",
-    "sh": "sets up a machine: run by CI, or by a test of that page's own",
+    "sh": "sets up a machine or takes long: CI, or a test of the page's own, runs it or the like",
     "gpu": "needs an NVIDIA GPU",
     "proto": "a server's configuration: read by a test of that page's own",
 }
