@@ -166,6 +166,13 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     assert "cannot be written" in done.stderr.splitlines()[-1]
 
 
+def test_without_a_home_one_line_says_what_to_set(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(ctonnx.EnvironmentLacks, match="set XDG_CACHE_HOME"):
+        playground.runtime()
+
+
 @pytest.fixture
 def any_runtime(cache, monkeypatch):
     """Makes a runtime that is none pass for the right one, in this process."""
