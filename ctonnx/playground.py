@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -47,10 +48,13 @@ def runtime(say=lambda line: None):
     Raises:
         EnvironmentLacks: it can't be fetched, is not what it must be, or there is no place for it.
     """
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # A path that is not absolute is to be ignored: XDG Base Directory Specification.
-    cache = Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()
-    folder = cache / "ctonnx" / RUNTIME.replace("@", "-")
+    places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    # A path that is not absolute is to be ignored: XDG Base Directory Specification. Without a
+    # home folder the second stays as it is.
+    cache = next(filter(os.path.isabs, places), None)
+    if cache is None:
+        raise EnvironmentLacks("no home folder to keep onnxruntime-web in: set XDG_CACHE_HOME")
+    folder = Path(cache) / "ctonnx" / RUNTIME.replace("@", "-")
     if _is_complete(folder):
         return folder
     say(f"fetching {RUNTIME} by npm, once (33 MB), into {folder}")
@@ -62,7 +66,9 @@ def runtime(say=lambda line: None):
             for name in _FILES:
                 os.replace(Path(temporary, name), folder / name)
     except OSError as error:
-        raise EnvironmentLacks(f"{folder}: cannot be written: {error.strerror}") from None
+        raise EnvironmentLacks(
+            f"{folder}: cannot be written ({error.strerror}): set XDG_CACHE_HOME to another folder"
+        ) from None
     return folder
 
 
@@ -99,7 +105,7 @@ def _fetch(folder):
             for name in _FILES:
                 content = package.extractfile(f"package/dist/{name}").read()
                 (folder / name).write_bytes(content)
-    except (tarfile.TarError, KeyError, EOFError) as error:
+    except (tarfile.TarError, zlib.error, KeyError, EOFError) as error:
         raise EnvironmentLacks(f"{cannot}: what it gave is damaged ({first_line(error)})") from None
     if not _is_complete(folder):
         raise EnvironmentLacks(f"{cannot}: what it gave is not the package of that version")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ RUN = ("console", "python")
 # Language of a block -> why it is not run.
 NOT_RUN = {
     "text": "output",
-    "sh": "sets up a machine: run by CI, or by a test of that page's own",
+    "sh": "sets up a machine or takes long: CI, or a test of the page's own, runs it or the like",
     "gpu": "needs an NVIDIA GPU",
     "proto": "a server's configuration: read by a test of that page's own",
 }
@@ -108,10 +109,15 @@ def test_every_sample_file_is_named_in_a_readme():
                 assert path.name in page
 
 
-def test_every_module_is_on_the_map():
-    page = (ROOT / "README.md").read_text()
-    for path in (ROOT / "ctonnx").glob("*.py"):
-        assert path.name.startswith("__") or path.name in page, path.name
+@pytest.mark.parametrize("pattern", ["ctonnx/*.py", "custom_ops/ctu_*", "benchmarks/*.*"])
+def test_every_module_is_on_the_map(pattern):
+    """By its name, or by a pattern like `ctu_cpu.*`."""
+    _, _, section = (ROOT / "README.md").read_text().partition("## Map")
+    names = re.findall(r"`(?:\w+/)?([\w.*]+\.[\w*]+)`", section)
+    paths = [path for path in ROOT.glob(pattern) if not path.name.startswith("__")]
+    assert paths
+    for path in paths:
+        assert any(fnmatch(path.name, name) for name in names), path.name
 
 
 def test_the_figure_is_what_its_script_draws(tmp_path):

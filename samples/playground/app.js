@@ -37,6 +37,7 @@ async function frame() {
   try {
     for (const view of Object.values(views)) await view.compute(now);
     showParameters(now);
+    forgetCount(now);
     for (const view of Object.values(views)) view.draw();
   } catch (error) {
     fail(error);
@@ -64,13 +65,21 @@ function showParameters({ beta, coeff }) {
   sliders.coeff.setAttribute("aria-valuetext", coeff.toFixed(2));
 }
 
+// How many digits are read right at other parameters is not to stand beside these.
+function forgetCount(now) {
+  const { counted } = views.digits;
+  if (counted?.beta === now.beta && counted?.coeff === now.coeff) return;
+  views.digits.counted = null;
+  element("held-figures").textContent = "";
+}
+
 // Once nothing has moved for a while: say it to a screen reader, and count over all digits.
 async function settle(now) {
   const said = Object.values(views).map((view) => view.summary).join(" ");
   element("summary").textContent = `β ${now.beta.toFixed(3)}, c ${now.coeff.toFixed(2)}. ${said}`;
   const number = wanted;
   const stale = () => number !== wanted;
-  if (views.digits.counted?.beta === now.beta && views.digits.counted?.coeff === now.coeff) return;
+  if (views.digits.counted) return;
   const before = (views.digits.before ??= await views.digits.countRight(ORIGINAL, stale));
   const right = before === null ? null : await views.digits.countRight(now, stale);
   if (right === null) return;
