@@ -182,7 +182,8 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "RUST_BACKTRACE": "0"},
+            # ONNX Runtime's builds report what they run, unless told not to.
+            env={**os.environ, "RUST_BACKTRACE": "0", "ORT_DISABLE_TELEMETRY": "1"},
             text=True,
         )
 

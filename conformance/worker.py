@@ -44,6 +44,7 @@ def reference_evaluator(path, fed):
 
 
 def openvino(path, fed):
+    sys.modules["openvino_telemetry"] = None  # which reports each import, unless CI is set
     import openvino as ov
 
     # On CPUs that have it, bfloat16 is OpenVINO's choice unless float32 is asked for.
@@ -87,8 +88,6 @@ def tract(path, fed):
 def mnn(path, fed):
     from MNN import expr, nn
 
-    order, outputs = interface(path)
-    refuse_unknown(fed, order)
     with tempfile.TemporaryDirectory() as folder:
         converted = os.path.join(folder, "model.mnn")
         # Not the package's own command, which installs a reporter of use and waits for its server.
@@ -102,6 +101,9 @@ def mnn(path, fed):
         )
         if not os.path.exists(converted):
             raise RuntimeError(f"{done.stdout}{done.stderr}")
+        order = nn.load_module_from_file(converted, [], []).get_info()["inputNames"]
+        refuse_unknown(fed, order)
+        _, outputs = interface(path)
         net = nn.load_module_from_file(converted, order, outputs)
     kinds = {"float32": expr.float, "int64": expr.int64, "int32": expr.int}
 
@@ -169,8 +171,9 @@ class Page:
         npm: the folder where npm installed onnxruntime-web.
     """
 
-    FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
-    QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+    FLAGS = ("--no-sandbox", "--disable-gpu")
+    # It would look for updates and more.
+    QUIET = ("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",)
     SCRIPT = """
         import * as ort from "/ort.wasm.bundle.min.mjs";
         import { answer } from "/worker.mjs";

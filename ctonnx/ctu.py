@@ -137,7 +137,7 @@ def function(opset, dtypes, sloped):
     gate_term = op("Div", op("Mul", finite, coeff), op("Add", growth, one))
     correction = op("Sub", log_term, gate_term)
     if sloped:
-        above, below = op("Less", op("Neg", gap), zero), op("Less", gap, zero)
+        above, below = op("Less", zero, gap), op("Less", gap, zero)
         sign = op("Sub", op("Cast", above, to=compute), op("Cast", below, to=compute))
         correction = op("Mul", correction, sign)
     if dtypes == {compute}:

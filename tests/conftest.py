@@ -22,6 +22,8 @@ from ctonnx.graph import scopes
 
 # The tests run in several processes, where PyTorch's threads would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# ONNX Runtime's builds for Linux report what they run to Microsoft, unless told not to.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "samples" / "digits"

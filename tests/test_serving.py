@@ -78,8 +78,8 @@ def programs(sample, fetched):
         if language not in built:
             if shutil.which(COMPILED[language]) is None:
                 pytest.skip(f"needs {COMPILED[language]}")
-            os.environ["ORT"] = str(archive)
-            out = run(["bash", "-euc", commands(f"serve.{language} ")], sample)
+            line = f"ORT={shlex.quote(str(archive))}\n{commands(f'serve.{language} ')}"
+            out = run(["bash", "-euc", line], sample)
             built[language] = out, sample / "build" / f"serve_{language}"
         return built[language]
 

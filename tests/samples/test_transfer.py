@@ -64,6 +64,35 @@ def test_the_table_says_what_the_rows_say(written, rows):
         assert cells == [f"{float(rows[name, m]['accuracy']):.3f}" for m in transfer.METHODS]
 
 
+def assert_table_is_of_results(folder, names):
+    """table.md repeats results.csv; only its last line, machine and time, is its own."""
+    with (folder / "results.csv").open() as file:
+        held = list(csv.DictReader(file))
+    rows = []
+    for row in held:
+        accuracy = float(row["accuracy"])
+        numbers = {key: int(row[key]) for key in ("seed", "head", "added")}
+        # What was right is not kept: of it the table needs the mean alone.
+        rows.append({**row, **numbers, "accuracy": accuracy, "right": np.full(2, accuracy)})
+    table = transfer.table(transfer.summarized(rows), names, "")
+    committed = (folder / "table.md").read_text()
+    assert table.rstrip() == committed.rstrip().rpartition("\n")[0].rstrip()
+
+
+def test_a_table_is_of_its_results(written, tmp_path):
+    assert_table_is_of_results(written[0], transfer.QUICK)
+    for name in ("results.csv", "table.md"):
+        (tmp_path / name).write_text((written[0] / name).read_text())
+    text = (tmp_path / "table.md").read_text()
+    (tmp_path / "table.md").write_text(text.replace("| 1 |", "| 2 |"))
+    with pytest.raises(AssertionError):
+        assert_table_is_of_results(tmp_path, transfer.QUICK)
+
+
+def test_the_committed_table_is_of_the_committed_results():
+    assert_table_is_of_results(FOLDER, (*transfer.IMAGES, *transfer.SERIES))
+
+
 @pytest.mark.parametrize("name", transfer.QUICK)
 def test_beta_1_is_linear_probing(rows, written, name):
     """By ONNX Runtime on the network as committed, and scikit-learn: the same to the last digit."""
