@@ -180,21 +180,23 @@ def replace(model, head, weight, bias, dtype, flatten, classes):
 
 
 def _take_out(model, flow, hung, features, gone):
-    """Take out the nodes that make tensors of `hung`, and all that only they, or the outputs
-    `gone`, needed."""
+    """Take out the nodes that make tensors of `hung`, all that only they, or the outputs `gone`,
+    needed, and what no output needs that reads of these."""
     graph = model.graph
     outputs = [value.name for value in graph.output]
     before = set(flow.needed_for(outputs))
     hanging = {i for i, node in enumerate(flow.nodes) if not hung.isdisjoint(node.output)}
     after = set(flow.needed_for([features, *(name for name in outputs if name not in gone)]))
-    leaving = hanging | (before - after)
+    made = flow.reached_from(
+        name for i in hanging | (before - after) for name in flow.nodes[i].output if name
+    )
+    leaving = {i for i, node in enumerate(flow.nodes) if not made.isdisjoint(node.output)}
     staying = set(range(len(flow.nodes))) - leaving
 
     def needed(indices):
         return set().union(*(flow.reads[i] for i in indices))
 
     unused = needed(leaving) - needed(staying) - {features, *outputs}
-    made = {name for i in leaving for name in flow.nodes[i].output}
     tensors = {tensor.name for tensor in graph.initializer}
     keep(graph.initializer, lambda tensor: tensor.name not in unused)
     keep(graph.sparse_initializer, lambda tensor: tensor.values.name not in unused)

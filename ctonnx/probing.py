@@ -180,6 +180,11 @@ def probe(
     targets = [_indices(given.labels, classes) for given in sets]
     splits = _splits(targets[0], classes, seeds, validation)
     shape, dtype = sets[0].shape, sets[0].dtype
+    if sets[1].shape != shape:
+        raise UsageError(
+            f"the features {head.features!r} of a sample are {list(shape)} in the training set and "
+            f"{list(sets[1].shape)} in the test set: they must be as many"
+        )
 
     fits, leader = {}, None
     with progress(len(betas)) if progress else nullcontext() as bar:
@@ -313,6 +318,11 @@ def _runners(model, steerable, features, providers):
     except CtonnxError:  # It is lowered to primitives, or another tool took the record out.
         steerable.notes.append("beta 1 is measured through the CT units: the original is not known")
         return head, steered, steered
+    if head.features not in flow.Flow(original.graph).producer:
+        raise UsageError(
+            f"steering has made the features {head.features!r}: name a tensor that the original "
+            "has too"
+        )
     return head, runner(flow.cut(original, [head.features]), **fixed), steered
 
 

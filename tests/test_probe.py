@@ -236,6 +236,13 @@ def test_features_may_be_named():
     assert result.written == (session.run(None, {"x": X})[0].argmax(1) == Y).mean()
 
 
+def test_features_may_be_beside_the_classifier():
+    """Then a node that no output needs goes with what it reads."""
+    model = small("b = Abs(z) r = Relu(b) y = Gemm(h, w, c) d = Neg(h)")
+    result = ctonnx.probe(model, (X, Y), (X, Y), [0.5], features="r")
+    assert [n.op_type for n in result.model.graph.node] == ["MatMul", "Abs", "CTU", "Gemm"]
+
+
 def test_classes_may_have_names():
     names = np.array(["low", "high", "ärger"])[Y]
     result = ctonnx.probe(small(), (X, names), (X, names), [0.5])
@@ -420,6 +427,7 @@ def test_the_shared_part_is_not_run_for_points(monkeypatch):
 
 GOOD = (X, Y)
 ALONE = np.arange(9) // 8
+SERIES = np.stack([X, X, X], 1)
 
 
 @pytest.mark.parametrize(
@@ -458,6 +466,14 @@ ALONE = np.arange(9) // 8
             "the features 'n' are float32[32]: expected as many floating-point numbers",
         ),
         (
+            small("m = ReduceMean<axes = [1], keepdims = 0>(h) y = MatMul(m, w)",
+                  shape="N, T, 3"),
+            (SERIES, Y),
+            (SERIES[:, :2], Y),
+            {"features": "h"},
+            "'h' of a sample are [3, 4] in the training set and [2, 4] in the test set",
+        ),
+        (
             small("p = Concat<axis = 1>(h, h) q = Reshape(p, f) y = MatMul(q, w)",
                   trunk=f"f = Constant<value = int64[3] {{-1, 2, 4}}>() {TRUNK}",
                   output="float[N, 2, 2] y"),
@@ -482,6 +498,17 @@ def test_mistakes_are_one_clear_line(model, train, test, options, line):
         ctonnx.probe(model, train, test, [0.5], **options)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_features_that_steering_has_made_are_refused():
+    """At β = 1 there are none: the original gives the features there."""
+    trunk = 'h = com.microsoft.FusedGemm<activation = "Relu">(x, a)'
+    trunk += ' g = com.microsoft.FusedGemm<activation = "Relu">(h, q)'
+    trunk = f"q = MatMul(w, v) {trunk}"
+    model = small("y = MatMul(g, w)", trunk=trunk, opset='17, "com.microsoft" : 1')
+    assert ctonnx.probe(model, GOOD, GOOD, [0.5]).features == "g"
+    with pytest.raises(UsageError, match="steering has made the features 'g_before_activation'"):
+        ctonnx.probe(model, GOOD, GOOD, [0.5], features="g_before_activation")
 
 
 def test_data_in_another_order_are_refused():
