@@ -256,6 +256,20 @@ def test_classes_may_have_names():
     assert result.written == (predicted == names).mean()
 
 
+def test_classes_in_csv_may_have_names(tmp_path):
+    """Of which some are numbers, in a batch of their own too."""
+    names = np.where(Y == 2, "high", Y.astype(str))[np.argsort(Y, kind="stable")]
+    rows = X[np.argsort(Y, kind="stable")]
+    assert set(names[:32]) <= {"0", "1"}
+    assert names[-1] == "high"
+    lines = [f"{a},{b},{c},{name}" for (a, b, c), name in zip(rows, names, strict=True)]
+    (tmp_path / "a.csv").write_text("\n".join(["a,b,c,kind", *lines]))
+    path = str(tmp_path / "a.csv")
+    result = ctonnx.probe(small(), path, path, [0.5], labels="kind")
+    assert result.classes == [0, 1, "high"]
+    assert result.points == ctonnx.probe(small(), (rows, names), (rows, names), [0.5]).points
+
+
 def test_folders_name_classes(tmp_path):
     image = pytest.importorskip("PIL.Image")
     for part, kept in ("train", "ab"), ("test", "b"):
@@ -272,6 +286,12 @@ def test_folders_name_classes(tmp_path):
     result = ctonnx.probe(model, str(tmp_path / "train"), str(tmp_path / "test"), [0.9])
     # Its only class has another number in the test folder.
     assert (result.classes, result.original.test) == (["a", "b"], 1.0)
+    listed = [
+        f"{file.relative_to(tmp_path)},{file.parent.name}" for file in tmp_path.rglob("*.png")
+    ]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label", *listed]))
+    listed = ctonnx.probe(model, str(tmp_path / "train"), str(tmp_path / "all.csv"), [0.9])
+    assert (listed.classes, listed.test_samples) == (["a", "b"], 18)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +454,8 @@ SERIES = np.stack([X, X, X], 1)
     ("model", "train", "test", "options", "line"),
     [
         (small(), (X, Y * 0), GOOD, {}, "all training labels are 0: there is nothing"),
-        (small(), GOOD, (X, Y + 1), {}, "the training set lacks the test label 3"),
+        (small(), GOOD, (X, Y + 1), {}, "lacks the test label 3: it holds 0, 1, 2"),
+        (small(), GOOD, (X, np.full(90, b"\xe9")), {}, "whole numbers or text, got b'\\xe9'"),
         (small(), GOOD, (X, Y[:9]), {}, "the numbers of rows differ: x 90, labels 9"),
         (small(), GOOD, X, {}, "the data hold no labels: name them with --labels"),
         (small(), (X, Y + 0.5), GOOD, {}, "labels are whole numbers or text, got 0.5"),
@@ -511,6 +532,18 @@ def test_features_that_steering_has_made_are_refused():
         ctonnx.probe(model, GOOD, GOOD, [0.5], features="g_before_activation")
 
 
+def test_labels_in_a_file_are_of_one_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, array in {"x": X, "y": Y, "z": X[::-1], "t": Y[::-1]}.items():
+        np.save(f"{name}.npy", array)
+    with pytest.raises(UsageError, match=r"y.npy holds the training labels: name the others"):
+        ctonnx.probe(small(), "x.npy", "z.npy", [0.5], labels="y.npy")
+    options = {"labels": "y.npy", "test_labels": "t.npy"}
+    both = ctonnx.probe(small(), "x.npy", "z.npy", [0.5], **options)
+    plain = ctonnx.probe(small(), GOOD, GOOD, [0.5])
+    assert [p.test for p in both.points] == [p.test for p in plain.points]
+
+
 def test_data_in_another_order_are_refused():
     orders = iter([Y, Y[::-1]])
     with pytest.raises(UsageError, match="come in another order when read again"):
@@ -575,6 +608,7 @@ BOTH = ("--train", "a.npz", "--test", "a.npz")
         (("m.onnx", "--train", "b.npz", "--test", "a.npz"), 3, "b.npz: no such file"),
         (("m.onnx", *BOTH, "--points", "p.txt"), 2, "p.txt: results"),
         (("m.onnx", *BOTH, "-o", "m.onnx"), 2, "exists already"),
+        (("m.onnx", *BOTH, "-o", "p.csv", "--points", "./p.csv"), 2, "name one file"),
         (("m.onnx", *BOTH, "--features", "u"), 2, "no tensor 'u'"),
     ],
 )  # fmt: skip
