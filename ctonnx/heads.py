@@ -63,7 +63,7 @@ def find(model, output, features=None):
     if features not in known:
         near = difflib.get_close_matches(features, known, 3, 0.5)
         hint = f": did you mean {', '.join(near)}?" if near else ""
-        raise UsageError(f"the model's graph has no tensor {features!r}{hint}")
+        raise UsageError(f"the model's graph computes no tensor {features!r}{hint}")
     if features in flow.reached_from({output}):
         raise UsageError(f"features {features!r}: name a tensor in front of the output {output!r}")
     made = layer and layer.output[0]
@@ -165,8 +165,6 @@ def replace(model, head, weight, bias, dtype, flatten, classes):
                 if model.ir_version < 4:  # Until then initializers were inputs too.
                     value = helper.make_tensor_value_info(inputs[-1], kind, array.shape)
                     graph.input.append(value)
-            if _opset(model) < 7:
-                attributes = {"broadcast": 1}
         graph.node.append(helper.make_node(op, inputs, [last], new(f"node_{op}"), **attributes))
     output.CopyFrom(helper.make_tensor_value_info(head.output, kind, [rows, len(classes)]))
     keep(graph.value_info, lambda value: value.name != head.output)
@@ -206,10 +204,6 @@ def _take_out(model, flow, hung, features, gone):
     keep(graph.value_info, lambda value: value.name not in made)
     keep(graph.quantization_annotation, lambda entry: entry.tensor_name not in made | unused)
     keep(graph.node, lambda node: made.isdisjoint(node.output))
-
-
-def _opset(model):
-    return max((e.version for e in model.opset_import if e.domain in DEFAULT_DOMAINS), default=1)
 
 
 def folded(scaler, regression):

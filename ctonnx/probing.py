@@ -261,8 +261,10 @@ def _seeds(given):
         seeds = [operator.index(seed) for seed in seeds]
     except TypeError:
         raise UsageError(f"seeds must be a number of them or a list, got {given!r}") from None
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UsageError(f"seeds must be at least one, all different, none negative, got {given!r}")
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise UsageError(
+            f"seeds must be at least one, all different, from 0 to 2**32 - 1, got {given!r}"
+        )
     return seeds
 
 

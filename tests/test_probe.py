@@ -472,8 +472,8 @@ SERIES = np.stack([X, X, X], 1)
             *(GOOD, GOOD, {}),
             "no linear layer makes the output 'y', it comes from MatMul 'y'",
         ),
-        (small(), GOOD, GOOD, {"features": "hh"}, "has no tensor 'hh': did you mean h?"),
-        (small(), GOOD, GOOD, {"features": "w"}, "has no tensor 'w'"),
+        (small(), GOOD, GOOD, {"features": "hh"}, "computes no tensor 'hh': did you mean h?"),
+        (small(), GOOD, GOOD, {"features": "w"}, "computes no tensor 'w'"),
         (small(), GOOD, GOOD, {"features": "y"}, "name a tensor in front of the output 'y'"),
         (small(), GOOD, GOOD, {"features": "z"}, "no steered activation is in front of the"),
         (
@@ -507,6 +507,7 @@ SERIES = np.stack([X, X, X], 1)
             "the features 'q' hold NaN or infinity at beta 1",
         ),
         (small(), GOOD, GOOD, {"seeds": 0}, "seeds must be at least one, all different"),
+        (small(), GOOD, GOOD, {"seeds": [2**32]}, "all different, from 0 to 2**32 - 1"),
         (small(), GOOD, GOOD, {"seeds": [1, 1]}, "seeds must be at least one, all different"),
         (small(), GOOD, GOOD, {"seeds": "many"}, "seeds must be a number of them or a list"),
         (small(), GOOD, GOOD, {"validation": 1}, "validation must lie between 0 and 1, got 1"),
