@@ -195,7 +195,8 @@ def clips_at_zero(node, types, constant, makers):
         return None
     zero = constant(name) if name else 0
     known = types.get(name or (*node.output, "")[0], {TensorProto.UINT8})
-    return _TAKEN_IN if any(zero == _LOWEST.get(dtype) for dtype in known) else None
+    lowest = {_LOWEST[dtype] for dtype in known if dtype in _LOWEST}
+    return _TAKEN_IN if zero in lowest else None
 
 
 def judge(node, dtypes, constant):

@@ -512,7 +512,7 @@ def _verdict(result):
 @click.option("--train", metavar="DATA", required=True, help="To fit on and to choose beta on.")
 @click.option("--test", metavar="DATA", required=True, help="To measure on alone.")
 @_labels
-@click.option("--test-labels", metavar="NAME", help="Those of --test.  [default: as --labels]")
+@click.option("--test-labels", metavar="NAME", help="The same for --test.  [default: as --labels]")
 @_betas
 @click.option("--coeff", type=float, help="The paper's c.  [default: the model's own, or 0.5]")
 @click.option(
@@ -525,9 +525,7 @@ def _verdict(result):
     "--validation", type=float, default=0.2, show_default=True, help="Share of --train for that."
 )
 @_feeding
-@click.option(
-    "-o", "--output", metavar="FILE", help="Where to write the model.  [default: X.probe.onnx]"
-)
+@click.option("-o", "--output", metavar="FILE", help="Where to write the model.")
 @click.option("--points", metavar="FILE", help="Write the points: .csv, .json or .parquet.")
 @_force
 @_json
@@ -536,7 +534,9 @@ def probe(model, output, points, preset, resize, crop, mean, std, force, as_json
 
     At each beta a linear head is fitted on the features in front of the classifier. Beta is chosen
     on a part of the training set, and the test set compares it with beta 1, plain linear probing.
-    OUTPUT is the model with that beta and its head. DATA and GRID are as for sweep.
+    Written is --output, or else X.probe.onnx beside X.onnx: the model with that beta and its head.
+
+    DATA and GRID are as for sweep.
     """
     from pathlib import Path
 
@@ -548,6 +548,8 @@ def probe(model, output, points, preset, resize, crop, mean, std, force, as_json
     if points is not None:
         results.check_format(points)
         files.check_output(points, force)
+        if Path(points).resolve() == Path(output).resolve():
+            raise click.UsageError("--points and --output name one file")
     if not runtime.has_library():
         _say("the op library is not installed: the model runs as its fallback")
     with warnings.catch_warnings():

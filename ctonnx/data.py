@@ -137,7 +137,8 @@ class Arrays(Indexed):
 
 
 class Table(Indexed):
-    """A CSV file of numbers: a column per input where their names agree, features otherwise."""
+    """A CSV file of numbers: a column per input where their names agree, features otherwise.
+    Labels may be text."""
 
     def __init__(self, path, inputs, labels, size, shuffle):
         self._lines = Lines(path)
@@ -166,7 +167,7 @@ class Table(Indexed):
                     )
                 columns = columns.astype(i.dtype)
             arrays[i.name] = columns[:, 0] if len(i.shape or ()) == 1 else columns
-        labels = None if self._label is None else self._numbers(rows, [self._label])[:, 0]
+        labels = None if self._label is None else self._lines.labels(rows, self._label)
         return Batch(arrays, labels)
 
     def _numbers(self, rows, columns):

@@ -63,7 +63,7 @@ def find(model, output, features=None):
     if features not in known:
         near = difflib.get_close_matches(features, known, 3, 0.5)
         hint = f": did you mean {', '.join(near)}?" if near else ""
-        raise UsageError(f"the model's graph has no tensor {features!r}{hint}")
+        raise UsageError(f"the model's graph computes no tensor {features!r}{hint}")
     if features in flow.reached_from({output}):
         raise UsageError(f"features {features!r}: name a tensor in front of the output {output!r}")
     made = layer and layer.output[0]
@@ -165,8 +165,6 @@ def replace(model, head, weight, bias, dtype, flatten, classes):
                 if model.ir_version < 4:  # Until then initializers were inputs too.
                     value = helper.make_tensor_value_info(inputs[-1], kind, array.shape)
                     graph.input.append(value)
-            if _opset(model) < 7:
-                attributes = {"broadcast": 1}
         graph.node.append(helper.make_node(op, inputs, [last], new(f"node_{op}"), **attributes))
     output.CopyFrom(helper.make_tensor_value_info(head.output, kind, [rows, len(classes)]))
     keep(graph.value_info, lambda value: value.name != head.output)
@@ -180,21 +178,23 @@ def replace(model, head, weight, bias, dtype, flatten, classes):
 
 
 def _take_out(model, flow, hung, features, gone):
-    """Take out the nodes that make tensors of `hung`, and all that only they, or the outputs
-    `gone`, needed."""
+    """Take out the nodes that make tensors of `hung`, all that only they, or the outputs `gone`,
+    needed, and what no output needs that reads of these."""
     graph = model.graph
     outputs = [value.name for value in graph.output]
     before = set(flow.needed_for(outputs))
     hanging = {i for i, node in enumerate(flow.nodes) if not hung.isdisjoint(node.output)}
     after = set(flow.needed_for([features, *(name for name in outputs if name not in gone)]))
-    leaving = hanging | (before - after)
+    made = flow.reached_from(
+        name for i in hanging | (before - after) for name in flow.nodes[i].output if name
+    )
+    leaving = {i for i, node in enumerate(flow.nodes) if not made.isdisjoint(node.output)}
     staying = set(range(len(flow.nodes))) - leaving
 
     def needed(indices):
         return set().union(*(flow.reads[i] for i in indices))
 
     unused = needed(leaving) - needed(staying) - {features, *outputs}
-    made = {name for i in leaving for name in flow.nodes[i].output}
     tensors = {tensor.name for tensor in graph.initializer}
     keep(graph.initializer, lambda tensor: tensor.name not in unused)
     keep(graph.sparse_initializer, lambda tensor: tensor.values.name not in unused)
@@ -204,10 +204,6 @@ def _take_out(model, flow, hung, features, gone):
     keep(graph.value_info, lambda value: value.name not in made)
     keep(graph.quantization_annotation, lambda entry: entry.tensor_name not in made | unused)
     keep(graph.node, lambda node: made.isdisjoint(node.output))
-
-
-def _opset(model):
-    return max((e.version for e in model.opset_import if e.domain in DEFAULT_DOMAINS), default=1)
 
 
 def folded(scaler, regression):

@@ -142,10 +142,11 @@ class Images(Indexed):
 
     def _read(self, indices):
         paths = self._paths(indices)
+        labels = None
         if self._lines is None:
             labels = None if self._labels is None else self._labels[indices]
-        else:
-            labels = None if self._label is None else self._numbers(self._lines[indices])
+        elif self._label is not None:
+            labels = self._lines.labels(self._lines[indices], self._label)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             decoded = list(pool.map(self._decode, paths))
         kept = [i for i, image in enumerate(decoded) if image is not None]
@@ -156,12 +157,6 @@ class Images(Indexed):
         array = np.stack([decoded[i] for i in kept]) if kept else empty
         labels = None if labels is None else labels[kept]
         return Batch({self.inputs[0].name: array}, labels, len(paths) - len(kept))
-
-    def _numbers(self, rows):
-        try:
-            return np.array([float(row[self._label]) for row in rows])
-        except ValueError as error:
-            raise ModelError(f"{self._path}: a label is no number: {error}") from None
 
     def _decode(self, path):
         """The array of an image in the model's layout; None for one that is skipped."""

@@ -13,7 +13,7 @@ import itertools
 import math
 import operator
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,9 @@ _MAX_ITER = 10_000
 
 # The features of so many β are held at once.
 _MOST_BYTES = 2 << 30
+
+# A message lists no more labels.
+_SHOWN = 10
 
 _ACCURACY = metrics.NAMES["accuracy"]
 
@@ -135,8 +138,8 @@ def probe(
         features: the name of the tensor to fit on; the input of the last linear layer where None.
         seeds: how many, from 0 on, or a list of them: of the splits.
         validation: the share of the training set that β is chosen on.
-        labels, test_labels: the name of the labels' array or column, or the path of an .npy file;
-            the same for both where `test_labels` is None.
+        labels, test_labels: the name of the labels' array or column, which is the same for both
+            where `test_labels` is None; the path of an .npy file for inputs in one.
         batch_size, images, skip_broken, providers: as for `ctonnx.sweep`.
         output: where to write the model, which then has to be a path.
         force: overwrite `output`.
@@ -158,6 +161,8 @@ def probe(
         raise UsageError(f"validation must lie between 0 and 1, got {validation!r}")
     if coeff is not None:
         coeff = ctu.check_unit_interval("coeff", coeff)
+    if labels and not test_labels and all(map(_is_npy, (train, test))) and train != test:
+        raise UsageError(f"{labels} holds the training labels: name the others with --test-labels")
     path = Path(model) if isinstance(model, str | Path) else None
     if output is not None:
         if path is None:
@@ -176,20 +181,25 @@ def probe(
         for each, names in ((train, labels), (test, test_labels or labels))
     ]
     sets = [_read(original, source, head, [(1.0, coeff)]) for source in sources]
-    classes = _classes(sets, sources)
+    classes = _classes(sets)
     targets = [_indices(given.labels, classes) for given in sets]
     splits = _splits(targets[0], classes, seeds, validation)
     shape, dtype = sets[0].shape, sets[0].dtype
+    if sets[1].shape != shape:
+        raise UsageError(
+            f"the features {head.features!r} of a sample are {list(shape)} in the training set and "
+            f"{list(sets[1].shape)} in the test set: they must be as many"
+        )
 
     fits, leader = {}, None
     with progress(len(betas)) if progress else nullcontext() as bar:
         for group in _groups(betas, sets):
             if group != [1.0]:
-                labels = [given.labels for given in sets]
+                known = [given.labels for given in sets]
                 for given in sets:
                     given.features.clear()
                 sets = [_read(steered, s, head, [(beta, coeff) for beta in group]) for s in sources]
-                if labels != [given.labels for given in sets]:
+                if known != [given.labels for given in sets]:
                     raise UsageError("the data come in another order when read again: fix it")
             for i, beta in enumerate(group):
                 fits[beta] = fit = _fit(*(given.features[i] for given in sets), targets, splits)
@@ -224,7 +234,7 @@ def probe(
     before = float(fits[leader].test.mean())
     if written != before:
         notes.append(
-            f"rounded to the model's numbers the head's test accuracy was {before:.6g} before"
+            f"before the head was rounded to the model's type its test accuracy was {before:.6g}"
         )
     width = math.prod(shape)
     return _result(
@@ -251,9 +261,15 @@ def _seeds(given):
         seeds = [operator.index(seed) for seed in seeds]
     except TypeError:
         raise UsageError(f"seeds must be a number of them or a list, got {given!r}") from None
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UsageError(f"seeds must be at least one, all different, none negative, got {given!r}")
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise UsageError(
+            f"seeds must be at least one, all different, from 0 to 2**32 - 1, got {given!r}"
+        )
     return seeds
+
+
+def _is_npy(data):
+    return isinstance(data, str | Path) and Path(data).suffix.lower() == ".npy"
 
 
 def _check_packages():
@@ -313,6 +329,11 @@ def _runners(model, steerable, features, providers):
     except CtonnxError:  # It is lowered to primitives, or another tool took the record out.
         steerable.notes.append("beta 1 is measured through the CT units: the original is not known")
         return head, steered, steered
+    if head.features not in flow.Flow(original.graph).producer:
+        raise UsageError(
+            f"steering has made the features {head.features!r}: name a tensor that the original "
+            "has too"
+        )
     return head, runner(flow.cut(original, [head.features]), **fixed), steered
 
 
@@ -388,31 +409,34 @@ def _labels(labels, source):
         labels = labels[:, 0]
     if labels.ndim != 1:
         raise UsageError(f"expected one label per sample, the labels are {list(labels.shape)}")
-    if names := getattr(source, "classes", ()):
-        numbers = all(name.isdecimal() for name in names)
-        return [int(names[i]) if numbers else names[i] for i in labels]
-    if labels.dtype.kind == "S":
-        labels = np.char.decode(labels)
-    return [_label(label) for label in labels.tolist()]
+    names = getattr(source, "classes", ())
+    return [_label(names[label] if names else label) for label in labels.tolist()]
 
 
 def _label(label):
-    if isinstance(label, float) and label.is_integer():
-        return int(label)
-    if not isinstance(label, int | str):
+    """An int, for text of one too: in CSV and names of folders numbers are text. Else text."""
+    with suppress(UnicodeDecodeError):
+        label = label.decode() if isinstance(label, bytes) else label
+    if isinstance(label, str):
+        return int(label) if label.removeprefix("-").isdecimal() else label
+    if not isinstance(label, int | float) or label != label // 1:
         raise UsageError(f"labels are whole numbers or text, got {label!r}")
-    return int(label) if isinstance(label, bool) else label
+    return int(label)
 
 
-def _classes(sets, sources):
-    """The training labels, each once: in the order of a folder's classes, else sorted."""
+def _classes(sets):
+    """The training labels, each once and in order, numbers first."""
     train, test = (set(given.labels) for given in sets)
     if len(train) == 1:
         raise UsageError(f"all training labels are {train.pop()!r}: there is nothing to tell apart")
     unknown = _in_order(test - train)
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UsageError(f"the training set lacks the test label {unknown[0]!r}{more}")
+        held = ", ".join(map(repr, _in_order(train)[:_SHOWN]))
+        held += ", ..." if len(train) > _SHOWN else ""
+        raise UsageError(
+            f"the training set lacks the test label {unknown[0]!r}{more}: it holds {held}"
+        )
     return _in_order(train)
 
 

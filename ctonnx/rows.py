@@ -179,6 +179,13 @@ class Lines:
                 rows.append(row)
         return rows
 
+    def labels(self, rows, column):
+        """A column of such rows as an array: of numbers, or of text where one is no number."""
+        texts = [row[column] for row in rows]
+        if not all(texts):
+            raise ModelError(f"{self.path}: a label is missing")
+        return np.array([float(t) for t in texts] if all(map(_is_number, texts)) else texts)
+
     def _parsed(self, line):
         return [field.strip() for field in next(csv.reader([line.decode("utf-8-sig")]), [])]
 

@@ -211,6 +211,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
     (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-9])
     (tmp_path / "cut.npz").write_bytes((tmp_path / "d.npz").read_bytes()[:-99])
     (tmp_path / "text.csv").write_text("a,b,c\n1,2,x\n")
+    (tmp_path / "gap.csv").write_text("a,b,label\n1,2,\n")
     (tmp_path / "part.csv").write_text("a,b,c\n1,2,1.9\n")
     (tmp_path / "short.csv").write_text("a,b,c\n1,2\n")
     (tmp_path / "head.csv").write_text("a,b,c\n")
@@ -253,6 +254,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
         ("cut.npy", X, {}, "cut.npy: is truncated"),
         ("cut.npz", X, {}, "cut.npz: cannot be read: File is not a zip file"),
         ("text.csv", X, {}, "text.csv: could not convert string to float"),
+        ("gap.csv", X, {}, "gap.csv: a label is missing"),
         ("text.csv", X, {"labels": "d"}, "has no column 'd': it has a, b, c"),
         ("short.csv", X, {}, "data row 1 has 2 fields, the header 3"),
         ("head.csv", X, {}, "holds no rows below a header"),

@@ -236,6 +236,13 @@ def test_features_may_be_named():
     assert result.written == (session.run(None, {"x": X})[0].argmax(1) == Y).mean()
 
 
+def test_features_may_be_beside_the_classifier():
+    """Then a node that no output needs goes with what it reads."""
+    model = small("b = Abs(z) r = Relu(b) y = Gemm(h, w, c) d = Neg(h)")
+    result = ctonnx.probe(model, (X, Y), (X, Y), [0.5], features="r")
+    assert [n.op_type for n in result.model.graph.node] == ["MatMul", "Abs", "CTU", "Gemm"]
+
+
 def test_classes_may_have_names():
     names = np.array(["low", "high", "ärger"])[Y]
     result = ctonnx.probe(small(), (X, names), (X, names), [0.5])
@@ -247,6 +254,20 @@ def test_classes_may_have_names():
     session = onnxruntime.InferenceSession(result.model.SerializeToString())
     predicted = np.array(result.classes)[session.run(None, {"x": X})[0].argmax(1)]
     assert result.written == (predicted == names).mean()
+
+
+def test_classes_in_csv_may_have_names(tmp_path):
+    """Of which some are numbers, in a batch of their own too."""
+    names = np.where(Y == 2, "high", Y.astype(str))[np.argsort(Y, kind="stable")]
+    rows = X[np.argsort(Y, kind="stable")]
+    assert set(names[:32]) <= {"0", "1"}
+    assert names[-1] == "high"
+    lines = [f"{a},{b},{c},{name}" for (a, b, c), name in zip(rows, names, strict=True)]
+    (tmp_path / "a.csv").write_text("\n".join(["a,b,c,kind", *lines]))
+    path = str(tmp_path / "a.csv")
+    result = ctonnx.probe(small(), path, path, [0.5], labels="kind")
+    assert result.classes == [0, 1, "high"]
+    assert result.points == ctonnx.probe(small(), (rows, names), (rows, names), [0.5]).points
 
 
 def test_folders_name_classes(tmp_path):
@@ -265,6 +286,12 @@ def test_folders_name_classes(tmp_path):
     result = ctonnx.probe(model, str(tmp_path / "train"), str(tmp_path / "test"), [0.9])
     # Its only class has another number in the test folder.
     assert (result.classes, result.original.test) == (["a", "b"], 1.0)
+    listed = [
+        f"{file.relative_to(tmp_path)},{file.parent.name}" for file in tmp_path.rglob("*.png")
+    ]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label", *listed]))
+    listed = ctonnx.probe(model, str(tmp_path / "train"), str(tmp_path / "all.csv"), [0.9])
+    assert (listed.classes, listed.test_samples) == (["a", "b"], 18)
 
 
 @pytest.mark.parametrize(
@@ -420,13 +447,15 @@ def test_the_shared_part_is_not_run_for_points(monkeypatch):
 
 GOOD = (X, Y)
 ALONE = np.arange(9) // 8
+SERIES = np.stack([X, X, X], 1)
 
 
 @pytest.mark.parametrize(
     ("model", "train", "test", "options", "line"),
     [
         (small(), (X, Y * 0), GOOD, {}, "all training labels are 0: there is nothing"),
-        (small(), GOOD, (X, Y + 1), {}, "the training set lacks the test label 3"),
+        (small(), GOOD, (X, Y + 1), {}, "lacks the test label 3: it holds 0, 1, 2"),
+        (small(), GOOD, (X, np.full(90, b"\xe9")), {}, "whole numbers or text, got b'\\xe9'"),
         (small(), GOOD, (X, Y[:9]), {}, "the numbers of rows differ: x 90, labels 9"),
         (small(), GOOD, X, {}, "the data hold no labels: name them with --labels"),
         (small(), (X, Y + 0.5), GOOD, {}, "labels are whole numbers or text, got 0.5"),
@@ -443,8 +472,8 @@ ALONE = np.arange(9) // 8
             *(GOOD, GOOD, {}),
             "no linear layer makes the output 'y', it comes from MatMul 'y'",
         ),
-        (small(), GOOD, GOOD, {"features": "hh"}, "has no tensor 'hh': did you mean h?"),
-        (small(), GOOD, GOOD, {"features": "w"}, "has no tensor 'w'"),
+        (small(), GOOD, GOOD, {"features": "hh"}, "computes no tensor 'hh': did you mean h?"),
+        (small(), GOOD, GOOD, {"features": "w"}, "computes no tensor 'w'"),
         (small(), GOOD, GOOD, {"features": "y"}, "name a tensor in front of the output 'y'"),
         (small(), GOOD, GOOD, {"features": "z"}, "no steered activation is in front of the"),
         (
@@ -456,6 +485,14 @@ ALONE = np.arange(9) // 8
             small("n = ReduceSum<keepdims = 0>(h, middle) y = Gemm(h, w, c)"),
             *(GOOD, GOOD, {"features": "n"}),
             "the features 'n' are float32[32]: expected as many floating-point numbers",
+        ),
+        (
+            small("m = ReduceMean<axes = [1], keepdims = 0>(h) y = MatMul(m, w)",
+                  shape="N, T, 3"),
+            (SERIES, Y),
+            (SERIES[:, :2], Y),
+            {"features": "h"},
+            "'h' of a sample are [3, 4] in the training set and [2, 4] in the test set",
         ),
         (
             small("p = Concat<axis = 1>(h, h) q = Reshape(p, f) y = MatMul(q, w)",
@@ -470,6 +507,7 @@ ALONE = np.arange(9) // 8
             "the features 'q' hold NaN or infinity at beta 1",
         ),
         (small(), GOOD, GOOD, {"seeds": 0}, "seeds must be at least one, all different"),
+        (small(), GOOD, GOOD, {"seeds": [2**32]}, "all different, from 0 to 2**32 - 1"),
         (small(), GOOD, GOOD, {"seeds": [1, 1]}, "seeds must be at least one, all different"),
         (small(), GOOD, GOOD, {"seeds": "many"}, "seeds must be a number of them or a list"),
         (small(), GOOD, GOOD, {"validation": 1}, "validation must lie between 0 and 1, got 1"),
@@ -482,6 +520,29 @@ def test_mistakes_are_one_clear_line(model, train, test, options, line):
         ctonnx.probe(model, train, test, [0.5], **options)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_features_that_steering_has_made_are_refused():
+    """At β = 1 there are none: the original gives the features there."""
+    trunk = 'h = com.microsoft.FusedGemm<activation = "Relu">(x, a)'
+    trunk += ' g = com.microsoft.FusedGemm<activation = "Relu">(h, q)'
+    trunk = f"q = MatMul(w, v) {trunk}"
+    model = small("y = MatMul(g, w)", trunk=trunk, opset='17, "com.microsoft" : 1')
+    assert ctonnx.probe(model, GOOD, GOOD, [0.5]).features == "g"
+    with pytest.raises(UsageError, match="steering has made the features 'g_before_activation'"):
+        ctonnx.probe(model, GOOD, GOOD, [0.5], features="g_before_activation")
+
+
+def test_labels_in_a_file_are_of_one_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, array in {"x": X, "y": Y, "z": X[::-1], "t": Y[::-1]}.items():
+        np.save(f"{name}.npy", array)
+    with pytest.raises(UsageError, match=r"y.npy holds the training labels: name the others"):
+        ctonnx.probe(small(), "x.npy", "z.npy", [0.5], labels="y.npy")
+    options = {"labels": "y.npy", "test_labels": "t.npy"}
+    both = ctonnx.probe(small(), "x.npy", "z.npy", [0.5], **options)
+    plain = ctonnx.probe(small(), GOOD, GOOD, [0.5])
+    assert [p.test for p in both.points] == [p.test for p in plain.points]
 
 
 def test_data_in_another_order_are_refused():
@@ -548,6 +609,7 @@ BOTH = ("--train", "a.npz", "--test", "a.npz")
         (("m.onnx", "--train", "b.npz", "--test", "a.npz"), 3, "b.npz: no such file"),
         (("m.onnx", *BOTH, "--points", "p.txt"), 2, "p.txt: results"),
         (("m.onnx", *BOTH, "-o", "m.onnx"), 2, "exists already"),
+        (("m.onnx", *BOTH, "-o", "p.csv", "--points", "./p.csv"), 2, "name one file"),
         (("m.onnx", *BOTH, "--features", "u"), 2, "no tensor 'u'"),
     ],
 )  # fmt: skip

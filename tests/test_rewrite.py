@@ -349,6 +349,7 @@ def test_what_another_tool_inlined_is_not_offered_to_steer():
         ("h = Add(x, x)  y = QuantizeLinear(h, s, m)", True),
         ("h = Add(x, x)  y = QuantizeLinear(h, s, i)", False),
         ("h = Add(x, x)  y = QuantizeLinear(h, s, c)", False),
+        ("h = Add(x, x)  y = QuantizeLinear(h, s, n)", False),
         ("h = Abs(x)  y = QuantizeLinear(h, s, u)", False),
         ("y = QuantizeLinear(x, s, u)", False),
         ("y = com.microsoft.QLinearAdd(q, s, u, q, s, u, s, u)", True),
@@ -360,9 +361,10 @@ def test_what_another_tool_inlined_is_not_offered_to_steer():
 )
 def test_a_relu_that_is_in_a_range_is_listed(nodes, taken):
     """Quantizing what an affine op gives to a range from 0 on clips as the Relu there did."""
-    text = f"""<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1, "mine" : 1]>
+    text = f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1, "mine" : 1]>
     g (float[4,4] x, uint8[4,4] q) => (y)
-    <float s = {{0.1}}, uint8 u = {{0}}, uint8 c = {{128}}, int8 m = {{-128}}, int8 i = {{0}}>
+    <float s = {{0.1}}, uint8 u = {{0}}, uint8 c = {{128}}, int8 m = {{-128}}, int8 i = {{0}},
+     int4[4] n = {{0, 0, 0, 0}}>
     {{ {nodes}  z = Relu(x) }}"""
     _, report = steered(onnx.parser.parse_model(text), 0.5)
     assert len(report.replaced) == 1
