@@ -367,7 +367,7 @@ def draw(found, curves, names):
     gains.set_yticks(range(len(names)), names)
     gains.invert_yaxis()
     gains.set_xlabel("points of accuracy over linear probing, 95 % over test samples")
-    gains.legend()
+    gains.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(others), fontsize="small")
     styles = ("-", "--")
     for i, name in enumerate(names):
         points = sorted((float(p["beta"]), p["test"]) for p in curves if p["data"] == name)
