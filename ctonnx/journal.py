@@ -126,4 +126,4 @@ def _difference(entry, header):
     if not isinstance(entry, dict) or entry.get("ctonnx") != "sweep":
         return "is no sweep's progress"
     changed = [key for key in header if entry.get(key) != header[key]]
-    return f"is of a sweep with another {', '.join(changed) or 'version'}"
+    return f"is of another sweep: it differs in {', '.join(changed) or 'version'}"

@@ -176,8 +176,10 @@ def _values(key, given):
         except (TypeError, ValueError):
             raise UsageError(f"params: {name} of {key!r} is not made of numbers") from None
         # Written so that NaN fails too.
-        if not array.size or not ((array >= 0) & (array <= 1)).all():
-            raise UsageError(f"params: {name} of {key!r} must lie in [0, 1]")
+        wrong = array[~((array >= 0) & (array <= 1))]
+        if not array.size or wrong.size:
+            got = f"{wrong.flat[0]:g}" if wrong.size else "no number"
+            raise UsageError(f"params: {name} of {key!r} must lie in [0, 1], got {got}")
     return given
 
 

@@ -10,6 +10,7 @@ import ast
 import base64
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -106,6 +107,9 @@ def find(model):
     check_names(model)
     values = _parameter_values(model)
     found = [site.activation for site in _survey(model, values)]
+    if not _inputs_of_ctus(scopes(model), 1, 3):
+        baked = _baked_parameters(model)
+        found = [replace(a, **baked) if a.status == "steered" else a for a in found]
     if _is_steered(model) and all(a.status != "steered" for a in found):
         # Optimisers inline functions, and the CTU's own Relu looks like any other then.
         found = [
@@ -623,10 +627,12 @@ def _steered(model):
         if not (scope.function and ctu.is_ctu(scope.function))
         and any(map(ctu.is_ctu, scope.body.node))
     ]
-    if not found:
+    if not found and _is_steered(model):
         raise NothingToDo(
-            "the model holds no CTU: it is not steered, or for good, being lowered to primitives"
+            "the model holds no CTU, for it was lowered to primitives: go back to its original"
         )
+    if not found:
+        raise NothingToDo("the model is not steered: `ctonnx patch` steers it")
     return found
 
 
@@ -911,6 +917,16 @@ def _parameter_values(model):
     """name -> value of the initializers that hold a beta or coeff, as Activation has them."""
     used = _inputs_of_ctus(scopes(model), 1, 3)
     return {t.name: _decimal(t) for t in model.graph.initializer if t.name in used}
+
+
+def _baked_parameters(model):
+    """beta and coeff, as Activation has them, of a model lowered to primitives."""
+    name, baked = _metadata(model, "ctonnx.beta_input"), {}
+    fed = name is not None and all(tensor.name != name for tensor in model.graph.initializer)
+    for key in ("coeff",) if fed else ("beta", "coeff"):
+        with suppress(TypeError, ValueError):  # It is one for each activation, or not known.
+            baked[key] = float(_metadata(model, f"ctonnx.{key}"))
+    return baked
 
 
 def _inputs_of_ctus(found, start, stop):

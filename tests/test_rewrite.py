@@ -655,11 +655,12 @@ def test_inspect_before_and_after():
 
 def test_inspect_after_lowering_to_primitives():
     """The standard ops that make up a CTU are not activations to steer."""
-    changed, _ = steered(parsed(PLAIN), 0.85, lowering="primitives")
-    found = rewrite.find(changed)
-    assert [(a.name, a.status) for a in found] == [
-        *(("p", "steered"), ("q", "steered"), ("r", "steered"), ("s", "skipped")),
-    ]
+    for beta_as, beta in (("initializer", 0.85), ("input", 0.85), ("required-input", None)):
+        changed, _ = steered(parsed(PLAIN), 0.85, 0.4, lowering="primitives", beta_as=beta_as)
+        assert [(a.name, a.status, a.beta, a.coeff) for a in rewrite.find(changed)] == [
+            *((name, "steered", beta, 0.4) for name in "pqr"),
+            ("s", "skipped", None, None),
+        ]
 
 
 def test_set_beta():
@@ -682,10 +683,10 @@ def test_refusals():
             rewrite.steer(again, 0.5)
     with pytest.raises(UsageError, match="required input"):
         rewrite.set_beta(fed, 0.5)
-    for unsteered in (model, primitives):
-        with pytest.raises(NothingToDo, match="no CTU"):
+    for unsteered, why in ((model, "not steered"), (primitives, "lowered to primitives")):
+        with pytest.raises(NothingToDo, match=why):
             rewrite.unsteer(unsteered)
-        with pytest.raises(NothingToDo, match="no CTU"):
+        with pytest.raises(NothingToDo, match=why):
             rewrite.set_beta(unsteered, 0.5)
     for wrong in (-0.1, 1.5, float("nan")):
         with pytest.raises(UsageError, match=r"beta must lie in \[0, 1\]"):

@@ -336,7 +336,7 @@ def test_an_interrupted_sweep_is_resumed(tmp_path, search):
         stream.write(b'{"batch": 4, "poi')
     with pytest.raises(UsageError, match="holds an interrupted sweep: go on with --resume"):
         ctonnx.sweep(MODEL, Interrupted(None), BETAS, output=output, **options)
-    with pytest.raises(UsageError, match="is of a sweep with another points: remove it"):
+    with pytest.raises(UsageError, match="is of another sweep: it differs in points: remove it"):
         ctonnx.sweep(MODEL, Interrupted(None), [0.5], output=output, resume=True, **options)
     with pytest.raises(KeyboardInterrupt):
         ctonnx.sweep(MODEL, Interrupted(again), BETAS, output=output, resume=True, **options)
@@ -394,12 +394,12 @@ def test_what_was_measured_on_something_else_is_not_taken_over(tmp_path):
 
     none, cpu = {}, {"providers": ["CPUExecutionProvider"]}
     for name, first, then, change, line in [
-        ("d.npz", none, none, "w", "another model"),
-        ("d.npz", {"labels": "label"}, {"labels": "other"}, None, "another data"),
-        ("x.npy", {"labels": str(tmp_path / "y.npy")}, None, "y.npy", "another data"),
-        ("images", none, none, "images/a/3.png", "another data"),
+        ("d.npz", none, none, "w", "differs in model"),
+        ("d.npz", {"labels": "label"}, {"labels": "other"}, None, "differs in data"),
+        ("x.npy", {"labels": str(tmp_path / "y.npy")}, None, "y.npy", "differs in data"),
+        ("images", none, none, "images/a/3.png", "differs in data"),
         ("images", none, {"skip_broken": True}, None, None),
-        ("d.npz", none, cpu, None, "another providers"),
+        ("d.npz", none, cpu, None, "differs in providers"),
     ]:
         arguments = (tmp_path / "m.onnx", tmp_path / name, [0.8, 0.9])
         options = {"output": output, "batch_size": 20, "force": True}
