@@ -128,6 +128,8 @@ def test_the_runtime_is_fetched_once_and_anew_when_damaged(cache, npm, monkeypat
         ("cp $here/package.tgz x.tgz", a_package({"other.js": b""}), "is damaged"),
         ("echo '<html>' >x.tgz", b"", "is damaged"),
     ],
+    # A package holds the time when it was made, by which two processes would name it differently.
+    ids=["no network", "nothing", "another", "cut off", "overwritten", "lacking", "no package"],
 )
 def test_a_runtime_that_cannot_be_fetched_is_one_line(cache, npm, script, package, why):
     npm(script, package)
