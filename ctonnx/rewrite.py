@@ -107,7 +107,7 @@ def find(model):
     check_names(model)
     values = _parameter_values(model)
     found = [site.activation for site in _survey(model, values)]
-    if not _inputs_of_ctus(scopes(model), 1, 3):
+    if not any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node):
         baked = _baked_parameters(model)
         found = [replace(a, **baked) if a.status == "steered" else a for a in found]
     if _is_steered(model) and all(a.status != "steered" for a in found):
