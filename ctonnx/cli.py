@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 import signal
 import sys
@@ -648,6 +647,7 @@ def validate(model, shapes, providers, as_json, **options):
     MAX REL is the largest difference over the largest value, ULP the largest difference in units of
     the last place.
     """
+    from .results import without_nan
     from .validate import validate
 
     result = validate(
@@ -664,7 +664,7 @@ def validate(model, shapes, providers, as_json, **options):
             against=result.against,
             inputs=result.inputs,
             outputs=[
-                {"run": run.name, **_finite(asdict(output))}
+                {"run": run.name, **without_nan(asdict(output))}
                 for run in result.runs
                 for output in run.outputs
             ],
@@ -706,14 +706,6 @@ def _named_sizes(text):
 
 # So many rows of a run are shown; of more, the worst and how many there are.
 _ROWS = 8
-
-
-def _finite(fields):
-    """A dict with None for the numbers that JSON has no way to write."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in fields.items()
-    }
 
 
 def _measurements(run):
