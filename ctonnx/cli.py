@@ -444,6 +444,8 @@ def sweep(
         sweeping.save_best(model, result, save_best, beta_as or "initializer", force)
     for note in result.notes:
         _say(note)
+    if save_best is not None and result.best is result.original:
+        _say(f"the original is best: {save_best} computes the same, with CT units at beta 1")
     if as_json:
         _print_json(output, **result.document())
         return
@@ -487,7 +489,8 @@ def _form(result):
 def _verdict(result):
     best, form = result.best, _form(result)
     coeff = "" if best.coeff is None else f", c {best.coeff:g}"
-    line = f"best beta {best.beta:g}{coeff}: {result.metric} {best.value:{form}}"
+    value = f"{best.value:{form}} on {best.samples} samples"
+    line = f"best beta {best.beta:g}{coeff}: {result.metric} {value}"
     if best is result.original:
         line += ", the original"
     else:

@@ -253,12 +253,15 @@ def _is_array(data):
     return hasattr(data, "__array__")
 
 
+_OF_IMAGES = "preparing images (preset, resize, crop, mean, std)"
+
+
 def _refuse(what, **options):
     """Raise where an option was given that has no meaning for `what`."""
     for name, value in options.items():
         if value not in (None, False):
-            shown = name.replace("_", "-")
-            raise UsageError(f"the option {shown} is not for {what}: leave it out")
+            shown = _OF_IMAGES if name == "images" else f"the option {name.replace('_', '-')}"
+            raise UsageError(f"{shown} is not for {what}: leave it out")
 
 
 def digest(data):

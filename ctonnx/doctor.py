@@ -3,6 +3,7 @@
 import ctypes
 import re
 import tempfile
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -42,23 +43,33 @@ def examine():
         report["problems"].append(
             "onnxruntime and onnxruntime-gpu share one module: uninstall both, then install one"
         )
-    try:
-        report["providers"] = runtime.import_onnxruntime().get_available_providers()
+    error = None
+    with _noting(report["problems"]):
         report["library"] = runtime.get_library_path()
         report["cpu_level"] = _cpu_level(report["library"])
         report["cuda_kernels"] = _cuda_kernels(report["library"])
-        error = _largest_error()
-    except EnvironmentLacks as problem:
-        report["problems"].append(str(problem))
-        return report
-    except Exception as problem:  # Whatever ONNX Runtime raises for a library that does not load.
-        report["problems"].append(f"the op library does not run: {problem}")
+    with _noting(report["problems"]):
+        report["providers"] = runtime.import_onnxruntime().get_available_providers()
+        if not report["problems"]:
+            error = _largest_error()
+    if error is None:
         return report
     report["ok"] = error < 1e-6
     if not report["ok"]:
         report["problems"].append(f"the op library is wrong by {error:.1e}: reinstall ctonnx")
     report["cuda"] = _why_not_cuda(report["cuda_kernels"], report["providers"]) or "works"
     return report
+
+
+@contextmanager
+def _noting(problems):
+    """Add what goes wrong in its body to a list of lines."""
+    try:
+        yield
+    except EnvironmentLacks as problem:
+        problems.append(str(problem))
+    except Exception as problem:  # Whatever is raised for a library that does not load.
+        problems.append(f"the op library does not run: {problem}")
 
 
 def _cpu_level(library):

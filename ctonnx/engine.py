@@ -24,15 +24,19 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 class Steerable:
     """A steered model whose β, and c where it is swept, are inputs that must be fed.
 
-    `inputs` are those of the data, `outputs` all names, `output` the first of floating type;
-    `folder` is where external data are, if there are any, and `external` their files.
+    `inputs` are those of the data, `outputs` all names, `measurable` those of floating type;
+    `output` is the first of these, and `scores` how many numbers it has for a sample, None where
+    that is not known; `folder` is where external data are, if there are any, and `external` their
+    files.
     """
 
     data: bytes
     folder: str | None
     inputs: list[Input]
     outputs: list[str]
+    measurable: list[str]
     output: str
+    scores: int | None
     betas: list[str]
     coeffs: list[str]
     external: list[str] = field(default_factory=list)
@@ -106,12 +110,16 @@ def prepare(model, sweep_coeff=False):
     fed = [v for v in proto.graph.input if v.name not in held | betas | coeffs]
     if not fed:
         raise UsageError("the model takes no input: there is nothing to sweep over")
+    measurable = _measurable(proto.graph.output)
+    dims = measurable[0].type.tensor_type.shape.dim
     return Steerable(
         proto.SerializeToString(deterministic=True),
         folder,
         [_input(value) for value in fed],
         [value.name for value in proto.graph.output],
-        _scores(proto.graph.output),
+        [value.name for value in measurable],
+        measurable[0].name,
+        (dims[1].dim_value or None) if len(dims) == 2 else None,
         sorted(betas),
         sorted(coeffs),
         sorted(map(str, external.values())),
@@ -131,11 +139,11 @@ def _input(value):
     return Input(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape)
 
 
-def _scores(outputs):
-    found = [v.name for v in outputs if v.type.tensor_type.elem_type in _FLOATS]
+def _measurable(outputs):
+    found = [v for v in outputs if v.type.tensor_type.elem_type in _FLOATS]
     if not found:
         raise UsageError("the model has no floating-point output to measure")
-    return found[0]
+    return found
 
 
 class Runner:

@@ -38,19 +38,22 @@ class Head:
     named: bool = False
 
 
-def find(model, output, features=None):
-    """The Head of a ModelProto: its last linear layer in front of the output, a Gemm, a MatMul or
+def find(model, outputs, features=None):
+    """The Head of a ModelProto: its last linear layer in front of an output, a Gemm, a MatMul or
     a 1x1 Conv of one pixel with constant weights.
 
     Args:
-        output: the name of the output with the class scores.
+        outputs: the names of the outputs that may hold the class scores: the first that a linear
+            layer makes does, or the first of all.
         features: the name of the tensor to take instead of the layer's input.
 
     Raises:
         UsageError: there is none, or no such tensor.
     """
     flow = Flow(model.graph)
-    layer, ending, met = _linear(model, flow, output)
+    found = {output: _linear(model, flow, output) for output in outputs}
+    output = next((name for name, (layer, *_) in found.items() if layer is not None), outputs[0])
+    layer, ending, met = found[output]
     if features is None:
         if layer is None:
             raise UsageError(

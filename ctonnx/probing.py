@@ -306,7 +306,9 @@ def _opened(proto, path):
 def _runners(model, steerable, features, providers):
     """The Head, and Runners that give its features: of the original network and at any β."""
     proto = ModelProto.FromString(steerable.data)
-    head = heads.find(proto, steerable.output, features)
+    head = heads.find(proto, steerable.measurable, features)
+    if head.output != steerable.measurable[0]:
+        steerable.notes.append(f"the new head makes the output {head.output!r}, as the old one did")
     if head.features not in flow.Flow(proto.graph).reached_from(steerable.betas):
         raise UsageError(
             f"no steered activation is in front of the features {head.features!r}: beta changes "

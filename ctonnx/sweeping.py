@@ -105,6 +105,12 @@ def sweep(
         skip=skip_broken,
     )
     source = opening()
+    folders = len(getattr(source, "classes", ()))
+    if 1 < folders < (steerable.scores or 0):
+        steerable.notes.append(
+            f"{dataset} has folders of {folders} classes, the model scores of {steerable.scores}: "
+            f"they were labelled 0 to {folders - 1}, in order"
+        )
     count = _length(source)
     if count is None and (search, engine) != ("grid", "local"):
         raise UsageError(f"{search} search on {engine}: the factory's iterable must have a length")

@@ -223,7 +223,7 @@ class _Original:
     exact = False
 
     def __init__(self, path, model):
-        self.what = f"{path} in ONNX Runtime, at beta 1"
+        self.what, self._path = f"{path} in ONNX Runtime, at beta 1", path
         self._way = _Way("", path, files.load(path))
         if any(a.status == "steered" for a in rewrite.find(self._way.model)):
             raise UsageError(f"{path}: is steered itself: give the original")
@@ -236,7 +236,12 @@ class _Original:
 
     def run(self, inputs, names=None):
         own = _inputs(self._way.model)
-        return self._way.run({n: v for n, v in inputs.items() if n in own}, names)
+        try:
+            return self._way.run({n: v for n, v in inputs.items() if n in own}, names)
+        except ModelError as error:
+            raise ModelError(
+                f"{self._path}: does not run on the model's inputs: is it its original? ({error})"
+            ) from error
 
 
 class _Module:

@@ -171,6 +171,16 @@ def test_doctor(run):
     assert report["packages"]["ctonnx"]
 
 
+def test_doctor_without_onnxruntime_finds_the_library(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, out, err = run("doctor")
+    assert code == 4
+    assert err.splitlines() == [
+        "problem: onnxruntime is not installed: pip install onnxruntime, or onnxruntime-gpu"
+    ]
+    assert "libctonnx_ops" in out
+
+
 def test_doctor_says_what_is_wrong(run, monkeypatch):
     from ctonnx import doctor, runtime
 
@@ -184,6 +194,11 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
     code, _, err = run("doctor")
     assert code == 4
     assert "no C++ compiler was found" in err
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "onnxruntime", None)
+        code, _, err = run("doctor")
+        assert (code, err.count("problem: ")) == (4, 2)
+        assert "onnxruntime is not installed: pip install" in err
     # The fallback is there, and is what the check then checks.
     code, _, err = run("patch", "digits.onnx", "--beta", "0.85", "--check")
     assert code == 0

@@ -236,7 +236,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
             "d.npz",
             X,
             {"images": object()},
-            "the option images is not for d.npz, no folder of images: leave",
+            "preparing images (preset, resize, crop, mean, std) is not for d.npz, no folder of",
         ),
         ("d.npz", X, {"skip": True}, "the option skip-broken is not for d.npz"),
         (

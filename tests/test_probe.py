@@ -224,6 +224,14 @@ def test_what_hangs_on_the_old_head_is_left_out():
     assert "left out what depends on the old head: 'i'" in result.notes
 
 
+def test_an_embedding_may_come_before_the_scores():
+    model = small("y = Gemm(h, w, c) e = Abs(h)", output="float[N, 4] e, float[N, 2] y")
+    result = ctonnx.probe(model, (X, Y), (X, Y), [0.5])
+    dims = [value.type.tensor_type.shape.dim[1] for value in result.model.graph.output]
+    assert [dim.dim_value for dim in dims] == [4, 3]
+    assert "the new head makes the output 'y', as the old one did" in result.notes
+
+
 def test_features_may_be_named():
     """With what is behind them alone taken out, and flattened."""
     model = small("p = Reshape(h, s) g = Relu(p) m = Flatten(g) n = Abs(m) y = Gemm(n, w, c)")

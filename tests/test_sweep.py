@@ -520,13 +520,14 @@ def test_the_command_prints_the_result_alone(tmp_path):
     assert code == 0, err
     assert err.splitlines() == [
         *("steered on the fly: 7 activations, 0 skipped", "skipped 1 unreadable images"),
+        "the original is best: best.onnx computes the same, with CT units at beta 1",
         *("wrote r.json", "wrote best.onnx"),
     ]
     lines = out.splitlines()
     assert lines[0].split() == ["BETA", "ACCURACY", "ERROR", "GAIN", "95", "%"]
     assert [line[0] for line in lines[1:4]] == [" ", " ", "*"]
     assert "┌" in lines[5]
-    assert lines[-1] == "best beta 1: accuracy 1.0000, the original"
+    assert lines[-1] == "best beta 1: accuracy 1.0000 on 60 samples, the original"
     assert [a.beta for a in ctonnx.inspect(tmp_path / "best.onnx")] == [1.0] * 7
     code, out, _ = command(*arguments, "--json", cwd=tmp_path)
     document = json.loads(out)
@@ -534,6 +535,21 @@ def test_the_command_prints_the_result_alone(tmp_path):
     assert [point["beta"] for point in document["points"]] == [0.6, 0.8, 1.0]
     assert document["best"] == document["points"][-1]
     assert document == json.loads((tmp_path / "r.json").read_text())
+
+
+def test_a_missing_folder_is_told(tmp_path):
+    """Labels count the folders, so those behind it are others than the model's."""
+    Image = pytest.importorskip("PIL.Image")
+    for i in range(60):
+        if HELD["label"][i] != 4:
+            path = tmp_path / str(HELD["label"][i]) / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.uint8(HELD["image"][i, 0] * 255)).save(path)
+    result = ctonnx.sweep(MODEL, tmp_path, [0.8])
+    assert result.original.value < 0.6
+    assert result.notes[1].endswith(
+        "has folders of 9 classes, the model scores of 10: they were labelled 0 to 8, in order"
+    )
 
 
 @pytest.mark.parametrize("endless", [False, True])

@@ -347,6 +347,8 @@ def test_inputs_and_shapes_that_do_not_fit(tmp_path):
     (tmp_path / "other.onnx").write_bytes(other.SerializeToString())
     with pytest.raises(UsageError, match="takes an input 'q', which the model has not"):
         validate.validate(path, against=tmp_path / "other.onnx")
+    with pytest.raises(ModelError, match=r"mnist\.onnx: does not run on the model's inputs: is it"):
+        validate.validate(path, against=ROOT / "samples" / "sweep" / "mnist.onnx")
     with pytest.raises(UsageError, match="is steered itself"):
         validate.validate(path, against=path)
     np.savez(tmp_path / "inputs.npz", image=image, beta=5.0, label=np.arange(4))
