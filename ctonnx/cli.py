@@ -248,7 +248,7 @@ def unpatch(model, output, force, as_json):
     if as_json:
         _print_json(written)
     else:
-        _echo(written, f"wrote {written}: the original")
+        _echo(written, f"wrote {written}: unsteered")
 
 
 def _numbers(context, option, value):
