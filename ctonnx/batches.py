@@ -54,7 +54,7 @@ def conform(batch, inputs):
                 f"{i.name}: the data are {array.dtype}{_text(shape)}, "
                 f"the model takes {i.dtype}{_text(i.shape)}"
             )
-        arrays[i.name] = np.ascontiguousarray(array, i.dtype)
+        arrays[i.name] = cast(repr(i.name), array, i.dtype)
         counts.add(len(array))
     labels = None if batch.labels is None else _rows("labels", batch.labels)
     if labels is not None:
@@ -62,6 +62,23 @@ def conform(batch, inputs):
     if len(counts) > 1:
         raise UsageError(f"a batch's inputs and labels have {sorted(counts)} rows")
     return Batch(arrays, labels, batch.broken)
+
+
+def cast(what, array, dtype):
+    """An array in the dtype that a model takes, contiguous.
+
+    Raises:
+        UsageError: it is of another kind of numbers, or holds some that the dtype cannot: a float
+            may lose digits, but neither it nor an integer may become another number.
+    """
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise UsageError(f"{what} is {array.dtype}, the model takes {dtype}")
+    with np.errstate(over="ignore"):
+        made = np.asarray(array, dtype, order="C")
+    safe = np.can_cast(array.dtype, dtype, "safe")
+    if not safe and not np.allclose(made, array, rtol=1e-2, atol=1e-4, equal_nan=True):
+        raise UsageError(f"{what} holds numbers that {dtype} cannot")
+    return made
 
 
 def _rows(name, given):

@@ -36,6 +36,8 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
         UsageError: the data do not fit the model.
         ModelError: the data cannot be read.
     """
+    if not isinstance(labels, str | os.PathLike | None):
+        raise UsageError("labels is a name or a path: give arrays as (inputs, labels)")
     wanted, size = size, _batch_size(size, inputs)
     if callable(data) or (isinstance(data, str) and not os.path.exists(data) and ":" in data):
         _refuse("a factory", labels=labels, batch=wanted, images=images, skip_broken=skip)

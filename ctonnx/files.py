@@ -133,7 +133,10 @@ def edit(path, change, output, force=False, verify=None, progress=None, write=Tr
                 verify(result, temporary)
             for location in data:
                 there = target.parent / location
-                there.parent.mkdir(parents=True, exist_ok=True)
+                for folder in reversed(there.parents):
+                    if not folder.exists():
+                        folder.mkdir(exist_ok=True)
+                        undo.callback(_remove_if_empty, folder)
                 if not there.exists():
                     undo.callback(there.unlink, missing_ok=True)
                 os.replace(staged / location, there)
@@ -144,6 +147,11 @@ def edit(path, change, output, force=False, verify=None, progress=None, write=Tr
     except OSError as error:
         raise UsageError(f"{output}: cannot be written: {error.strerror}") from None
     return result, output
+
+
+def _remove_if_empty(folder):
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def save(model, output, force=False):

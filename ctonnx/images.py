@@ -162,7 +162,7 @@ class Images(Indexed):
         """The array of an image in the model's layout; None for one that is skipped."""
         try:
             with self._pillow.open(path) as image:
-                image = self._resized(image.convert("L" if self._channels == 1 else "RGB"))
+                image = self._resized(self._eight_bits(image))
         except (OSError, SyntaxError, ValueError, self._pillow.DecompressionBombError) as error:
             if self._skip:
                 return None
@@ -181,6 +181,15 @@ class Images(Indexed):
             array = array[:, :, ::-1]
         return array if self._nhwc else array.transpose(2, 0, 1)
 
+    def _eight_bits(self, image):
+        """An image with the model's channels; Pillow's own conversion would clip, not scale."""
+        if image.mode.startswith("I;16"):
+            scaled = np.rint(np.asarray(image) / 257).astype(np.uint8)
+            image = self._pillow.fromarray(scaled)
+        elif image.mode in ("I", "F"):
+            raise ValueError("pixels of 32 bits have no range that is known: save it with 8 or 16")
+        return image.convert("L" if self._channels == 1 else "RGB")
+
     def _resized(self, image):
         resize, crop = self._transform.resize, self._transform.crop
         if resize is None and crop is None:
@@ -188,12 +197,11 @@ class Images(Indexed):
                 return image.resize((self._width, self._height), self._pillow.Resampling.BILINEAR)
             return image
         if resize is not None:
-            scale = resize / min(image.size)
-            size = [max(resize, round(side * scale)) for side in image.size]
+            size = [side * resize // min(image.size) for side in image.size]
             image = image.resize(size, self._pillow.Resampling.BILINEAR)
         if crop is None:
             return image
-        left, top = ((side - crop) // 2 for side in image.size)
+        left, top = (round((side - crop) / 2) for side in image.size)
         return image.crop((left, top, left + crop, top + crop))
 
 

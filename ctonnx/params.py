@@ -35,7 +35,7 @@ def load(path):
         from . import tct
 
         state = tct.read_checkpoint(path)
-        return Trained(tct.pairs(state), {n: v.numpy() for n, v in state.items() if v.dim()})
+        return Trained(tct.pairs(state), tct.arrays(state))
     try:
         if path.suffix == ".npz":
             return _from_arrays(path)
@@ -69,9 +69,10 @@ class Trained(dict):
                 yield tensor.name
 
     def of(self, activations, notes):
-        """The pairs under names of activations: by module; where the exporter did not write modules
-        down, by the names that the TorchScript exporter makes of them, or else in order, which is
-        then told in `notes`: a state dict has the order of definition, a graph that of use.
+        """For each activation its pair, or None: by module; where the exporter did not write
+        modules down, by the names that the TorchScript exporter makes of them, or else in order,
+        which is then told in `notes`: a state dict has the order of definition, a graph that of
+        use.
 
         Raises:
             UsageError: the state dict and the model do not fit.
@@ -96,8 +97,7 @@ class Trained(dict):
                 f"params: the checkpoint's {missing[0]!r} is no module of an activation that is "
                 "steered, see `ctonnx inspect`"
             )
-        found = zip(activations, modules, strict=True)
-        return {a.path: self[module] for a, module in found if module in self}
+        return [self.get(module) for module in modules]
 
     def _module(self, name):
         """The key that a name like "/layer1/layer1.0/relu_1/Relu" stands for, None for none."""
@@ -141,9 +141,13 @@ def resolve(params, beta, coeff, activations, notes):
     Raises:
         UsageError: a key matches nothing, or a value is not in [0, 1].
     """
-    if isinstance(params, Trained):
-        params = params.of(activations, notes)
     resolved = [{"beta": beta, "coeff": coeff, "common": True} for _ in activations]
+    if isinstance(params, Trained):
+        pairs = params.of(activations, notes)
+        for activation, values, pair in zip(activations, resolved, pairs, strict=True):
+            if pair is not None:
+                values.update(_values(activation.path, pair), common=False)
+        params = None
     matches = {key: _matches(key, activations) for key in params or {}}
     # Names after patterns, as the last decides.
     for key in sorted(matches, key=lambda key: matches[key][0]):

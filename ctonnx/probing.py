@@ -161,7 +161,12 @@ def probe(
         raise UsageError(f"validation must lie between 0 and 1, got {validation!r}")
     if coeff is not None:
         coeff = ctu.check_unit_interval("coeff", coeff)
-    if labels and not test_labels and all(map(_is_npy, (train, test))) and train != test:
+    if (
+        isinstance(labels, str)
+        and not test_labels
+        and all(map(_is_npy, (train, test)))
+        and train != test
+    ):
         raise UsageError(f"{labels} holds the training labels: name the others with --test-labels")
     path = Path(model) if isinstance(model, str | Path) else None
     if output is not None:
@@ -416,11 +421,18 @@ def _labels(labels, source):
 
 
 def _label(label):
-    """An int, for text of one too: in CSV and names of folders numbers are text. Else text."""
+    """An int, for text of a whole number too: in CSV and names of folders they are text. Else
+    text."""
     with suppress(UnicodeDecodeError):
         label = label.decode() if isinstance(label, bytes) else label
     if isinstance(label, str):
-        return int(label) if label.removeprefix("-").isdecimal() else label
+        try:
+            number = float(label)  # What is written 1.0 among text is 1 among numbers.
+        except ValueError:
+            return label
+        if not number.is_integer():
+            return label
+        return int(label) if label.removeprefix("-").isdecimal() else int(number)
     if not isinstance(label, int | float) or label != label // 1:
         raise UsageError(f"labels are whole numbers or text, got {label!r}")
     return int(label)

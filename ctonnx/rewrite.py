@@ -80,7 +80,7 @@ class Activation:
 
     @property
     def path(self):
-        """`scope/name`, which no other activation of the model has."""
+        """`scope/name`, which no other activation has in a model whose nodes' names are unique."""
         return f"{self.scope}/{self.name}" if self.scope else self.name
 
 

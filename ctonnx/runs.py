@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from . import files, runtime
+from .batches import cast
 from .errors import (
     CheckFailed,
     EnvironmentLacks,
@@ -155,13 +156,7 @@ def load_inputs(path, model, known, notes):
         dtype = _dtype(kinds[name])
         if dtype is None:
             raise UsageError(f"{path}: {name!r} is {kinds[name]}, for which there is no array")
-        if not np.can_cast(array.dtype, dtype, "same_kind"):
-            raise UsageError(f"{path}: {name!r} is {array.dtype}, the model takes {dtype}")
-        with np.errstate(over="ignore"):
-            given[name] = array.astype(dtype)
-        # A float loses digits, but neither it nor an integer may become another number.
-        if not np.allclose(given[name], array, rtol=1e-2, atol=1e-4, equal_nan=True):
-            raise UsageError(f"{path}: {name!r} holds numbers that {dtype} cannot")
+        given[name] = cast(f"{path}: {name!r}", array, dtype)
     shapes = {i.name: given[i.name].shape for i in model.inputs if i.name in given}
     _check_shapes(str(path), shapes, model.inputs)
     return given

@@ -196,7 +196,16 @@ def read_checkpoint(path):
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise ModelError(f"{path}: holds no state dict: save model.state_dict()")
-    return state
+    return {key: value.detach() for key, value in state.items()}
+
+
+def arrays(state_dict):
+    """Name -> array of what has dimensions in a state dict; NumPy has no bfloat16."""
+    return {
+        key: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        for key, value in state_dict.items()
+        if value.dim()
+    }
 
 
 def pairs(state_dict):

@@ -15,7 +15,7 @@ from onnx import GraphProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from . import ctu, files, graph, rewrite
-from .errors import EnvironmentLacks, NothingToDo, UsageError
+from .errors import EnvironmentLacks, ModelError, NothingToDo, UsageError
 
 # Where Clip has its bounds as inputs.
 _MIN_OPSET = 11
@@ -151,6 +151,8 @@ def resteer(model):
                 continue
             pair = [_least(_constant(scope, name, opset)) for name in node.input[1:3]]
             unit = rewrite.Activation(graph.node_label(node), node.op_type, scope.path, "steered")
+            if unit.path in given:
+                raise ModelError(f"the exporter gave two activations the name {unit.path!r}")
             given[unit.path] = dict(zip(("beta", "coeff"), pair, strict=True))
             released.update(node.input[1:])
             _restore(node, lambda name, scope=scope: _constant(scope, name, opset))

@@ -257,7 +257,10 @@ class _Module:
         from . import factory
 
         betas = _betas(self._model)
-        beta = next((float(inputs[n]) for n in betas & inputs.keys()), _number(self._model, "beta"))
+        beta = next(
+            (np.asarray(inputs[n]).item() for n in betas & inputs.keys()),
+            _number(self._model, "beta"),
+        )
         graph = self._model.graph
         order = [v.name for v in graph.input if v.name in inputs and v.name not in betas]
         outputs, activations = factory.run(
@@ -313,6 +316,8 @@ def _fed_betas(model):
 def _check_inputs(model, inputs, notes):
     """Raise UsageError where a beta is none, and note what makes NaN of everything."""
     for name in _betas(model) & inputs.keys():
+        if np.size(inputs[name]) != 1:
+            raise UsageError(f"{name!r} is one number, got {list(np.shape(inputs[name]))}")
         for value in np.ravel(inputs[name]):
             ctu.check_unit_interval(name, value)
     for name, value in inputs.items():

@@ -146,7 +146,7 @@ def test_a_folder_of_images(folder):
     # The shorter side to 8, the middle 8 by 8 of it: as torchvision's imagenet transform does.
     given = transform("imagenet", resize=8, crop=8)
     held, _, _ = everything(open_source(folder, nchw, images=given))
-    middle = picture(0).resize((10, 8), Image.Resampling.BILINEAR).crop((1, 0, 9, 8))
+    middle = picture(0).resize((9, 8), Image.Resampling.BILINEAR).crop((0, 0, 8, 8))
     mean, std = np.float32(given.mean), np.float32(given.std)
     expected = (np.asarray(middle) / np.float32(255) - mean) / std
     np.testing.assert_allclose(held["x"][0], expected.transpose(2, 0, 1), rtol=1e-6)
@@ -169,6 +169,35 @@ def test_folders_named_by_numbers_are_in_their_order(tmp_path):
     (tmp_path / "2").rename(tmp_path / "second")
     again, _, _ = everything(open_source(tmp_path, [Input("x", FLOAT, IMAGE)]))
     np.testing.assert_array_equal(again["x"], held["x"][[0, 2, 1]])
+
+
+def test_images_of_16_bits_are_scaled(tmp_path):
+    from PIL import Image
+
+    inputs = [Input("x", FLOAT, (None, 1, 1, 3))]
+    pixels = np.array([[300, 40000, 65535]], np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (batch,) = everything(open_source(tmp_path, inputs))[0].values()
+    np.testing.assert_allclose(batch.ravel(), pixels[0] / 65535, atol=0.5 / 255)
+    for dtype in np.int32, np.float32:
+        Image.fromarray(pixels.astype(dtype)).save(tmp_path / "a.tif")
+        with pytest.raises(ModelError, match=r"a\.tif: cannot be read as an image: pixels of 32"):
+            everything(open_source(tmp_path, inputs))
+
+
+@pytest.mark.parametrize(
+    ("array", "kind"),
+    [([[200]], np.int8), ([[2**31 + 5]], np.int32), ([[1e6]], np.float16), ([[1e39]], FLOAT)],
+)
+def test_numbers_become_no_others(array, kind):
+    kept, changed = np.array([[1]]), np.array(array)
+    for given in (kept, changed) if changed.dtype.kind == "i" else (kept * 0.1, changed):
+        source = open_source(given, [Input("x", np.dtype(kind), (None, 1))])
+        if given is changed:
+            with pytest.raises(UsageError, match=r"'x' holds numbers that \w+ cannot"):
+                source.batch(0)
+        else:
+            assert source.batch(0).inputs["x"] == given.astype(kind)
 
 
 def test_images_from_a_csv_file_and_without_labels(folder):
@@ -238,6 +267,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
             {"images": object()},
             "preparing images (preset, resize, crop, mean, std) is not for d.npz, no folder of",
         ),
+        ("d.npz", X, {"labels": np.zeros(70)}, "labels is a name or a path: give arrays as"),
         ("d.npz", X, {"skip": True}, "the option skip-broken is not for d.npz"),
         (
             lambda: [(x, y)],

@@ -410,6 +410,27 @@ def test_other_weights_than_the_checkpoint_has_are_noted():
     assert f"such as {name};" in note
 
 
+def test_pairs_go_to_modules_whatever_the_nodes_are_called():
+    given, proto, _, _ = two(bare=False)
+    relus = [node for node in proto.graph.node if node.op_type == "Relu"]
+    for node, module in zip(relus, given, strict=True):
+        node.name = "r"
+        names = node.metadata_props.add(key="pkg.torch.onnx.name_scopes")
+        names.value = repr(["", module])
+    steered = ctonnx.inspect(ctonnx.patch(proto, params=given))
+    for activation, pair in zip(steered, given.values(), strict=True):
+        assert np.float32(activation.beta).tolist() == pair["beta"].tolist()
+
+
+def test_a_checkpoint_of_bfloat16_and_of_parameters_is_read(tmp_path):
+    _, proto, _, _ = two(bare=False)
+    state = {"1._raw_beta": torch.zeros(1, 6), "1._raw_coeff": torch.ones(1, 6)}
+    for dtype, kind in (torch.bfloat16, torch.Tensor), (torch.float32, nn.Parameter):
+        torch.save({k: kind(v.to(dtype)) for k, v in state.items()}, tmp_path / "s.pth")
+        steered = ctonnx.patch(proto, params=params.load(tmp_path / "s.pth"))
+        assert np.unique(ctonnx.inspect(steered)[0].beta).tolist() == [0.5]
+
+
 def test_a_pair_too_much_or_of_another_width_is_refused():
     given, proto, _, _ = two(bare=False)
     with pytest.raises(ctonnx.UsageError, match=r"'head\.1' is no module of an activation"):

@@ -205,6 +205,31 @@ def test_a_failing_edit_leaves_nothing_and_changes_nothing(external, tmp_path):
         assert (folder / "old.onnx").read_bytes() == b"before"
 
 
+def test_a_failing_edit_leaves_no_folder(external, tmp_path, monkeypatch):
+    model = files.load(external)
+    (external.parent / "sub").mkdir()
+    (external.parent / "weights.bin").rename(external.parent / "sub" / "weights.bin")
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = "sub/weights.bin"
+    external.write_bytes(model.SerializeToString())
+    replace = os.replace
+
+    def fail(source, target):
+        if str(target).endswith(".onnx"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UsageError, match="No space left"):
+        ctonnx.patch(external, 0.5, output=tmp_path / "out" / "m.onnx")
+    assert os.listdir(tmp_path / "out") == []
+    monkeypatch.undo()
+    ctonnx.patch(external, 0.5, output=tmp_path / "out" / "m.onnx")
+    assert sorted(os.listdir(tmp_path / "out")) == ["m.onnx", "sub"]
+
+
 def test_the_output_may_not_be_the_data(external):
     with pytest.raises(UsageError, match="data of the model itself"):
         ctonnx.patch(external, 0.5, output=external.parent / "weights.bin", force=True)

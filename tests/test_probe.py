@@ -224,6 +224,15 @@ def test_what_hangs_on_the_old_head_is_left_out():
     assert "left out what depends on the old head: 'i'" in result.notes
 
 
+def test_labels_are_the_same_however_they_are_written(tmp_path):
+    """In one batch all are numbers, in another there is text."""
+    labels = ["1.0", "2"] * 40 + ["1.0", "cat"] * 5
+    lines = ["a,b,c,label", *(f"1,{i % 7},{i % 5},{label}" for i, label in enumerate(labels))]
+    (tmp_path / "d.csv").write_text("\n".join(lines))
+    result = ctonnx.probe(small(), tmp_path / "d.csv", tmp_path / "d.csv", [0.5])
+    assert result.classes == [1, 2, "cat"]
+
+
 def test_an_embedding_may_come_before_the_scores():
     model = small("y = Gemm(h, w, c) e = Abs(h)", output="float[N, 4] e, float[N, 2] y")
     result = ctonnx.probe(model, (X, Y), (X, Y), [0.5])

@@ -21,8 +21,8 @@ import matplotlib
 import numpy as np
 import onnx
 import onnxruntime as ort
+import resnet
 import torch
-import train
 from pyautoattack import AutoAttack
 from scipy import ndimage
 
@@ -96,7 +96,7 @@ def attack(job):
         "transfer": ["apgd-ce"],
         "limit": ["apgd-ce", "apgd-t"],
     }[kind]
-    model = train.restored(HERE / f"{weights}.pt")
+    model = resnet.restored(HERE / f"{weights}.pt")
     eps = threat.limit if kind == "limit" else threat.eps
     with ctonnx.torch.steer(model, beta):
         auto = AutoAttack(
@@ -131,7 +131,7 @@ class Network:
         options.intra_op_num_threads = 1
         steered = ctonnx.patch(onnx.load(MODEL), 1.0, beta_as="required-input")
         self.session = ctonnx.session(steered, session_options=options)
-        self.model = train.restored(HERE / "resnet.pt")
+        self.model = resnet.restored(HERE / "resnet.pt")
 
     def right(self, images, labels, beta):
         """For each image whether the ONNX model is right, and how many verdicts of PyTorch

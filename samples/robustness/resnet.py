@@ -8,7 +8,7 @@ examples on that know nothing of resnet. One CPU core takes two minutes.
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,9 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "sweep"))
+
+import train  # noqa: E402
 
 
 class Block(nn.Module):
@@ -51,47 +54,6 @@ def restored(path):
     return model.eval()
 
 
-def load(folder):
-    """All digits: float32 images (N, 1, 28, 28) from 0 to 1 and int64 labels."""
-    images, labels = [], []
-    for digit in range(10):
-        pixels = np.array(json.loads((folder / f"{digit}.json").read_text())["data"])
-        # In steps of 1 / 255, as the held-out digits are kept.
-        images.append(np.rint(pixels.reshape(-1, 1, 28, 28) * 255) / 255)
-        labels.append(np.full(len(images[-1]), digit))
-    return np.concatenate(images).astype(np.float32), np.concatenate(labels)
-
-
-def train(model, images, labels, epochs):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images)).split(64):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def export(model, path):
-    program = torch.onnx.export(
-        model,
-        (torch.zeros(2, 1, 28, 28),),  # two images: a dimension of 1 may be taken as fixed
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_shapes={"input": {0: torch.export.Dim("batch")}},
-        opset_version=18,
-        dynamo=True,
-        verbose=False,
-    )
-    # Stack traces hold the paths of the machine that exported the model.
-    for node in program.model.graph:
-        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
-    program.save(path, external_data=False)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--digits", type=Path, default=Path("package/src/digits"))
@@ -103,20 +65,23 @@ def main():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
 
-    images, labels = load(args.digits)
+    images, labels = train.load(args.digits)
+    images = images.astype(np.float32) / 255
     images, test_images, labels, test_labels = map(
         torch.from_numpy,
         train_test_split(images, labels, test_size=2000, stratify=labels, random_state=0),
     )
     for seed, name in enumerate(("resnet", "other")):
         torch.manual_seed(seed)
-        model = train(network(), images, labels, args.epochs)
+        model = network()
+        train.train(model, images, labels, args.epochs)
+        model.eval()
         with torch.no_grad():
             right = model(test_images).argmax(1) == test_labels
         print(f"{name}: accuracy on {len(right)} clean digits {right.float().mean():.4f}")
         torch.save(model.state_dict(), args.out / f"{name}.pt")
         if name == "resnet":
-            export(model, args.out / "resnet.onnx")
+            train.export(model, args.out / "resnet.onnx")
 
 
 if __name__ == "__main__":
