@@ -131,7 +131,7 @@ def test_inspect_set_unpatch(run):
     document = json.loads(run("set", "digits.ct.onnx", "--beta", "1", "-o", "b.onnx", "--json")[1])
     assert document == {"schema_version": 1, "output": "b.onnx", "beta": 1.0}
     code, out, _ = run("unpatch", "digits.ct.onnx", "-o", "back.onnx")
-    assert (code, out) == (0, "wrote back.onnx: the original\n")
+    assert (code, out) == (0, "wrote back.onnx: unsteered\n")
     assert onnx.load("back.onnx") == onnx.load("digits.onnx")
     code, out, _ = run("unpatch", "digits.ct.onnx", "--force", "--json")
     assert json.loads(out)["output"] == "digits.onnx"
