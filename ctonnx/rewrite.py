@@ -295,25 +295,33 @@ def require_inputs(model, names):
 def settle(model, beta, coeff=None, beta_as="initializer"):
     """Give all CTUs of a steered ModelProto one beta, and one c where it is given, in place.
 
-    Whatever held them before, they are initializers then, beta of the optional inputs where
-    `beta_as` is "input".
+    Whatever held a beta before, one initializer does then, and it is an optional input where
+    `beta_as` is "input". Those of c keep their names, and become initializers where it is given.
     """
     betas, coeffs = parameters_of(model)
-    values = dict.fromkeys(betas, beta)
+    name = _metadata(model, "ctonnx.beta_input")
+    name = name if name in betas else min(betas)
+    _merge(model, betas, name)
+    values = {name: beta}
     if coeff is not None:
         values |= dict.fromkeys(coeffs, coeff)
-    require_inputs(model, values)
-    if beta_as == "initializer":
-        keep(model.graph.input, lambda value: value.name not in values)
-    else:
-        keep(model.graph.input, lambda value: value.name not in coeffs.intersection(values))
-    for name, value in sorted(values.items()):
-        model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
-    for entry in model.metadata_props:
-        if entry.key == "ctonnx.beta":
-            entry.value = repr(beta)
-        elif entry.key == "ctonnx.coeff" and coeff is not None:
-            entry.value = repr(coeff)
+    replaced = betas.union(values)
+    keep(model.graph.initializer, lambda tensor: tensor.name not in replaced)
+    keep(model.graph.input, lambda value: value.name not in replaced)
+    for held, value in sorted(values.items()):
+        model.graph.initializer.append(_scalar(held, value, TensorProto.FLOAT))
+    asked = name if beta_as == "input" else None
+    if asked:
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+    recorded = {"ctonnx.beta": repr(beta), "ctonnx.beta_input": asked}
+    if coeff is not None:
+        recorded["ctonnx.coeff"] = repr(coeff)
+    if not coeffs and _metadata(model, "ctonnx.beta") == PER_ACTIVATION:
+        del recorded["ctonnx.beta"]  # Lowered to primitives, activations keep a beta of their own.
+    keep(model.metadata_props, lambda entry: entry.key not in recorded)
+    for key, value in recorded.items():
+        if value is not None:
+            model.metadata_props.add(key=key, value=value)
 
 
 def fill_beta(model, names, beta):
@@ -835,6 +843,30 @@ def _pass_into_functions(model, parameters):
         function.input.extend(name for name in parameters if name in needs[key])
         if any(ctu.is_ctu(node) for scope in scopes_of[key] for node in scope.body.node):
             function.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
+
+
+def _merge(model, parameters, name):
+    """Make one, `name`, of `parameters` of ours: in nodes, and in what functions are given."""
+    functions = {key: f for key, f in functions_of(model).items() if not ctu.is_ctu(f)}
+    places = {
+        key: [i for i, held in enumerate(function.input) if held in parameters]
+        for key, function in functions.items()
+    }
+
+    def merge(inputs, places, seen):
+        for i in reversed(places[1:]):
+            del inputs[i : i + 1]  # A call may leave out the last ones.
+        for i, held in enumerate(inputs):
+            if held in seen:
+                inputs[i] = name
+
+    for scope in scopes(model):
+        # A function that is given none may have tensors of such names itself.
+        sees = scope.function is None or places.get(key_of(scope.function))
+        for node in scope.body.node:
+            merge(node.input, places.get(key_of(node), []), parameters if sees else ())
+    for key, function in functions.items():
+        merge(function.input, places[key], parameters)
 
 
 def _inline(model):
