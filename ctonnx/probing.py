@@ -212,10 +212,7 @@ def probe(
 
     def change(proto):
         said = heads.replace(proto, head, *fits[leader].head, dtype, len(shape) > 1, classes)
-        if _is_steered(proto):
-            rewrite.settle(proto, leader, coeff)
-        else:
-            rewrite.steer(proto, leader, 0.5 if coeff is None else coeff)
+        rewrite.give(proto, leader, coeff)
         return proto, said
 
     measured = []
@@ -294,10 +291,6 @@ def _proto(model):
     return copy
 
 
-def _is_steered(proto):
-    return any(a.status == "steered" for a in rewrite.find(proto))
-
-
 def _opened(proto, path):
     """A context of what opens as a ModelProto, which may share the external data of `path`."""
     return nullcontext(proto.SerializeToString()) if path is None else runs.variant(path, proto)
@@ -326,7 +319,7 @@ def _runners(model, steerable, features, providers):
         steered = runner(parts[1], _part(steerable, parts[0], **fixed))
     original = _proto(model)
     try:
-        if _is_steered(original):
+        if rewrite.holds_steered(original):
             rewrite.unsteer(original)
     except CtonnxError:  # It is lowered to primitives, or another tool took the record out.
         steerable.notes.append("beta 1 is measured through the CT units: the original is not known")

@@ -110,7 +110,7 @@ def find(model):
     if not any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node):
         baked = _baked_parameters(model)
         found = [replace(a, **baked) if a.status == "steered" else a for a in found]
-    if _is_steered(model) and all(a.status != "steered" for a in found):
+    if _was_steered(model) and all(a.status != "steered" for a in found):
         # Optimisers inline functions, and the CTU's own Relu looks like any other then.
         found = [
             replace(a, status="skipped", reason=_INLINED) if a.status == "steerable" else a
@@ -122,7 +122,7 @@ def find(model):
 def steer(
     model,
     beta=None,
-    coeff=0.5,
+    coeff=ctu.COEFF,
     *,
     params=None,
     beta_as="initializer",
@@ -292,6 +292,28 @@ def require_inputs(model, names):
         model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
 
 
+def holds_steered(model):
+    """Whether an activation of a ModelProto is steered: not where all were, and another tool
+    inlined them."""
+    return any(activation.status == "steered" for activation in find(model))
+
+
+def give(model, beta, coeff=None, beta_as="initializer"):
+    """Steer a ModelProto, or `settle` one that is steered, in place.
+
+    Args:
+        coeff: where None the model's own, or ctu.COEFF.
+        beta_as: "initializer" or "input".
+
+    Raises:
+        As `steer`.
+    """
+    if holds_steered(model):
+        settle(model, beta, coeff, beta_as)
+    else:
+        steer(model, beta, ctu.COEFF if coeff is None else coeff, beta_as=beta_as)
+
+
 def settle(model, beta, coeff=None, beta_as="initializer"):
     """Give all CTUs of a steered ModelProto one beta, and one c where it is given, in place.
 
@@ -459,7 +481,7 @@ def _module(node):
 def _check_unsteered(model):
     """Raise UsageError or ModelError where steering `model` would go wrong."""
     check_names(model)
-    if _is_steered(model):
+    if _was_steered(model):
         raise UsageError(
             "the model is already steered: change its beta with `ctonnx set`, or steer its original"
         )
@@ -612,7 +634,7 @@ def _opset(model):
     return opset
 
 
-def _is_steered(model):
+def _was_steered(model):
     # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
     return _has_record(model) or any(
         ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
@@ -635,7 +657,7 @@ def _steered(model):
         if not (scope.function and ctu.is_ctu(scope.function))
         and any(map(ctu.is_ctu, scope.body.node))
     ]
-    if not found and _is_steered(model):
+    if not found and _was_steered(model):
         raise NothingToDo(
             "the model holds no CTU, for it was lowered to primitives: go back to its original"
         )

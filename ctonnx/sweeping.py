@@ -199,10 +199,7 @@ def save_best(model, result, path, beta_as="initializer", force=False):
     beta, coeff = result.best.beta, result.best.coeff
 
     def change(proto):
-        if any(a.status == "steered" for a in rewrite.find(proto)):
-            rewrite.settle(proto, beta, coeff, beta_as)
-        else:
-            rewrite.steer(proto, beta, 0.5 if coeff is None else coeff, beta_as=beta_as)
+        rewrite.give(proto, beta, coeff, beta_as)
 
     return files.edit(model, change, path, force)[1]
 

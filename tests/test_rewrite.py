@@ -682,6 +682,15 @@ def test_set_beta():
         assert changed == expected
 
 
+def test_giving_steers_or_settles():
+    model = parsed(RELU)
+    assert not rewrite.holds_steered(model)
+    for beta, coeff, held in (0.5, None, 0.5), (0.7, 0.3, 0.3), (0.6, None, 0.3):
+        rewrite.give(model, beta, coeff)
+        assert rewrite.holds_steered(model)
+        assert [(a.beta, a.coeff) for a in rewrite.find(model)] == [(beta, held)]
+
+
 @each_model
 @pytest.mark.parametrize("before", rewrite.BETA_AS)
 @pytest.mark.parametrize("beta_as", ["initializer", "input"])
