@@ -22,7 +22,7 @@ from onnx import ModelProto
 
 from . import ctu, data, engine, files, flow, heads, intervals, metrics, rewrite, runs, runtime
 from .errors import CtonnxError, EnvironmentLacks, ModelError, UsageError
-from .results import LEVEL, Table, without_nan
+from .results import Table, without_nan
 from .sweeping import grid
 
 _MAX_ITER = 10_000
@@ -276,7 +276,7 @@ def _check_packages():
         raise EnvironmentLacks(
             "scikit-learn is not installed: pip install 'ctonnx[sweep]'"
         ) from None
-    intervals.quantile(LEVEL, 1)  # What is missing is better said now than in the end.
+    intervals.quantile(intervals.LEVEL, 1)  # What is missing is better said now than in the end.
 
 
 # --- features
@@ -565,7 +565,8 @@ def _result(fits, leader, seeds, validating, **more):
     for beta in betas:
         fit = fits[beta]
         validation = sum(fit.right) / (validating * len(seeds))
-        points[beta] = Point(beta, validation, float(fit.test.mean()), *_gain(fit.test, one))
+        gain = intervals.gain(_ACCURACY, fit.test, one)
+        points[beta] = Point(beta, validation, float(fit.test.mean()), *gain)
     rows, chosen = [], []
     for i, seed in enumerate(seeds):
         # Of equals the nearest to 1.
@@ -574,7 +575,8 @@ def _result(fits, leader, seeds, validating, **more):
         chosen.append(fits[beta].test)
         rows.append(Seed(seed, beta, fits[beta].right[i] / validating, point.test, point.gain))
     mean = np.mean(chosen, 0)
-    gains = dict(zip(("gain", "gain_low", "gain_high"), _gain(mean, one), strict=True))
+    names = "gain", "gain_low", "gain_high"
+    gains = dict(zip(names, intervals.gain(_ACCURACY, mean, one), strict=True))
     return Probe(
         points=list(points.values()),
         best=points[leader],
@@ -584,10 +586,3 @@ def _result(fits, leader, seeds, validating, **more):
         **gains,
         **more,
     )
-
-
-def _gain(right, one):
-    """By how much one is better than another, on the same samples, and its 95 % interval."""
-    gain, error, dof = intervals.compare(_ACCURACY, right, one)
-    half = intervals.quantile((1 + LEVEL) / 2, dof) * error if dof else float("nan")
-    return gain, gain - half, gain + half
