@@ -82,18 +82,14 @@ def prepare(model, sweep_coeff=False):
     Raises:
         NothingToDo: there is no activation to steer.
         ModelError: the model cannot be read.
-        UsageError: its inputs or outputs are not arrays with a row per sample.
+        UsageError: it is neither of these, or its inputs or outputs are not arrays with a row per
+            sample.
     """
-    proto, folder, external = ModelProto(), None, {}
-    if isinstance(model, ModelProto):
-        proto.CopyFrom(model)
-    elif isinstance(model, (str, Path)):
-        proto = files.load(model)
+    proto, folder, external = files.own(model), None, {}
+    if not isinstance(model, ModelProto):
         external = files.check_external_data(proto, Path(model).parent)
         if external:
             folder = str(Path(model).parent.absolute())
-    else:
-        raise UsageError(f"expected a path or a ModelProto, got {type(model).__name__}")
     notes = []
     if not rewrite.holds_steered(proto):
         report = rewrite.steer(proto, 1.0, beta_as="required-input")

@@ -223,7 +223,7 @@ def probe(
     if output is not None:
         (proto, said), _ = files.edit(path, change, output, force, measure)
     else:
-        proto, said = change(_proto(model))
+        proto, said = change(files.own(model))
         with _opened(proto, path) as opened:
             measure(None, opened)
     written, *more = measured
@@ -282,15 +282,6 @@ def _check_packages():
 # --- features
 
 
-def _proto(model):
-    """A ModelProto of our own of a path or ModelProto."""
-    if not isinstance(model, ModelProto):
-        return files.load(model)
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    return copy
-
-
 def _opened(proto, path):
     """A context of what opens as a ModelProto, which may share the external data of `path`."""
     return nullcontext(proto.SerializeToString()) if path is None else runs.variant(path, proto)
@@ -317,7 +308,7 @@ def _runners(model, steerable, features, providers):
         steered = runner(flow.cut(proto, [head.features]))
     else:
         steered = runner(parts[1], _part(steerable, parts[0], **fixed))
-    original = _proto(model)
+    original = files.own(model)
     try:
         if rewrite.holds_steered(original):
             rewrite.unsteer(original)
