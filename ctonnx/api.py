@@ -81,7 +81,7 @@ def inspect(model):
     Raises:
         ModelError: the model cannot be read.
     """
-    return rewrite.find(files.load(model) if isinstance(model, (str, Path)) else _to_proto(model))
+    return rewrite.find(_to_proto(model))
 
 
 def unpatch(model, output=None, *, force=False):
@@ -140,10 +140,8 @@ def _edit(model, change, output, default_output, force):
 
 def _to_proto(model):
     """A ModelProto of our own to edit."""
-    if isinstance(model, ModelProto):
-        copy = ModelProto()
-        copy.CopyFrom(model)
-        return copy
+    if isinstance(model, (str, Path, ModelProto)):
+        return files.own(model)
     if _is_graph(model):
         import onnx_graphsurgeon
 

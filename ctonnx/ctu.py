@@ -17,6 +17,9 @@ VERSION = 1
 OPS = (OP_TYPE, "CTUMax", "CTUMin", "CTUClip", "CTUHardSigmoid")
 EPSILON = 1e-6
 
+# The c of who names none: the two smooth versions of ReLU in equal parts.
+COEFF = 0.5
+
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 # The numeric contract: the largest error / max(1, |Y|) by the type of X, for |X| up to 1e4, in the
@@ -37,7 +40,7 @@ def check_unit_interval(name, value):
     return number
 
 
-def ctu(x, beta, coeff=0.5, slope=0.0):
+def ctu(x, beta, coeff=COEFF, slope=0.0):
     """The CT unit in float64: the oracle that every implementation is tested against.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
-from . import files, rewrite, runtime
+from . import ctu, files, rewrite, runtime
 from .batches import Input
 from .data import digest, stamp
 from .errors import CtonnxError, ModelError, UsageError, first_line
@@ -82,20 +82,16 @@ def prepare(model, sweep_coeff=False):
     Raises:
         NothingToDo: there is no activation to steer.
         ModelError: the model cannot be read.
-        UsageError: its inputs or outputs are not arrays with a row per sample.
+        UsageError: it is neither of these, or its inputs or outputs are not arrays with a row per
+            sample.
     """
-    proto, folder, external = ModelProto(), None, {}
-    if isinstance(model, ModelProto):
-        proto.CopyFrom(model)
-    elif isinstance(model, (str, Path)):
-        proto = files.load(model)
+    proto, folder, external = files.own(model), None, {}
+    if not isinstance(model, ModelProto):
         external = files.check_external_data(proto, Path(model).parent)
         if external:
             folder = str(Path(model).parent.absolute())
-    else:
-        raise UsageError(f"expected a path or a ModelProto, got {type(model).__name__}")
     notes = []
-    if not any(a.status == "steered" for a in rewrite.find(proto)):
+    if not rewrite.holds_steered(proto):
         report = rewrite.steer(proto, 1.0, beta_as="required-input")
         count = f"{len(report.replaced)} activations, {len(report.skipped)} skipped"
         notes.append(f"steered on the fly: {count}")
@@ -196,7 +192,7 @@ class Runner:
         binding = self._bound(values, names)
         for beta, coeff in points:
             fed = dict.fromkeys(self._model.betas, beta)
-            fed |= dict.fromkeys(self._model.coeffs, 0.5 if coeff is None else coeff)
+            fed |= dict.fromkeys(self._model.coeffs, ctu.COEFF if coeff is None else coeff)
             # What is bound must live until the run is done.
             scalars = {name: np.array(value, np.float32) for name, value in fed.items()}
             for name in self._taken.intersection(scalars):

@@ -68,6 +68,22 @@ def load(path):
     return model
 
 
+def own(model):
+    """A ModelProto that the caller may change: a copy of one, or what `load` reads from a path.
+
+    Raises:
+        ModelError: as `load`.
+        UsageError: it is neither a ModelProto nor a path.
+    """
+    if isinstance(model, (str, Path)):
+        return load(model)
+    if not isinstance(model, ModelProto):
+        raise UsageError(f"expected a path or a ModelProto, got {type(model).__name__}")
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
 def _read(path):
     """The bytes of a model; one more than it may have where it has too many."""
     if not isinstance(path, Path):

@@ -4,6 +4,9 @@ import numpy as np
 
 from .errors import EnvironmentLacks
 
+# Of the intervals that are reported.
+LEVEL = 0.95
+
 # Groups of the jackknife, for values that are no means.
 _GROUPS = 30
 
@@ -23,6 +26,19 @@ def compare(metric, one, other):
     sign = 1.0 if metric.higher_is_better else -1.0
     difference = sign * (metric.value_of(one) - metric.value_of(other))
     return difference, *_spread(metric, [one, other])
+
+
+def gain(metric, one, other):
+    """By how much `one` is better than `other` on the same samples, as `compare` has it, and the
+    ends of its interval: NaN where the samples cannot tell, the gain itself of one and the same.
+
+    Raises:
+        EnvironmentLacks: scipy is not installed.
+    """
+    difference, error, dof = compare(metric, one, other)
+    half = quantile((1 + LEVEL) / 2, dof) * error if dof else float("nan")
+    half = 0.0 if one is other else half
+    return difference, difference - half, difference + half
 
 
 def quantile(probability, dof):

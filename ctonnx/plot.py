@@ -9,7 +9,7 @@ import numpy as np
 
 from . import files
 from .errors import EnvironmentLacks, UsageError
-from .results import LEVEL
+from .intervals import LEVEL
 
 FORMATS = (".png", ".svg")
 

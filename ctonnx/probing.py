@@ -22,7 +22,7 @@ from onnx import ModelProto
 
 from . import ctu, data, engine, files, flow, heads, intervals, metrics, rewrite, runs, runtime
 from .errors import CtonnxError, EnvironmentLacks, ModelError, UsageError
-from .results import LEVEL, Table, without_nan
+from .results import Table, without_nan
 from .sweeping import grid
 
 _MAX_ITER = 10_000
@@ -217,10 +217,7 @@ def probe(
 
     def change(proto):
         said = heads.replace(proto, head, *fits[leader].head, dtype, len(shape) > 1, classes)
-        if _is_steered(proto):
-            rewrite.settle(proto, leader, coeff)
-        else:
-            rewrite.steer(proto, leader, 0.5 if coeff is None else coeff)
+        rewrite.give(proto, leader, coeff)
         return proto, said
 
     measured = []
@@ -231,7 +228,7 @@ def probe(
     if output is not None:
         (proto, said), _ = files.edit(path, change, output, force, measure)
     else:
-        proto, said = change(_proto(model))
+        proto, said = change(files.own(model))
         with _opened(proto, path) as opened:
             measure(None, opened)
     written, *more = measured
@@ -284,23 +281,10 @@ def _check_packages():
         raise EnvironmentLacks(
             "scikit-learn is not installed: pip install 'ctonnx[sweep]'"
         ) from None
-    intervals.quantile(LEVEL, 1)  # What is missing is better said now than in the end.
+    intervals.quantile(intervals.LEVEL, 1)  # What is missing is better said now than in the end.
 
 
 # --- features
-
-
-def _proto(model):
-    """A ModelProto of our own of a path or ModelProto."""
-    if not isinstance(model, ModelProto):
-        return files.load(model)
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    return copy
-
-
-def _is_steered(proto):
-    return any(a.status == "steered" for a in rewrite.find(proto))
 
 
 def _opened(proto, path):
@@ -329,9 +313,9 @@ def _runners(model, steerable, features, providers):
         steered = runner(flow.cut(proto, [head.features]))
     else:
         steered = runner(parts[1], _part(steerable, parts[0], **fixed))
-    original = _proto(model)
+    original = files.own(model)
     try:
-        if _is_steered(original):
+        if rewrite.holds_steered(original):
             rewrite.unsteer(original)
     except CtonnxError:  # It is lowered to primitives, or another tool took the record out.
         steerable.notes.append("beta 1 is measured through the CT units: the original is not known")
@@ -584,7 +568,8 @@ def _result(fits, leader, seeds, validating, **more):
     for beta in betas:
         fit = fits[beta]
         validation = sum(fit.right) / (validating * len(seeds))
-        points[beta] = Point(beta, validation, float(fit.test.mean()), *_gain(fit.test, one))
+        gain = intervals.gain(_ACCURACY, fit.test, one)
+        points[beta] = Point(beta, validation, float(fit.test.mean()), *gain)
     rows, chosen = [], []
     for i, seed in enumerate(seeds):
         # Of equals the nearest to 1.
@@ -593,7 +578,8 @@ def _result(fits, leader, seeds, validating, **more):
         chosen.append(fits[beta].test)
         rows.append(Seed(seed, beta, fits[beta].right[i] / validating, point.test, point.gain))
     mean = np.mean(chosen, 0)
-    gains = dict(zip(("gain", "gain_low", "gain_high"), _gain(mean, one), strict=True))
+    names = "gain", "gain_low", "gain_high"
+    gains = dict(zip(names, intervals.gain(_ACCURACY, mean, one), strict=True))
     return Probe(
         points=list(points.values()),
         best=points[leader],
@@ -603,10 +589,3 @@ def _result(fits, leader, seeds, validating, **more):
         **gains,
         **more,
     )
-
-
-def _gain(right, one):
-    """By how much one is better than another, on the same samples, and its 95 % interval."""
-    gain, error, dof = intervals.compare(_ACCURACY, right, one)
-    half = intervals.quantile((1 + LEVEL) / 2, dof) * error if dof else float("nan")
-    return gain, gain - half, gain + half

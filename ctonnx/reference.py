@@ -83,6 +83,7 @@ class Reference:
         EnvironmentLacks: PyTorch is not installed.
         ModelError: the model cannot be read, holds an op that is not known, or is a ModelProto
             with external data.
+        UsageError: it is neither a path nor a ModelProto.
     """
 
     def __init__(self, model):
@@ -153,12 +154,7 @@ def _widened(value):
 
 def _prepared(model):
     """A copy of a ModelProto, or what is at a path, with its data and without functions."""
-    if isinstance(model, ModelProto):
-        copy, path = ModelProto(), None
-        copy.CopyFrom(model)
-    else:
-        path = Path(model)
-        copy = files.load(path)
+    copy = files.own(model)
     _name_default_domain(copy)
     _check_broadcast(copy)
     kept = [f for f in copy.functions if not ctu.is_ctu(f)]
@@ -169,8 +165,8 @@ def _prepared(model):
         # The evaluator knows no overloads of functions, nor inputs and attributes left out.
         _give_defaults(copy)
         copy = inliner.inline_local_functions(copy)
-    if path is not None:
-        files.read_external_data(copy, path.parent)
+    if not isinstance(model, ModelProto):
+        files.read_external_data(copy, Path(model).parent)
     elif files.has_external_data(copy):
         raise ModelError("the model's external data are not at hand: give its path")
     return copy

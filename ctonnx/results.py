@@ -16,9 +16,6 @@ from .errors import EnvironmentLacks, ModelError, UsageError
 
 FORMATS = (".csv", ".json", ".parquet")
 
-# Of the intervals that are reported.
-LEVEL = 0.95
-
 
 @dataclass(frozen=True)
 class Point:
@@ -152,18 +149,13 @@ def result_of(metric, points, book, outcome, notes):
 
 def _point(metric, beta, coeff, statistics, original):
     # In a race it may have seen fewer samples: the first ones.
-    paired = original[: len(statistics)]
-    gain, error, dof = intervals.compare(metric, statistics, paired)
-    if statistics is original:
-        half = error = 0.0
-    else:
-        half = intervals.quantile((1 + LEVEL) / 2, dof) * error if dof else float("nan")
+    paired = original if statistics is original else original[: len(statistics)]
     return Point(
         beta,
         coeff,
         metric.value_of(statistics),
         intervals.error(metric, statistics),
-        *(gain, gain - half, gain + half),
+        *intervals.gain(metric, statistics, paired),
         len(statistics),
     )
 

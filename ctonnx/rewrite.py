@@ -110,7 +110,7 @@ def find(model):
     if not any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node):
         baked = _baked_parameters(model)
         found = [replace(a, **baked) if a.status == "steered" else a for a in found]
-    if _is_steered(model) and all(a.status != "steered" for a in found):
+    if _was_steered(model) and all(a.status != "steered" for a in found):
         # Optimisers inline functions, and the CTU's own Relu looks like any other then.
         found = [
             replace(a, status="skipped", reason=_INLINED) if a.status == "steerable" else a
@@ -122,7 +122,7 @@ def find(model):
 def steer(
     model,
     beta=None,
-    coeff=0.5,
+    coeff=ctu.COEFF,
     *,
     params=None,
     beta_as="initializer",
@@ -292,28 +292,58 @@ def require_inputs(model, names):
         model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
 
 
+def holds_steered(model):
+    """Whether an activation of a ModelProto is steered: not where all were, and another tool
+    inlined them."""
+    return any(activation.status == "steered" for activation in find(model))
+
+
+def give(model, beta, coeff=None, beta_as="initializer"):
+    """Steer a ModelProto, or `settle` one that is steered, in place.
+
+    Args:
+        coeff: where None the model's own, or ctu.COEFF.
+        beta_as: "initializer" or "input".
+
+    Raises:
+        As `steer`.
+    """
+    if holds_steered(model):
+        settle(model, beta, coeff, beta_as)
+    else:
+        steer(model, beta, ctu.COEFF if coeff is None else coeff, beta_as=beta_as)
+
+
 def settle(model, beta, coeff=None, beta_as="initializer"):
     """Give all CTUs of a steered ModelProto one beta, and one c where it is given, in place.
 
-    Whatever held them before, they are initializers then, beta of the optional inputs where
-    `beta_as` is "input".
+    Whatever held a beta before, one initializer does then, and it is an optional input where
+    `beta_as` is "input". Those of c keep their names, and become initializers where it is given.
     """
     betas, coeffs = parameters_of(model)
-    values = dict.fromkeys(betas, beta)
+    name = _metadata(model, "ctonnx.beta_input")
+    name = name if name in betas else min(betas)
+    _merge(model, betas, name)
+    values = {name: beta}
     if coeff is not None:
         values |= dict.fromkeys(coeffs, coeff)
-    require_inputs(model, values)
-    if beta_as == "initializer":
-        keep(model.graph.input, lambda value: value.name not in values)
-    else:
-        keep(model.graph.input, lambda value: value.name not in coeffs.intersection(values))
-    for name, value in sorted(values.items()):
-        model.graph.initializer.append(_scalar(name, value, TensorProto.FLOAT))
-    for entry in model.metadata_props:
-        if entry.key == "ctonnx.beta":
-            entry.value = repr(beta)
-        elif entry.key == "ctonnx.coeff" and coeff is not None:
-            entry.value = repr(coeff)
+    replaced = betas.union(values)
+    keep(model.graph.initializer, lambda tensor: tensor.name not in replaced)
+    keep(model.graph.input, lambda value: value.name not in replaced)
+    for held, value in sorted(values.items()):
+        model.graph.initializer.append(_scalar(held, value, TensorProto.FLOAT))
+    asked = name if beta_as == "input" else None
+    if asked:
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+    recorded = {"ctonnx.beta": repr(beta), "ctonnx.beta_input": asked}
+    if coeff is not None:
+        recorded["ctonnx.coeff"] = repr(coeff)
+    if not coeffs and _metadata(model, "ctonnx.beta") == PER_ACTIVATION:
+        del recorded["ctonnx.beta"]  # Lowered to primitives, activations keep a beta of their own.
+    keep(model.metadata_props, lambda entry: entry.key not in recorded)
+    for key, value in recorded.items():
+        if value is not None:
+            model.metadata_props.add(key=key, value=value)
 
 
 def fill_beta(model, names, beta):
@@ -451,7 +481,7 @@ def _module(node):
 def _check_unsteered(model):
     """Raise UsageError or ModelError where steering `model` would go wrong."""
     check_names(model)
-    if _is_steered(model):
+    if _was_steered(model):
         raise UsageError(
             "the model is already steered: change its beta with `ctonnx set`, or steer its original"
         )
@@ -604,7 +634,7 @@ def _opset(model):
     return opset
 
 
-def _is_steered(model):
+def _was_steered(model):
     # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
     return _has_record(model) or any(
         ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
@@ -627,7 +657,7 @@ def _steered(model):
         if not (scope.function and ctu.is_ctu(scope.function))
         and any(map(ctu.is_ctu, scope.body.node))
     ]
-    if not found and _is_steered(model):
+    if not found and _was_steered(model):
         raise NothingToDo(
             "the model holds no CTU, for it was lowered to primitives: go back to its original"
         )
@@ -835,6 +865,30 @@ def _pass_into_functions(model, parameters):
         function.input.extend(name for name in parameters if name in needs[key])
         if any(ctu.is_ctu(node) for scope in scopes_of[key] for node in scope.body.node):
             function.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
+
+
+def _merge(model, parameters, name):
+    """Make one, `name`, of `parameters` of ours: in nodes, and in what functions are given."""
+    functions = {key: f for key, f in functions_of(model).items() if not ctu.is_ctu(f)}
+    places = {
+        key: [i for i, held in enumerate(function.input) if held in parameters]
+        for key, function in functions.items()
+    }
+
+    def merge(inputs, places, seen):
+        for i in reversed(places[1:]):
+            del inputs[i : i + 1]  # A call may leave out the last ones.
+        for i, held in enumerate(inputs):
+            if held in seen:
+                inputs[i] = name
+
+    for scope in scopes(model):
+        # A function that is given none may have tensors of such names itself.
+        sees = scope.function is None or places.get(key_of(scope.function))
+        for node in scope.body.node:
+            merge(node.input, places.get(key_of(node), []), parameters if sees else ())
+    for key, function in functions.items():
+        merge(function.input, places[key], parameters)
 
 
 def _inline(model):

@@ -12,7 +12,7 @@ import numpy as np
 from . import ctu, data, files, intervals, journal, metrics, racing, rewrite
 from . import engine as runner
 from .errors import UsageError
-from .results import LEVEL, check_format, result_of
+from .results import check_format, result_of
 
 SEARCHES = ("grid", "racing")
 ENGINES = ("local", "ray")
@@ -114,7 +114,7 @@ def sweep(
     count = _length(source)
     if count is None and (search, engine) != ("grid", "local"):
         raise UsageError(f"{search} search on {engine}: the factory's iterable must have a length")
-    intervals.quantile(LEVEL, 1)  # What is missing is better said now than in the end.
+    intervals.quantile(intervals.LEVEL, 1)  # What is missing is better said now than in the end.
     header = {}
     if output is not None:
         header = {"version": 2, "model": steerable.identity(), "data": source.identity()}
@@ -199,10 +199,7 @@ def save_best(model, result, path, beta_as="initializer", force=False):
     beta, coeff = result.best.beta, result.best.coeff
 
     def change(proto):
-        if any(a.status == "steered" for a in rewrite.find(proto)):
-            rewrite.settle(proto, beta, coeff, beta_as)
-        else:
-            rewrite.steer(proto, beta, 0.5 if coeff is None else coeff, beta_as=beta_as)
+        rewrite.give(proto, beta, coeff, beta_as)
 
     return files.edit(model, change, path, force)[1]
 

@@ -225,7 +225,7 @@ class _Original:
     def __init__(self, path, model):
         self.what, self._path = f"{path} in ONNX Runtime, at beta 1", path
         self._way = _Way("", path, files.load(path))
-        if any(a.status == "steered" for a in rewrite.find(self._way.model)):
+        if rewrite.holds_steered(self._way.model):
             raise UsageError(f"{path}: is steered itself: give the original")
         names = rewrite.beta_names(model)
         rewrite.fill_beta(model, names, 1.0)

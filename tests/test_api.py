@@ -58,7 +58,9 @@ def test_a_proto_gives_a_new_proto():
     assert ctonnx.unpatch(steered) == model
     with pytest.raises(ctonnx.UsageError, match="output goes with a path"):
         ctonnx.patch(model, 0.85, output="x.onnx")
-    with pytest.raises(ctonnx.UsageError, match="expected a path"):
+    with pytest.raises(
+        ctonnx.UsageError, match="expected a path, a ModelProto or a graphsurgeon Graph"
+    ):
         ctonnx.patch(42, 0.85)
 
 

@@ -189,6 +189,13 @@ def test_intervals_hold_what_they_promise():
     held = 0
     for _ in range(1000):
         one, other = rng.normal(size=(2, 20, 1))
-        difference, error, dof = compare(metric, one, other)
-        held += abs(difference) <= intervals.quantile(0.975, dof) * error
+        gain, low, high = intervals.gain(metric, one, other)
+        assert gain == compare(metric, one, other)[0]
+        held += low <= 0 <= high
     assert 930 <= held <= 970
+
+
+def test_one_sample_tells_a_gain_and_not_how_sure_it_is():
+    metric, one, other = metrics.Metric("mean", None), np.ones((1, 1)), np.zeros((1, 1))
+    np.testing.assert_equal(intervals.gain(metric, one, other), (1, np.nan, np.nan))
+    assert intervals.gain(metric, one, one) == (0, 0, 0)

@@ -394,6 +394,8 @@ def test_values_inside_and_inputs_left_out():
         "w": [3, 4],
         "x": [-1, 1],
     }
+    with pytest.raises(UsageError, match="expected a path or a ModelProto, got bytes"):
+        Reference(model.SerializeToString())
     with pytest.raises(UsageError, match="the model's input 'x' is missing"):
         reference.run({"w": x})
     with pytest.raises(UsageError, match="the model has no 'z'"):

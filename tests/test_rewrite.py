@@ -105,6 +105,12 @@ def all_nodes(model):
     return [(scope.path, node) for scope in scopes(model) for node in scope.body.node]
 
 
+def metadata(model):
+    return {
+        entry.key: entry.value for entry in model.metadata_props if entry.key != rewrite.ORIGINAL
+    }
+
+
 def oracle(x, beta):
     """What PLAIN computes with its activations replaced by the formula."""
     x = x.astype(np.float64)
@@ -674,6 +680,77 @@ def test_set_beta():
         assert {a.beta for a in rewrite.find(changed) if a.status == "steered"} == {0.9}
         expected, _ = steered(model, 0.9)
         assert changed == expected
+
+
+def test_giving_steers_or_settles():
+    model = parsed(RELU)
+    assert not rewrite.holds_steered(model)
+    for beta, coeff, held in (0.5, None, 0.5), (0.7, 0.3, 0.3), (0.6, None, 0.3):
+        rewrite.give(model, beta, coeff)
+        assert rewrite.holds_steered(model)
+        assert [(a.beta, a.coeff) for a in rewrite.find(model)] == [(beta, held)]
+
+
+@each_model
+@pytest.mark.parametrize("before", rewrite.BETA_AS)
+@pytest.mark.parametrize("beta_as", ["initializer", "input"])
+def test_settling_makes_one_beta_of_all(name, before, beta_as):
+    """The result is what steering the original so would have given, whatever each had before."""
+    model, inputs = parsed(MODELS[name]), INPUTS[name]
+    sites = [a for a in rewrite.find(model) if a.status == "steerable"]
+    own = {a.path: 0.1 + 0.3 * i / len(sites) for i, a in enumerate(sites[1:])}
+    changed, report = steered(model, 0.5, params=own, beta_as=before)
+    assert len(report.beta_names) == len(sites)
+    rewrite.settle(changed, 0.7, beta_as=beta_as)
+    onnx.checker.check_model(changed, full_check=True)
+    expected, _ = steered(model, 0.7, beta_as=beta_as)
+    assert metadata(changed) == metadata(expected)
+    assert [i.name for i in changed.graph.input] == [i.name for i in expected.graph.input]
+    for functions in zip(changed.functions, expected.functions, strict=True):
+        assert len({tuple(sorted(function.input)) for function in functions}) == 1
+    assert {a.beta for a in rewrite.find(changed) if a.status == "steered"} == {0.7}
+    for fed in [{}, {"beta": np.array(0.2, np.float32)}][: 1 + (beta_as == "input")]:
+        results = [outputs(m, {**inputs, **fed}, library=True) for m in (expected, changed)]
+        assert all(c.ok for c in compare(*results))
+    assert rewrite.set_beta(changed, 0.9) == 1
+    rewrite.unsteer(changed)
+    assert changed == model
+
+
+def test_settling_a_model_lowered_to_primitives():
+    """What is no input there is baked in, so what the activation with a beta of its own keeps."""
+    for own, beta in ({}, "0.7"), ({"r": 0.3}, "per activation"):
+        options = {"params": own, "beta_as": "input", "lowering": "primitives"}
+        for beta_as, held in ("input", ["x", "beta"]), ("initializer", ["x"]):
+            changed, _ = steered(parsed(PLAIN), 0.5, **options)
+            rewrite.settle(changed, 0.7, beta_as=beta_as)
+            assert [i.name for i in changed.graph.input] == held
+            entries = metadata(changed)
+            assert (entries["ctonnx.beta"], "ctonnx.beta_input" in entries) == (
+                beta,
+                beta_as == "input",
+            )
+            if not own:
+                y = outputs(changed, INPUTS["plain"], library=False)["y"]
+                wanted = oracle(INPUTS["plain"]["x"], np.float32(0.7))
+                np.testing.assert_allclose(y, wanted, atol=2e-6)
+
+
+def test_settling_leaves_a_function_that_is_given_no_beta():
+    """What is in it may have the name of one of the graph's."""
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17, "my" : 1, "ctonnx" : 1]>
+        g (float[4] x) => (float[4] y) <float b = {0.3}, float d = {0.5}, float c = {0.5}>
+        { h = ctonnx.CTU(x, b, c)  i = ctonnx.CTU(h, d, c)  y = my.f(i) }
+        <domain: "my", opset_import: ["" : 17, "ctonnx" : 1]>
+        f (X) => (Y)
+        { d = Constant <value_float: float = 0.9> ()  Y = ctonnx.CTU(X, d, d) }"""
+    )
+    rewrite.settle(model, 0.7)
+    x = INPUTS["plain"]["x"][0]
+    y = ctu.ctu(ctu.ctu(x, np.float32(0.7)), np.float32(0.7))
+    expected = ctu.ctu(y, np.float32(0.9), np.float32(0.9))
+    np.testing.assert_allclose(outputs(model, {"x": x}, library=True)["y"], expected, atol=1e-6)
 
 
 def test_refusals():

@@ -607,13 +607,15 @@ def test_the_curve_is_drawn(tmp_path):
         result.plot(tmp_path / "c.pdf")
 
 
-@pytest.mark.parametrize("before", [None, "initializer", "input", "required-input"])
+@pytest.mark.parametrize("before", [None, "initializer", "input", "required-input", "own"])
 @pytest.mark.parametrize("beta_as", ["initializer", "input"])
 def test_the_best_is_saved(tmp_path, before, beta_as):
     """It gives what the sweep measured there; undone, it is the original."""
     model = tmp_path / "m.onnx"
     model.write_bytes(Path(MODEL).read_bytes())
-    if before:
+    if before == "own":
+        model = ctonnx.patch(model, 0.9, params={"node_relu": 0.3, "node_relu_1": 0.5})
+    elif before:
         model = ctonnx.patch(model, 0.9, beta_as=before)
     data = (HELD["image"][:100], HELD["label"][:100])
     # Of all but the original: entropy prefers it, its negative does not.
@@ -624,6 +626,9 @@ def test_the_best_is_saved(tmp_path, before, beta_as):
     assert [i.name for i in session.get_overridable_initializers()] == ["beta"] * (
         beta_as == "input"
     )
+    held = session.get_modelmeta().custom_metadata_map
+    assert (held["ctonnx.beta"], held["ctonnx.coeff"]) == ("0.8", "0.4")
+    assert held.get("ctonnx.beta_input") == ("beta" if beta_as == "input" else None)
     (logits,) = session.run(["logits"], {"image": data[0]})
     assert -logits.max(1).mean() == pytest.approx(result.best.value, rel=1e-5)
     assert {(a.beta, a.coeff) for a in ctonnx.inspect(saved)} == {(0.8, 0.4)}

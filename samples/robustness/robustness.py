@@ -206,11 +206,10 @@ def _row(threat, half, beta, right, original):
     """A row with the accuracy and the gain over the original on the same digits."""
     metric = metrics.find("accuracy")
     one, other = (np.asarray(side, np.float64)[:, None] for side in (right, original))
-    gain, error, freedom = intervals.compare(metric, one, other)
-    reach = intervals.quantile(0.975, freedom) * error
+    gain, low, high = intervals.gain(metric, one, other)
     row = {"threat": threat, "half": half, "beta": beta, "digits": len(right)}
     row |= {"accuracy": metric.value_of(one), "error": intervals.error(metric, one)}
-    return row | {"gain": gain, "low": gain - reach, "high": gain + reach}
+    return row | {"gain": gain, "low": low, "high": high}
 
 
 # Corruptions: functions of images, a severity from 0 to 4 and a random generator. How far each goes
