@@ -100,7 +100,8 @@ def session(path, providers=None, session_options=None, *, layout=True):
 
     Args:
         path: the model's path, its bytes or an onnx.ModelProto.
-        providers: execution providers, as for InferenceSession; all that are available where None.
+        providers: execution providers, as for InferenceSession; where None, all that are available
+            but TensorRT's.
         session_options: options to use; the library is registered with them.
         layout: on the CPU, keep ONNX Runtime's blocked layout of convolutional networks around the
             CTUs, where that is sound: faster runs of the same outputs, for a slower start. The
@@ -117,7 +118,9 @@ def session(path, providers=None, session_options=None, *, layout=True):
         path = path.SerializeToString()
     if not isinstance(path, str | bytes | PathLike):
         raise UsageError(f"expected a path, bytes or a ModelProto, got {type(path).__name__}")
-    providers = providers or ort.get_available_providers()
+    if not providers:
+        # TensorRT's come first among those, which is what the warning below is about.
+        providers = [p for p in ort.get_available_providers() if p not in TENSORRT_PROVIDERS]
     options = session_options
     if options is None:
         options = ort.SessionOptions()

@@ -192,6 +192,40 @@ def test_tensorrt_before_cuda_is_said(monkeypatch, caplog, providers, first):
     assert ("--lowering primitives" in caplog.text) == first
 
 
+@pytest.fixture
+def gpu_sessions(monkeypatch):
+    """ONNX Runtime as a machine with a GPU has it, but that the CPU runs all: the list of the
+    `providers` of the sessions opened."""
+    import onnxruntime as ort  # not above, for a GPU's tests import torch before it
+
+    given = []
+    available = [*runtime.TENSORRT_PROVIDERS, runtime.CUDA_PROVIDERS[0], "CPUExecutionProvider"]
+
+    class Session(ort.InferenceSession):
+        def __init__(self, model, options=None, providers=None):
+            given.append(providers)
+            super().__init__(model, options, ["CPUExecutionProvider"])
+            self.names = [p if isinstance(p, str) else p[0] for p in providers]
+
+        def get_providers(self):
+            return self.names
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: available)
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    return given
+
+
+def test_tensorrt_is_used_where_it_is_asked_for(gpu_sessions, caplog):
+    model = op_model().SerializeToString()
+    ctonnx.session(model)
+    assert gpu_sessions.pop() == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert not caplog.text
+    asked = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    ctonnx.session(model, asked)
+    assert gpu_sessions.pop() == asked
+    assert "--lowering primitives" in caplog.text
+
+
 # ---- With a GPU, inside ONNX Runtime -------------------------------------------------------------
 
 # benchmarks/cuda.py sets CTONNX_REQUIRE_GPU: tests that were skipped would pass unseen.
