@@ -14,7 +14,7 @@ from .errors import EnvironmentLacks, UsageError
 MIN_ONNXRUNTIME = (1, 18)
 
 # What NVIDIA's providers are called, built into ONNX Runtime and as plug-ins. `session` opens those
-# of `get_available_providers`; for a plug-in, `register` alone makes the op known to its session.
+# of `get_available_providers` by name, and a plug-in where the session options hold its device.
 CUDA_PROVIDERS = ("CUDAExecutionProvider", "CudaPluginExecutionProvider")
 TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
@@ -100,8 +100,8 @@ def session(path, providers=None, session_options=None, *, layout=True):
 
     Args:
         path: the model's path, its bytes or an onnx.ModelProto.
-        providers: execution providers, as for InferenceSession; where None, all that are available
-            but TensorRT's.
+        providers: execution providers, as for InferenceSession; where None, those that
+            `session_options` hold, or else all that are available but TensorRT's.
         session_options: options to use; the library is registered with them.
         layout: on the CPU, keep ONNX Runtime's blocked layout of convolutional networks around the
             CTUs, where that is sound: faster runs of the same outputs, for a slower start. The
@@ -118,14 +118,15 @@ def session(path, providers=None, session_options=None, *, layout=True):
         path = path.SerializeToString()
     if not isinstance(path, str | bytes | PathLike):
         raise UsageError(f"expected a path, bytes or a ModelProto, got {type(path).__name__}")
-    if not providers:
-        # TensorRT's come first among those, which is what the warning below is about.
-        providers = [p for p in ort.get_available_providers() if p not in TENSORRT_PROVIDERS]
     options = session_options
     if options is None:
         options = ort.SessionOptions()
         # ONNX Runtime would warn of an initializer that is an input too, as beta is meant to be.
         options.log_severity_level = 3
+    if not providers:
+        # TensorRT's come first among those, which is what the warning below is about.
+        available = [p for p in ort.get_available_providers() if p not in TENSORRT_PROVIDERS]
+        providers = None if hold_providers(options) else available
     with nullcontext() if session_options is None else _using_options:
         try:
             register(options)
@@ -154,15 +155,20 @@ def _tensorrt_first(providers):
     return bool(kinds) and kinds[0]
 
 
+def hold_providers(options):
+    """Whether SessionOptions hold execution providers, as those of new releases can."""
+    return getattr(options, "has_providers", bool)()
+
+
 def open_session(path, options, providers):
-    """An onnxruntime.InferenceSession of a path or bytes.
+    """An onnxruntime.InferenceSession of a path or bytes; `providers` None: those of the options.
 
     Raises:
         EnvironmentLacks: this onnxruntime lacks one of `providers`.
     """
     ort = import_onnxruntime()
     available = ort.get_available_providers()
-    for provider in providers:
+    for provider in providers or ():
         name = provider if isinstance(provider, str) else provider[0]
         # Left to itself, ONNX Runtime warns and runs on the CPU.
         if name not in available:
