@@ -10,13 +10,14 @@ import runpy
 import shutil
 import struct
 import subprocess
+import warnings
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, op_model
+from conftest import DIGITS, ROOT, op_model
 from onnx import TensorProto, helper
 
 import ctonnx
@@ -194,24 +195,28 @@ def test_tensorrt_before_cuda_is_said(monkeypatch, caplog, providers, first):
 
 @pytest.fixture
 def gpu_sessions(monkeypatch):
-    """ONNX Runtime as a machine with a GPU has it, but that the CPU runs all: the list of the
-    `providers` of the sessions opened."""
+    """ONNX Runtime and the op library as a machine with a GPU has them, but that the CPU runs all:
+    the list of the `providers` of the sessions opened."""
     import onnxruntime as ort  # not above, for a GPU's tests import torch before it
 
     given = []
     available = [*runtime.TENSORRT_PROVIDERS, runtime.CUDA_PROVIDERS[0], "CPUExecutionProvider"]
 
     class Session(ort.InferenceSession):
+        starts = True  # CUDA
+
         def __init__(self, model, options=None, providers=None):
             given.append(providers)
             super().__init__(model, options, ["CPUExecutionProvider"])
-            self.names = [p if isinstance(p, str) else p[0] for p in providers]
+            names = [p if isinstance(p, str) else p[0] for p in providers or ()]
+            self.names = names if self.starts else ["CPUExecutionProvider"]
 
         def get_providers(self):
             return self.names
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: available)
     monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: "sm_90 + PTX")
     return given
 
 
@@ -224,6 +229,66 @@ def test_tensorrt_is_used_where_it_is_asked_for(gpu_sessions, caplog):
     ctonnx.session(model, asked)
     assert gpu_sessions.pop() == asked
     assert "--lowering primitives" in caplog.text
+
+
+def is_registered(session):
+    try:
+        return session.get_session_options().get_session_config_entry("ctonnx.registered") == "1"
+    except RuntimeError:
+        return False
+
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize(
+    ("providers", "starts", "kernels", "registers"),
+    [
+        ([CUDA, CPU], True, None, False),
+        ([(CUDA, {"device_id": 0}), CPU], True, None, False),
+        (None, True, None, False),
+        ([CUDA, CPU], True, "sm_90 + PTX", True),
+        ([CUDA, CPU], False, None, True),
+        ([CPU, CUDA], True, None, True),
+        ([CPU], True, None, True),
+    ],
+    ids=["cuda", "options", "default", "kernels", "no gpu", "cpu first", "cpu"],
+)
+def test_a_library_without_cuda_kernels_is_left_out_on_cuda(
+    gpu_sessions, monkeypatch, providers, starts, kernels, registers
+):
+    """With it each CTU would run on the CPU between two copies."""
+    import onnxruntime as ort
+
+    monkeypatch.setattr(ort.InferenceSession, "starts", starts)
+    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: kernels)
+    model = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.85)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        session = ctonnx.session(model, providers)
+    assert is_registered(session) == registers
+    said = [str(warning.message) for warning in caught]
+    assert ["holds none for CUDA" in line for line in said] == [True] * (not registers)
+    assert session.run(None, {"image": np.zeros((1, 1, 8, 8), np.float32)})[0].shape == (1, 10)
+
+
+def test_a_model_without_a_fallback_has_the_library_on_cuda(gpu_sessions, monkeypatch):
+    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: None)
+    model = op_model(function=False).SerializeToString()
+    assert is_registered(ctonnx.session(model, [CUDA, CPU]))
+
+
+def test_options_that_know_the_library_keep_it(gpu_sessions, monkeypatch):
+    """It cannot be taken out of them again."""
+    import onnxruntime as ort
+
+    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: None)
+    options = ort.SessionOptions()
+    ctonnx.register(options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session = ctonnx.session(op_model().SerializeToString(), [CUDA, CPU], options)
+    assert is_registered(session)
 
 
 # ---- With a GPU, inside ONNX Runtime -------------------------------------------------------------
