@@ -21,7 +21,7 @@ from conftest import DIGITS, ROOT, op_model
 from onnx import TensorProto, helper
 
 import ctonnx
-from ctonnx import ctu, doctor, runtime
+from ctonnx import ctu, doctor, runtime, validate
 
 SOURCES = ROOT / "custom_ops"
 CODES = {
@@ -289,6 +289,16 @@ def test_options_that_know_the_library_keep_it(gpu_sessions, monkeypatch):
         warnings.simplefilter("error")
         session = ctonnx.session(op_model().SerializeToString(), [CUDA, CPU], options)
     assert is_registered(session)
+
+
+def test_models_are_compared_in_float32(gpu_sessions, tmp_path):
+    """With TF32, which CUDA would use, they differ by more than what is allowed."""
+    original = DIGITS / "digits.onnx"
+    steered = ctonnx.patch(original, 0.85, output=tmp_path / "digits.ct.onnx")
+    gpu_sessions.clear()
+    assert validate.validate(steered, against=original, providers=[CUDA]).ok
+    assert gpu_sessions.count([(CUDA, {"use_tf32": "0"})]) >= 2
+    assert all(provider[0][0] == CPU or provider[0][1] for provider in gpu_sessions)
 
 
 # ---- With a GPU, inside ONNX Runtime -------------------------------------------------------------
