@@ -21,7 +21,8 @@ from conftest import DIGITS, ROOT, op_model
 from onnx import TensorProto, helper
 
 import ctonnx
-from ctonnx import ctu, doctor, runtime, validate
+from ctonnx import ctu, doctor, engine, runtime, validate
+from ctonnx.batches import Batch
 
 SOURCES = ROOT / "custom_ops"
 CODES = {
@@ -210,9 +211,13 @@ def gpu_sessions(monkeypatch):
             super().__init__(model, options, ["CPUExecutionProvider"])
             names = [p if isinstance(p, str) else p[0] for p in providers or ()]
             self.names = names if self.starts else ["CPUExecutionProvider"]
+            self.options = {p[0]: p[1] for p in providers or () if not isinstance(p, str)}
 
         def get_providers(self):
             return self.names
+
+        def get_provider_options(self):
+            return {name: self.options.get(name, {}) for name in self.names}
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: available)
     monkeypatch.setattr(ort, "InferenceSession", Session)
@@ -299,6 +304,40 @@ def test_models_are_compared_in_float32(gpu_sessions, tmp_path):
     assert validate.validate(steered, against=original, providers=[CUDA]).ok
     assert gpu_sessions.count([(CUDA, {"use_tf32": "0"})]) >= 2
     assert all(provider[0][0] == CPU or provider[0][1] for provider in gpu_sessions)
+
+
+@pytest.mark.parametrize(
+    ("providers", "device"),
+    [
+        ([(CUDA, {"device_id": "1"}), CPU], ("cuda", 1)),
+        ([CPU, (CUDA, {"device_id": 2})], ("cuda", 2)),
+        ([CUDA], ("cuda", 0)),
+        ([CPU], ("cpu", 0)),
+    ],
+    ids=["second", "third", "first", "cpu"],
+)
+def test_a_sweep_keeps_to_the_device_of_its_session(gpu_sessions, monkeypatch, providers, device):
+    import onnxruntime as ort
+
+    bound, make = [], ort.OrtValue.ortvalue_from_numpy
+    opened = ort.InferenceSession.io_binding
+
+    def io_binding(session):
+        binding = opened(session)
+        bind = binding.bind_output
+        binding.bind_output = lambda name, *where: (bound.append(where), bind(name))
+        return binding
+
+    monkeypatch.setattr(
+        ort.OrtValue, "ortvalue_from_numpy", lambda x, *where: (bound.append(where), make(x))[1]
+    )
+    monkeypatch.setattr(ort.InferenceSession, "io_binding", io_binding)
+    steerable = engine.prepare(DIGITS / "digits.onnx")
+    runner = engine.Runner(steerable, providers)
+    batch = Batch({"image": np.load(DIGITS / "digits_test.npz")["image"][:4]}, None)
+    outputs = list(runner.outputs(batch, [(1.0, None), (0.8, None)], ["logits"]))
+    assert bound == [device] * 2  # the images, the logits
+    assert not np.array_equal(*(o["logits"] for o in outputs))
 
 
 # ---- With a GPU, inside ONNX Runtime -------------------------------------------------------------
