@@ -10,6 +10,7 @@ import runpy
 import shutil
 import struct
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -345,6 +346,58 @@ def test_a_sweep_keeps_to_the_device_of_its_session(gpu_sessions, monkeypatch, p
     outputs = list(runner.outputs(batch, [(1.0, None), (0.8, None)], ["logits"]))
     assert bound == [device] * 2  # the images, the logits
     assert not np.array_equal(*(o["logits"] for o in outputs))
+
+
+# The benchmark, its library in a folder given and its GPU a pretence; it takes TERM while it runs.
+KILLED = f"""
+import os, runpy, signal, sys, types
+from pathlib import Path
+
+folder = Path(sys.argv.pop(1))
+cuda = types.SimpleNamespace(is_available=lambda: True)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+main = runpy.run_path({str(ROOT / "benchmarks" / "cuda.py")!r})["main"]
+
+
+def benchmark(torch, args):
+    print((folder / "shadow.so").read_text(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+
+
+paths = {{"SHADOW": folder / "shadow.so", "BUILD": folder, "KERNELS": folder / "kernels.so"}}
+main.__globals__.update(paths, benchmark=benchmark)
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shadow", "code", "said"),
+    [
+        ([], None, 128 + 15, ""),
+        (
+            [],
+            "old",
+            4,
+            "shadow.so is in the way, and is used in place of the installed one: remove",
+        ),
+        (["--rounds=1"], None, 2, "--rounds must be at least 2"),
+    ],
+    ids=["terminated", "in the way", "one round"],
+)
+def test_the_benchmark_leaves_libraries_as_they_were(tmp_path, arguments, shadow, code, said):
+    """One beside the sources is used before the installed one, also when nobody knows of it."""
+    (tmp_path / "libctonnx_ops.so").write_text("built")
+    (tmp_path / "kernels.so").touch()
+    if shadow:
+        (tmp_path / "shadow.so").write_text(shadow)
+    command = [sys.executable, "-c", KILLED, tmp_path, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stdout.split() == ["built"] * (code == 143)
+    left = [path.read_text() for path in tmp_path.glob("shadow.so")]
+    assert left == ([shadow] if shadow else [])
 
 
 # ---- With a GPU, inside ONNX Runtime -------------------------------------------------------------
