@@ -6,8 +6,8 @@
 architecture. `--sanitize` runs some of the verification under compute-sanitizer, memcheck and
 racecheck. Torch provides device memory. The network is timed in float32 and float16, at several
 batches. `--only` does one part: verify, kernels or models. Rows are printed as they are measured,
-and once more at the end. Exit codes: 0 all is right, 1 something is not, 4 no GPU, or what is
-needed is not there.
+and once more at the end. Exit codes: 0 all is right, 1 something is not, 4 no GPU, what is needed
+is not there, or the library of an earlier run still is.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import ctypes
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -381,8 +382,12 @@ def main():
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--only", choices=("verify", "kernels", "models"))
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=21, help="2 or more")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2: the first one is left out")
+    if SHADOW.exists():
+        leave(4, f"{SHADOW} is in the way, and is used in place of the installed one: remove it")
     random.seed(0)
     sys.path.insert(0, str(ROOT))
     try:
@@ -395,11 +400,14 @@ def main():
         build(args.arch)
     if not KERNELS.exists():
         leave(4, f"{KERNELS} is missing: run with --build")
-    shutil.copy(BUILD / "libctonnx_ops.so", SHADOW)
+    # As on Ctrl-C, nothing is left behind.
+    for number in signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
+        shutil.copy(BUILD / "libctonnx_ops.so", SHADOW)
         right = benchmark(torch, args)
     finally:
-        SHADOW.unlink()
+        SHADOW.unlink(missing_ok=True)
     sys.exit(0 if right else 1)
 
 

@@ -1,11 +1,9 @@
 """What is installed around ctonnx, and whether the op library computes the right thing."""
 
 import ctypes
-import re
 import tempfile
 from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -47,7 +45,7 @@ def examine():
     with _noting(report["problems"]):
         report["library"] = runtime.get_library_path()
         report["cpu_level"] = _cpu_level(report["library"])
-        report["cuda_kernels"] = _cuda_kernels(report["library"])
+        report["cuda_kernels"] = runtime.cuda_kernels(report["library"])
     with _noting(report["problems"]):
         report["providers"] = runtime.import_onnxruntime().get_available_providers()
         if not report["problems"]:
@@ -78,12 +76,6 @@ def _cpu_level(library):
     level.restype = ctypes.c_char_p
     name = level()
     return name and name.decode()
-
-
-def _cuda_kernels(library):
-    """What CTONNX_CUDA_KERNELS was when the library was compiled; None where it has none."""
-    found = re.search(rb"ctonnx CUDA kernels: ([^\0]+)\0", Path(library).read_bytes())
-    return found and found[1].decode()
 
 
 def _version(package):

@@ -157,8 +157,11 @@ class Runner:
         self._shared = shared and Runner(shared, providers, threads)
         self._session = steerable.open(providers, threads)
         self._taken = {i.name for i in self._session.get_inputs()}
-        cuda = set(runtime.CUDA_PROVIDERS).intersection(self._session.get_providers())
-        self._device = "cuda" if cuda else "cpu"
+        self._device = "cpu", 0
+        # A plug-in need not tell its options.
+        for name, held in self._session.get_provider_options().items():
+            if name in runtime.CUDA_PROVIDERS:
+                self._device = "cuda", int(held.get("device_id", 0))
 
     def measure(self, batch, points, metric):
         """The statistics of a metric: array (points, samples, k).
@@ -184,7 +187,7 @@ class Runner:
         given = filled(batch, self._model.inputs)
         rows = len(next(iter(given.values())))
         values = {
-            name: ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+            name: ort.OrtValue.ortvalue_from_numpy(array, *self._device)
             for name, array in given.items()
         }
         if self._shared:
@@ -205,7 +208,7 @@ class Runner:
         for name in self._taken.intersection(values):
             binding.bind_ortvalue_input(name, values[name])
         for name in names:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, *self._device)
         return binding
 
     def _values(self, values):

@@ -64,7 +64,7 @@ def open_session(path, providers, options):
 
     Args:
         path: the model's path, or its bytes.
-        providers: list of execution providers, as for InferenceSession.
+        providers: list of execution providers, as for InferenceSession, or None.
         options: SessionOptions with the op library registered; other values are set in them while
             this runs.
 
@@ -99,12 +99,11 @@ def _open(path, providers, options):
 
 def _check(providers, options, level):
     """Refuse what was asked for and the blocked layout cannot give."""
+    if runtime.hold_providers(options):
+        raise _Refused("the session options hold providers")
     others = {p if isinstance(p, str) else p[0] for p in providers} - _CPU
     if others:
         raise _Refused(f"runs on {min(others)}, not on the CPU alone")
-    # New releases can hold providers in the options as well.
-    if getattr(options, "has_providers", bool)():
-        raise _Refused("the session options hold providers")
     if options.optimized_model_filepath:
         raise _Refused("the session options want the optimised model in a file")
     if options.graph_optimization_level != level.ORT_ENABLE_ALL:

@@ -1,6 +1,7 @@
 """ONNX Runtime with the op library: registration and sessions."""
 
 import logging
+import re
 import threading
 import warnings
 from contextlib import nullcontext
@@ -14,9 +15,10 @@ from .errors import EnvironmentLacks, UsageError
 MIN_ONNXRUNTIME = (1, 18)
 
 # What NVIDIA's providers are called, built into ONNX Runtime and as plug-ins. `session` opens those
-# of `get_available_providers`; for a plug-in, `register` alone makes the op known to its session.
+# of `get_available_providers` by name, and a plug-in where the session options hold its device.
 CUDA_PROVIDERS = ("CUDAExecutionProvider", "CudaPluginExecutionProvider")
 TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+_CPU = ("CPUExecutionProvider",)
 
 _LIBRARY = "libctonnx_ops.so"
 _REGISTERED = "ctonnx.registered"
@@ -48,6 +50,12 @@ def has_library():
         return bool(get_library_path())
     except EnvironmentLacks:
         return False
+
+
+def cuda_kernels(library):
+    """The GPUs that the library at a path has kernels for, as a line of text; None for none."""
+    found = re.search(rb"ctonnx CUDA kernels: ([^\0]+)\0", Path(library).read_bytes())
+    return found and found[1].decode()
 
 
 def _installed(name):
@@ -84,23 +92,30 @@ def register(session_options):
         EnvironmentLacks: the op library is not installed, or ONNX Runtime is too old.
     """
     import_onnxruntime()
-    # ONNX Runtime refuses a library registered twice, so the options carry the fact along.
-    try:
-        session_options.get_session_config_entry(_REGISTERED)
-    except RuntimeError:
+    if not _is_registered(session_options):
         session_options.register_custom_ops_library(get_library_path())
         session_options.add_session_config_entry(_REGISTERED, "1")
+
+
+def _is_registered(session_options):
+    """ONNX Runtime refuses a library registered twice, so the options carry the fact along."""
+    try:
+        return bool(session_options.get_session_config_entry(_REGISTERED))
+    except RuntimeError:
+        return False
 
 
 def session(path, providers=None, session_options=None, *, layout=True):
     """Open an onnxruntime.InferenceSession on a steered model, with the op library.
 
-    Where the library is not installed a warning says so, and the model runs through the function it
-    carries. Where TensorRT is used before CUDA, the logger "ctonnx.runtime" says what that means.
+    Where the library is not installed, or has no CUDA kernels and CUDA runs the session, a warning
+    says so, and the model runs through the function it carries. Where TensorRT is used before CUDA,
+    the logger "ctonnx.runtime" says what that means.
 
     Args:
         path: the model's path, its bytes or an onnx.ModelProto.
-        providers: execution providers, as for InferenceSession; all that are available where None.
+        providers: execution providers, as for InferenceSession; where None, those that
+            `session_options` hold, or else all that are available but TensorRT's.
         session_options: options to use; the library is registered with them.
         layout: on the CPU, keep ONNX Runtime's blocked layout of convolutional networks around the
             CTUs, where that is sound: faster runs of the same outputs, for a slower start. The
@@ -117,13 +132,25 @@ def session(path, providers=None, session_options=None, *, layout=True):
         path = path.SerializeToString()
     if not isinstance(path, str | bytes | PathLike):
         raise UsageError(f"expected a path, bytes or a ModelProto, got {type(path).__name__}")
-    providers = providers or ort.get_available_providers()
     options = session_options
     if options is None:
         options = ort.SessionOptions()
         # ONNX Runtime would warn of an initializer that is an input too, as beta is meant to be.
         options.log_severity_level = 3
+    if not providers:
+        # TensorRT's come first among those, which is what the warning below is about.
+        available = [p for p in ort.get_available_providers() if p not in TENSORRT_PROVIDERS]
+        providers = None if hold_providers(options) else available
     with nullcontext() if session_options is None else _using_options:
+        opened = _open_for_cuda(path, options, providers)
+        if opened is not None:
+            warnings.warn(
+                "running without fast kernels: the op library holds none for CUDA; install ctonnx "
+                "again where nvcc works",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return opened
         try:
             register(options)
         except EnvironmentLacks as error:
@@ -147,19 +174,51 @@ def session(path, providers=None, session_options=None, *, layout=True):
 
 def _tensorrt_first(providers):
     """Whether TensorRT takes nodes before CUDA, which alone runs the op, has its turn."""
-    kinds = [p in TENSORRT_PROVIDERS for p in providers if p in TENSORRT_PROVIDERS + CUDA_PROVIDERS]
-    return bool(kinds) and kinds[0]
+    return _first_of(providers, TENSORRT_PROVIDERS, CUDA_PROVIDERS)
+
+
+def _first_of(providers, some, others):
+    """Whether the first of `providers` that is among `some` or `others` is among `some`."""
+    return next((p in some for p in providers if p in some + others), False)
+
+
+def _open_for_cuda(path, options, providers):
+    """A session without the op library, where CUDA runs it and the library holds no kernels for it.
+
+    With the library the CPU would run each CTU, between two copies, as what is registered replaces
+    the function. None where the library is to be registered: elsewhere, where CUDA does not start,
+    and where the model carries no function.
+    """
+    if providers is None:  # Options do not tell what they hold.
+        ort = import_onnxruntime()
+        names = {*ort.get_available_providers(), *(d.ep_name for d in ort.get_ep_devices())}
+    else:
+        names = {p if isinstance(p, str) else p[0] for p in providers}
+    if names.isdisjoint(CUDA_PROVIDERS) or _is_registered(options):
+        return None
+    if not has_library() or cuda_kernels(get_library_path()):
+        return None
+    try:
+        opened = open_session(path, options, providers)
+    except Exception:  # Another is raised with the library, unless it is what was missing.
+        return None
+    return opened if _first_of(opened.get_providers(), CUDA_PROVIDERS, _CPU) else None
+
+
+def hold_providers(options):
+    """Whether SessionOptions hold execution providers, as those of new releases can."""
+    return getattr(options, "has_providers", bool)()
 
 
 def open_session(path, options, providers):
-    """An onnxruntime.InferenceSession of a path or bytes.
+    """An onnxruntime.InferenceSession of a path or bytes; `providers` None: those of the options.
 
     Raises:
         EnvironmentLacks: this onnxruntime lacks one of `providers`.
     """
     ort = import_onnxruntime()
     available = ort.get_available_providers()
-    for provider in providers:
+    for provider in providers or ():
         name = provider if isinstance(provider, str) else provider[0]
         # Left to itself, ONNX Runtime warns and runs on the CPU.
         if name not in available:

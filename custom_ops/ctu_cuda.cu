@@ -59,6 +59,21 @@ __device__ __forceinline__ void narrow(const float (&from)[kLanes], T (&to)[kLan
 
 namespace {
 
+// Null for success. Some say that the library was built for others than this GPU and its driver.
+const char* message_of(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return nullptr;
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInsufficientDriver:
+      return "the library's kernels (" CTONNX_CUDA_KERNELS ") do not run on this GPU and its driver: "
+             "install ctonnx again with a toolkit for both, or with CTONNX_CUDA=OFF";
+    default:
+      return cudaGetErrorString(error);
+  }
+}
+
 template <class T, int kLanes, bool kGrid>
 __global__ void __launch_bounds__(kThreads, kGrid ? 2 : 4)
     ctu_kernel(const __grid_constant__ Work<T> work) {
@@ -71,8 +86,7 @@ const char* launch_kernel(const Work<T>& work, uint64_t blocks, void* stream) {
                       : work.lanes > 1 ? ctu_kernel<T, kPacketLanes<T>, true>
                                        : ctu_kernel<T, 1, true>;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(work);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return message_of(cudaGetLastError());
 }
 
 }  // namespace

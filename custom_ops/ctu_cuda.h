@@ -8,7 +8,7 @@
 namespace ctonnx {
 
 // Starts the work on a cudaStream_t, with so many blocks, and waits for nothing. Returns null, or
-// CUDA's message.
+// what went wrong.
 const char* launch(const Work<float>& work, uint64_t blocks, void* stream);
 const char* launch(const Work<Half>& work, uint64_t blocks, void* stream);
 const char* launch(const Work<BFloat16>& work, uint64_t blocks, void* stream);

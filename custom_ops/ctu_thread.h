@@ -222,6 +222,7 @@ CTONNX_DEVICE void run_thread(const Work<T>& work, uint64_t block, uint64_t bloc
       rest = place % work.inner;
     }
     AnyUnit<A, M> unit;
+    uint64_t unit_of = work.points;  // the point that `unit` is of: none yet
     if (!kGrid) unit = unit_at<A, M>(work, 0);
 #pragma unroll 1
     while (true) {
@@ -242,7 +243,10 @@ CTONNX_DEVICE void run_thread(const Work<T>& work, uint64_t block, uint64_t bloc
       uint64_t left = work.inner - rest, place = point;
 #pragma unroll 1
       while (true) {
-        if (kGrid) unit = unit_at<A, M>(work, place);
+        if (kGrid && place != unit_of) {
+          unit = unit_at<A, M>(work, place);
+          unit_of = place;
+        }
         A values[kLanes];
         unit.apply(x, values);
 #pragma unroll

@@ -24,12 +24,16 @@ if(NOT nvcc)
 endif()
 string(REPLACE ";" " " nvcc_shown "${nvcc}")
 
-# An older nvcc does not know every architecture. PTX is for the newest of those known.
+# An nvcc does not know every architecture. PTX is for the newest of those known, and for the oldest:
+# a driver makes code of it for whatever came after, between the two as well.
 execute_process(COMMAND ${nvcc} --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
 list(SORT CTONNX_CUDA_ARCHITECTURES COMPARE NATURAL)
 foreach(architecture ${CTONNX_CUDA_ARCHITECTURES})
   if(known MATCHES "compute_${architecture}[^0-9a-z]")
     list(APPEND architectures ${architecture}-real)
+    if(NOT oldest)
+      set(oldest ${architecture})
+    endif()
     set(newest ${architecture})
     string(APPEND held "sm_${architecture} ")
   endif()
@@ -73,7 +77,8 @@ if(NOT newest)
                   "so the library is built without CUDA kernels")
   return()
 endif()
-list(APPEND architectures ${newest}-virtual)
+list(APPEND architectures ${oldest}-virtual ${newest}-virtual)
+list(REMOVE_DUPLICATES architectures)
 enable_language(CUDA)
 message(STATUS "CUDA kernels: ${held}+ PTX")
 

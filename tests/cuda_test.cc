@@ -32,8 +32,10 @@ struct Approximate {
 int Approximate::falling = 0, Approximate::rising = 0, Approximate::log = 0,
     Approximate::reciprocals = 0;
 
+size_t widened = 0;  // values: all of X, and the slope of each unit that is made
 template <class T>
 float widen(T value) {
+  ++widened;
   return static_cast<float>(to_double(value));
 }
 
@@ -291,6 +293,29 @@ void test_grids() {
   }
 }
 
+// A thread makes a unit where the point changes alone, not for each of its packets.
+void test_units() {
+  constexpr size_t points = 3, packets = 8, inner = packets * kThreads * kPacketLanes<Half>;
+  for (size_t repeat : {1, 4}) {  // threads whose packets are of one point, and of four
+    const std::vector<float> beta(points * repeat, 0.9f);
+    const std::vector<Half> slope(points * repeat, from_double<Half>(0.25));
+    Grid<Half> grid;
+    grid.dims = {points * repeat};
+    grid.inner = inner / repeat;
+    grid.beta = {beta.data(), beta.size(), {1}};
+    grid.coeff = {beta.data(), beta.size(), {1}};
+    grid.slope = {slope.data(), slope.size(), {1}};
+    const std::vector<Half> x = samples<Half>(points * inner, 1);
+    std::vector<Half> y(x.size());
+    Work<Half> work;
+    make_work(x.data(), y.data(), x.size(), grid, &work);
+    work.per_thread = packets;
+    widened = 0;
+    run_all(work, blocks_of(work));
+    require(widened - x.size() == points * repeat * kThreads, "units made", "float16", inner);
+  }
+}
+
 // Parameters along different dimensions, some of which merge.
 void test_broadcast() {
   const std::vector<size_t> dims = {2, 3, 1, 4, 5};
@@ -384,6 +409,7 @@ int main() {
   test_type<BFloat16>();
   test_type<double>();
   test_worst_case();
+  test_units();
   test_broadcast();
   test_large();
   std::printf("%d failures\n", failures);

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import onnx
@@ -114,6 +115,20 @@ def test_session_takes_options_and_providers():
     assert session.get_session_options().intra_op_num_threads == 1
     with pytest.raises(ctonnx.EnvironmentLacks, match="CPUExecutionProvider"):
         ctonnx.session(DIGITS / "digits.onnx", ["NoSuchExecutionProvider"])
+
+
+@pytest.mark.skipif(not hasattr(ort, "get_ep_devices"), reason="options hold no providers yet")
+def test_session_takes_providers_from_the_options(caplog):
+    """ONNX Runtime's own way to choose a plug-in; here the device is the CPU's."""
+    options = ort.SessionOptions()
+    options.add_provider_for_devices(
+        [d for d in ort.get_ep_devices() if d.ep_name == "CPUExecutionProvider"], {}
+    )
+    with warnings.catch_warnings(), caplog.at_level("DEBUG", "ctonnx.runtime"):
+        warnings.simplefilter("error")  # as ONNX Runtime's, that they are left aside
+        session = ctonnx.session(DIGITS / "digits.onnx", session_options=options)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert caplog.messages == ["plain layout: the session options hold providers"]
 
 
 def test_session_takes_a_path_bytes_or_a_proto():

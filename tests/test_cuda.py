@@ -10,17 +10,20 @@ import runpy
 import shutil
 import struct
 import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from conftest import ROOT, op_model
+from conftest import DIGITS, ROOT, op_model
 from onnx import TensorProto, helper
 
 import ctonnx
-from ctonnx import ctu, doctor, runtime
+from ctonnx import ctu, doctor, engine, runtime, validate
+from ctonnx.batches import Batch
 
 SOURCES = ROOT / "custom_ops"
 CODES = {
@@ -83,7 +86,7 @@ def test_accesses_are_of_16_bytes_and_nothing_spills(compiled):
 
 
 @pytest.mark.skipif(NO_GPU is None, reason="there is a GPU")
-def test_a_launch_that_fails_gives_cudas_message(compiled):
+def test_a_launch_that_fails_says_why(compiled):
     run = ctypes.CDLL(str(compiled[0])).run_ctu
     run.restype, number = ctypes.c_char_p, ctypes.c_uint64
     x = np.zeros(8, np.float64)
@@ -92,6 +95,10 @@ def test_a_launch_that_fails_gives_cudas_message(compiled):
         for points in (1, 2):
             message = run(code, at, at, number(8), at, at, number(points), number(1), None)
             assert b"CUDA" in message
+            # Without a driver CUDA calls it too old, as one that is older than the kernels.
+            if "libcuda" in NO_GPU:
+                assert message.startswith(b"the library's kernels (sm_90) do not run on this GPU")
+                assert message.endswith(b"or with CTONNX_CUDA=OFF")
 
 
 def held_architectures(library):
@@ -120,7 +127,10 @@ def test_the_library_holds_what_doctor_says():
     assert said is not None
     assert said.endswith(" + PTX")
     named = {int(number) for number in re.findall(r"sm_(\d+)", said)}
-    assert held_architectures(library) == {(2, arch) for arch in named} | {(1, max(named))}
+    assert held_architectures(library) == {(2, arch) for arch in named} | {
+        (1, min(named)),
+        (1, max(named)),
+    }
 
 
 @needs_cmake
@@ -190,6 +200,204 @@ def test_tensorrt_before_cuda_is_said(monkeypatch, caplog, providers, first):
     monkeypatch.setattr(runtime, "open_session", lambda *arguments: Session())
     ctonnx.session(op_model().SerializeToString(), ["CPUExecutionProvider"], layout=False)
     assert ("--lowering primitives" in caplog.text) == first
+
+
+@pytest.fixture
+def gpu_sessions(monkeypatch):
+    """ONNX Runtime and the op library as a machine with a GPU has them, but that the CPU runs all:
+    the list of the `providers` of the sessions opened."""
+    import onnxruntime as ort  # not above, for a GPU's tests import torch before it
+
+    given = []
+    available = [*runtime.TENSORRT_PROVIDERS, runtime.CUDA_PROVIDERS[0], "CPUExecutionProvider"]
+
+    class Session(ort.InferenceSession):
+        starts = True  # CUDA
+
+        def __init__(self, model, options=None, providers=None):
+            given.append(providers)
+            super().__init__(model, options, ["CPUExecutionProvider"])
+            names = [p if isinstance(p, str) else p[0] for p in providers or ()]
+            self.names = names if self.starts else ["CPUExecutionProvider"]
+            self.options = {p[0]: p[1] for p in providers or () if not isinstance(p, str)}
+
+        def get_providers(self):
+            return self.names
+
+        def get_provider_options(self):
+            return {name: self.options.get(name, {}) for name in self.names}
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: available)
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: "sm_90 + PTX")
+    return given
+
+
+def test_tensorrt_is_used_where_it_is_asked_for(gpu_sessions, caplog):
+    model = op_model().SerializeToString()
+    ctonnx.session(model)
+    assert gpu_sessions.pop() == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert not caplog.text
+    asked = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    ctonnx.session(model, asked)
+    assert gpu_sessions.pop() == asked
+    assert "--lowering primitives" in caplog.text
+
+
+def is_registered(session):
+    try:
+        return session.get_session_options().get_session_config_entry("ctonnx.registered") == "1"
+    except RuntimeError:
+        return False
+
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize(
+    ("providers", "starts", "kernels", "registers"),
+    [
+        ([CUDA, CPU], True, None, False),
+        ([(CUDA, {"device_id": 0}), CPU], True, None, False),
+        (None, True, None, False),
+        ([CUDA, CPU], True, "sm_90 + PTX", True),
+        ([CUDA, CPU], False, None, True),
+        ([CPU, CUDA], True, None, True),
+        ([CPU], True, None, True),
+    ],
+    ids=["cuda", "options", "default", "kernels", "no gpu", "cpu first", "cpu"],
+)
+def test_a_library_without_cuda_kernels_is_left_out_on_cuda(
+    gpu_sessions, monkeypatch, providers, starts, kernels, registers
+):
+    """With it each CTU would run on the CPU between two copies."""
+    import onnxruntime as ort
+
+    monkeypatch.setattr(ort.InferenceSession, "starts", starts)
+    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: kernels)
+    model = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.85)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        session = ctonnx.session(model, providers)
+    assert is_registered(session) == registers
+    said = [str(warning.message) for warning in caught]
+    assert ["holds none for CUDA" in line for line in said] == [True] * (not registers)
+    assert session.run(None, {"image": np.zeros((1, 1, 8, 8), np.float32)})[0].shape == (1, 10)
+
+
+def test_a_model_without_a_fallback_has_the_library_on_cuda(gpu_sessions, monkeypatch):
+    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: None)
+    model = op_model(function=False).SerializeToString()
+    assert is_registered(ctonnx.session(model, [CUDA, CPU]))
+
+
+def test_options_that_know_the_library_keep_it(gpu_sessions, monkeypatch):
+    """It cannot be taken out of them again."""
+    import onnxruntime as ort
+
+    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: None)
+    options = ort.SessionOptions()
+    ctonnx.register(options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session = ctonnx.session(op_model().SerializeToString(), [CUDA, CPU], options)
+    assert is_registered(session)
+
+
+def test_models_are_compared_in_float32(gpu_sessions, tmp_path):
+    """With TF32, which CUDA would use, they differ by more than what is allowed."""
+    original = DIGITS / "digits.onnx"
+    steered = ctonnx.patch(original, 0.85, output=tmp_path / "digits.ct.onnx")
+    gpu_sessions.clear()
+    assert validate.validate(steered, against=original, providers=[CUDA]).ok
+    assert gpu_sessions.count([(CUDA, {"use_tf32": "0"})]) >= 2
+    assert all(provider[0][0] == CPU or provider[0][1] for provider in gpu_sessions)
+
+
+@pytest.mark.parametrize(
+    ("providers", "device"),
+    [
+        ([(CUDA, {"device_id": "1"}), CPU], ("cuda", 1)),
+        ([CPU, (CUDA, {"device_id": 2})], ("cuda", 2)),
+        ([CUDA], ("cuda", 0)),
+        ([CPU], ("cpu", 0)),
+    ],
+    ids=["second", "third", "first", "cpu"],
+)
+def test_a_sweep_keeps_to_the_device_of_its_session(gpu_sessions, monkeypatch, providers, device):
+    import onnxruntime as ort
+
+    bound, make = [], ort.OrtValue.ortvalue_from_numpy
+    opened = ort.InferenceSession.io_binding
+
+    def io_binding(session):
+        binding = opened(session)
+        bind = binding.bind_output
+        binding.bind_output = lambda name, *where: (bound.append(where), bind(name))
+        return binding
+
+    monkeypatch.setattr(
+        ort.OrtValue, "ortvalue_from_numpy", lambda x, *where: (bound.append(where), make(x))[1]
+    )
+    monkeypatch.setattr(ort.InferenceSession, "io_binding", io_binding)
+    steerable = engine.prepare(DIGITS / "digits.onnx")
+    runner = engine.Runner(steerable, providers)
+    batch = Batch({"image": np.load(DIGITS / "digits_test.npz")["image"][:4]}, None)
+    outputs = list(runner.outputs(batch, [(1.0, None), (0.8, None)], ["logits"]))
+    assert bound == [device] * 2  # the images, the logits
+    assert not np.array_equal(*(o["logits"] for o in outputs))
+
+
+# The benchmark, its library in a folder given and its GPU a pretence; it takes TERM while it runs.
+KILLED = f"""
+import os, runpy, signal, sys, types
+from pathlib import Path
+
+folder = Path(sys.argv.pop(1))
+cuda = types.SimpleNamespace(is_available=lambda: True)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+main = runpy.run_path({str(ROOT / "benchmarks" / "cuda.py")!r})["main"]
+
+
+def benchmark(torch, args):
+    print((folder / "shadow.so").read_text(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+
+
+paths = {{"SHADOW": folder / "shadow.so", "BUILD": folder, "KERNELS": folder / "kernels.so"}}
+main.__globals__.update(paths, benchmark=benchmark)
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shadow", "code", "said"),
+    [
+        ([], None, 128 + 15, ""),
+        (
+            [],
+            "old",
+            4,
+            "shadow.so is in the way, and is used in place of the installed one: remove",
+        ),
+        (["--rounds=1"], None, 2, "--rounds must be at least 2"),
+    ],
+    ids=["terminated", "in the way", "one round"],
+)
+def test_the_benchmark_leaves_libraries_as_they_were(tmp_path, arguments, shadow, code, said):
+    """One beside the sources is used before the installed one, also when nobody knows of it."""
+    (tmp_path / "libctonnx_ops.so").write_text("built")
+    (tmp_path / "kernels.so").touch()
+    if shadow:
+        (tmp_path / "shadow.so").write_text(shadow)
+    command = [sys.executable, "-c", KILLED, tmp_path, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stdout.split() == ["built"] * (code == 143)
+    left = [path.read_text() for path in tmp_path.glob("shadow.so")]
+    assert left == ([shadow] if shadow else [])
 
 
 # ---- With a GPU, inside ONNX Runtime -------------------------------------------------------------
