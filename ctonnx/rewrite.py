@@ -250,7 +250,8 @@ def set_beta(model, beta):
     """
     beta = ctu.check_unit_interval("beta", beta)
     check_names(model)
-    held = _inputs_of_ctus(_steered(model), 1, 2)
+    _steered(model)
+    held, _ = parameters_of(model)
     if not held or not held.issubset(tensor.name for tensor in model.graph.initializer):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
     fill_beta(model, held, beta)
@@ -276,12 +277,25 @@ def beta_names(model):
 
 
 def parameters_of(model):
-    """As `beta_names`, and the names of those that hold a c: none after lowering to primitives."""
-    betas = beta_names(model)
-    try:
-        return betas, _inputs_of_ctus(_steered(model), 2, 3)
-    except NothingToDo:
-        return betas, set()
+    """As `beta_names`, and the names of those that hold a c: none after lowering to primitives.
+
+    Raises:
+        UsageError: a beta cannot be changed for all CTUs, and for nothing else.
+    """
+    betas, coeffs = beta_names(model), set()
+    with suppress(NothingToDo):
+        coeffs = _inputs_of_ctus(_steered(model), 2, 3)
+    if betas & coeffs:
+        # ONNX Runtime's optimiser shares constants.
+        raise UsageError(
+            f"{min(betas & coeffs)!r} holds both beta and c, as they were equal when the model was "
+            "optimised: steer its original"
+        )
+    graph = model.graph
+    beyond = betas - {held.name for held in (*graph.input, *graph.initializer)}
+    if beyond:
+        raise UsageError(f"beta {min(beyond)!r} lies in a body or function: steer the original")
+    return betas, coeffs
 
 
 def require_inputs(model, names):

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import DIGITS, parsed, without_steering
-from onnx import ModelProto, TensorProto, inliner
+from onnx import ModelProto, TensorProto, helper, inliner
 
 from ctonnx import activations, ctu, rewrite
 from ctonnx.errors import ModelError, NothingToDo, UsageError
@@ -682,6 +682,25 @@ def test_set_beta():
         assert changed == expected
 
 
+def test_a_beta_that_cannot_be_changed_alone_is_left():
+    """Shared with c by an optimiser, or in a body, as onnx-graphsurgeon can put it."""
+    shared, inside = (steered(parsed(RELU), 0.5)[0] for _ in range(2))
+    (unit,) = (node for node in shared.graph.node if node.op_type == "CTU")
+    unit.input[2] = unit.input[1]
+    (unit,) = (node for node in inside.graph.node if node.op_type == "CTU")
+    unit.input[1] = "inner"
+    body = helper.make_graph([unit], "body", [], [onnx.ValueInfoProto(name=unit.output[0])])
+    body.initializer.append(helper.make_tensor("inner", TensorProto.FLOAT, [], [0.5]))
+    branches = {"then_branch": body, "else_branch": body}
+    unit.CopyFrom(helper.make_node("If", ["go"], unit.output, **branches))
+    for model, message in (shared, "'beta' holds both beta and c"), (inside, "'inner' lies in a"):
+        before = model.SerializeToString(deterministic=True)
+        for change in rewrite.set_beta, rewrite.settle:
+            with pytest.raises(UsageError, match=message):
+                change(model, 0.8)
+        assert model.SerializeToString(deterministic=True) == before
+
+
 def test_giving_steers_or_settles():
     model = parsed(RELU)
     assert not rewrite.holds_steered(model)
@@ -742,15 +761,13 @@ def test_settling_leaves_a_function_that_is_given_no_beta():
         """<ir_version: 8, opset_import: ["" : 17, "my" : 1, "ctonnx" : 1]>
         g (float[4] x) => (float[4] y) <float b = {0.3}, float d = {0.5}, float c = {0.5}>
         { h = ctonnx.CTU(x, b, c)  i = ctonnx.CTU(h, d, c)  y = my.f(i) }
-        <domain: "my", opset_import: ["" : 17, "ctonnx" : 1]>
-        f (X) => (Y)
-        { d = Constant <value_float: float = 0.9> ()  Y = ctonnx.CTU(X, d, d) }"""
+        <domain: "my", opset_import: ["" : 17]>
+        f (X) => (Y) { d = Constant <value_float: float = 0.9> ()  Y = Mul(X, d) }"""
     )
     rewrite.settle(model, 0.7)
     x = INPUTS["plain"]["x"][0]
     y = ctu.ctu(ctu.ctu(x, np.float32(0.7)), np.float32(0.7))
-    expected = ctu.ctu(y, np.float32(0.9), np.float32(0.9))
-    np.testing.assert_allclose(outputs(model, {"x": x}, library=True)["y"], expected, atol=1e-6)
+    np.testing.assert_allclose(outputs(model, {"x": x}, library=True)["y"], 0.9 * y, atol=1e-6)
 
 
 def test_refusals():
