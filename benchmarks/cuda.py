@@ -402,7 +402,8 @@ def main():
         leave(4, f"{KERNELS} is missing: run with --build")
     # As on Ctrl-C, nothing is left behind.
     for number in signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        if signal.getsignal(number) != signal.SIG_IGN:  # As under nohup.
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         shutil.copy(BUILD / "libctonnx_ops.so", SHADOW)
         right = benchmark(torch, args)

@@ -85,13 +85,17 @@ def main():
     parser.add_argument("--layers", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    if min(args.activations, args.layers, args.rounds) < 1:
+        parser.error("numbers must be at least 1")
 
     print(f"{'model':24} {'work':14} {'CPU s':>7} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        models = {f"{args.activations} activations": folder / "activations.onnx"}
-        many_activations(*models.values(), args.activations)
-        models[f"{args.layers / 16:g} GiB of weights"] = folder / "weights.onnx"
+        models = {
+            f"{args.activations} activations": folder / "activations.onnx",
+            f"{args.layers / 16:g} GiB of weights": folder / "weights.onnx",
+        }
+        many_activations(folder / "activations.onnx", args.activations)
         many_weights(folder / "weights.onnx", args.layers)
         for label, path in models.items():
             works = works_on(path)

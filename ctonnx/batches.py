@@ -68,16 +68,18 @@ def cast(what, array, dtype):
     """An array in the dtype that a model takes, contiguous.
 
     Raises:
-        UsageError: it is of another kind of numbers, or holds some that the dtype cannot: a float
-            may lose digits, but neither it nor an integer may become another number.
+        UsageError: it is of another kind of numbers, or holds some beyond the dtype's range; what
+            becomes a float may lose digits.
     """
     if not np.can_cast(array.dtype, dtype, "same_kind"):
         raise UsageError(f"{what} is {array.dtype}, the model takes {dtype}")
     with np.errstate(over="ignore"):
         made = np.asarray(array, dtype, order="C")
-    safe = np.can_cast(array.dtype, dtype, "safe")
-    if not safe and not np.allclose(made, array, rtol=1e-2, atol=1e-4, equal_nan=True):
-        raise UsageError(f"{what} holds numbers that {dtype} cannot")
+    if not np.can_cast(array.dtype, dtype, "safe"):
+        integral = np.issubdtype(dtype, np.integer)
+        kept = made == array if integral else np.isfinite(made) == np.isfinite(array)
+        if not kept.all():
+            raise UsageError(f"{what} holds numbers that {dtype} cannot")
     return made
 
 

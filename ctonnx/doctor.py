@@ -37,10 +37,6 @@ def examine():
     report = {"packages": packages, "providers": [], "library": None, "cpu_level": None}
     report |= {"cuda_kernels": None, "cuda": "the op library does not run", "problems": []}
     report["ok"] = False
-    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
-        report["problems"].append(
-            "onnxruntime and onnxruntime-gpu share one module: uninstall both, then install one"
-        )
     error = None
     with _noting(report["problems"]):
         report["library"] = runtime.get_library_path()
@@ -50,6 +46,10 @@ def examine():
         report["providers"] = runtime.import_onnxruntime().get_available_providers()
         if not report["problems"]:
             error = _largest_error()
+    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
+        report["problems"].append(
+            "onnxruntime and onnxruntime-gpu share one module: uninstall both, then install one"
+        )
     if error is None:
         return report
     report["ok"] = error < 1e-6

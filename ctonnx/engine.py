@@ -95,7 +95,7 @@ def prepare(model, sweep_coeff=False):
         report = rewrite.steer(proto, 1.0, beta_as="required-input")
         count = f"{len(report.replaced)} activations, {len(report.skipped)} skipped"
         notes.append(f"steered on the fly: {count}")
-    betas, coeffs = rewrite.parameters_of(proto)
+    betas, coeffs = rewrite.parameters_of(proto, sweep_coeff)
     if sweep_coeff and not coeffs:
         raise UsageError("c cannot be swept: the model is lowered to primitives")
     if len(betas) > 1:

@@ -187,7 +187,7 @@ class Images(Indexed):
             scaled = np.rint(np.asarray(image) / 257).astype(np.uint8)
             image = self._pillow.fromarray(scaled)
         elif image.mode in ("I", "F"):
-            raise ValueError("pixels of 32 bits have no range that is known: save it with 8 or 16")
+            raise ValueError("its 32 bits have no range that is known: save it as PNG of 8 or 16")
         return image.convert("L" if self._channels == 1 else "RGB")
 
     def _resized(self, image):

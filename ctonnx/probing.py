@@ -12,6 +12,7 @@ what C would mean. The fit does not depend on a seed; seeds differ in the split,
 import itertools
 import math
 import operator
+import re
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -162,7 +163,7 @@ def probe(
     if coeff is not None:
         coeff = ctu.check_unit_interval("coeff", coeff)
     if (
-        isinstance(labels, str)
+        isinstance(labels, str | Path)
         and not test_labels
         and all(map(_is_npy, (train, test)))
         and train != test
@@ -405,18 +406,14 @@ def _labels(labels, source):
 
 
 def _label(label):
-    """An int, for text of a whole number too: in CSV and names of folders they are text. Else
+    """An int, for text of a whole number too: in CSV and names of folders numbers are text. Else
     text."""
     with suppress(UnicodeDecodeError):
         label = label.decode() if isinstance(label, bytes) else label
     if isinstance(label, str):
-        try:
-            number = float(label)  # What is written 1.0 among text is 1 among numbers.
-        except ValueError:
-            return label
-        if not number.is_integer():
-            return label
-        return int(label) if label.removeprefix("-").isdecimal() else int(number)
+        # A column of numbers is read as floats: what is 1.0 there is so among text.
+        number = re.fullmatch(r"(-?\d+)(\.0*)?", label)
+        return int(number[1]) if number else label
     if not isinstance(label, int | float) or label != label // 1:
         raise UsageError(f"labels are whole numbers or text, got {label!r}")
     return int(label)

@@ -245,14 +245,15 @@ def set_beta(model, beta):
         own.
 
     Raises:
-        UsageError: beta is not in [0, 1], or is a required input, which has no value to set.
+        UsageError: beta is not in [0, 1], or is a required input, which has no value to set; or as
+            `parameters_of`.
         NothingToDo: the model holds no CTU.
     """
     beta = ctu.check_unit_interval("beta", beta)
     check_names(model)
-    _steered(model)
+    _steered(model)  # What is lowered to primitives may have an input for beta all the same.
     held, _ = parameters_of(model)
-    if not held or not held.issubset(tensor.name for tensor in model.graph.initializer):
+    if not held.issubset(tensor.name for tensor in model.graph.initializer):
         raise UsageError("beta is a required input of this model: feed it instead of setting it")
     fill_beta(model, held, beta)
     for entry in model.metadata_props:
@@ -276,26 +277,50 @@ def beta_names(model):
         return {name}  # Lowered to primitives it holds no CTU, but may have this input.
 
 
-def parameters_of(model):
+def parameters_of(model, coeff=False):
     """As `beta_names`, and the names of those that hold a c: none after lowering to primitives.
 
+    Args:
+        coeff: whether c is to change as well as beta.
+
     Raises:
-        UsageError: a beta cannot be changed for all CTUs, and for nothing else.
+        UsageError: what is to change cannot, for all CTUs and nothing else.
+        NothingToDo: as `beta_names`.
     """
-    betas, coeffs = beta_names(model), set()
-    with suppress(NothingToDo):
-        coeffs = _inputs_of_ctus(_steered(model), 2, 3)
-    if betas & coeffs:
-        # ONNX Runtime's optimiser shares constants.
-        raise UsageError(
-            f"{min(betas & coeffs)!r} holds both beta and c, as they were equal when the model was "
-            "optimised: steer its original"
-        )
-    graph = model.graph
-    beyond = betas - {held.name for held in (*graph.input, *graph.initializer)}
-    if beyond:
-        raise UsageError(f"beta {min(beyond)!r} lies in a body or function: steer the original")
+    betas = beta_names(model)
+    try:
+        steered = _steered(model)
+    except NothingToDo:
+        return betas, set()
+    if not betas:
+        raise UsageError("the model's CTUs name no beta: steer its original")
+    coeffs = _inputs_of_ctus(steered, 2, 3)
+    _check_alone(model, betas, 1)
+    if coeff:
+        _check_alone(model, coeffs, 2)
     return betas, coeffs
+
+
+def _check_alone(model, parameters, slot):
+    """Raise UsageError where `parameters` are not the graph's, or are more than input `slot` of
+    CTUs: ONNX Runtime's optimiser shares constants that are equal."""
+    graph = model.graph
+    beyond = parameters - {held.name for held in (*graph.input, *graph.initializer)}
+    if beyond:
+        raise UsageError(
+            f"{min(beyond)!r} is no input or initializer of the graph, so it cannot be changed: "
+            "steer the original"
+        )
+    places, seen = _given(model, parameters)
+    for scope in scopes(model):
+        for node in scope.body.node if seen(scope) else ():
+            allowed = {slot} if ctu.is_ctu(node) else places.get(key_of(node), ())
+            for i, name in enumerate(node.input):
+                if name in parameters and i not in allowed:
+                    raise UsageError(
+                        f"{name!r} is also an input of {node.op_type} {node_label(node)!r}, as the "
+                        "optimiser shares what is equal: steer the original"
+                    )
 
 
 def require_inputs(model, names):
@@ -320,7 +345,7 @@ def give(model, beta, coeff=None, beta_as="initializer"):
         beta_as: "initializer" or "input".
 
     Raises:
-        As `steer`.
+        As `steer`, or as `settle`.
     """
     if holds_steered(model):
         settle(model, beta, coeff, beta_as)
@@ -333,8 +358,11 @@ def settle(model, beta, coeff=None, beta_as="initializer"):
 
     Whatever held a beta before, one initializer does then, and it is an optional input where
     `beta_as` is "input". Those of c keep their names, and become initializers where it is given.
+
+    Raises:
+        As `parameters_of`.
     """
-    betas, coeffs = parameters_of(model)
+    betas, coeffs = parameters_of(model, coeff is not None)
     name = _metadata(model, "ctonnx.beta_input")
     name = name if name in betas else min(betas)
     _merge(model, betas, name)
@@ -350,7 +378,7 @@ def settle(model, beta, coeff=None, beta_as="initializer"):
     if asked:
         model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
     recorded = {"ctonnx.beta": repr(beta), "ctonnx.beta_input": asked}
-    if coeff is not None:
+    if coeff is not None and coeffs:
         recorded["ctonnx.coeff"] = repr(coeff)
     if not coeffs and _metadata(model, "ctonnx.beta") == PER_ACTIVATION:
         del recorded["ctonnx.beta"]  # Lowered to primitives, activations keep a beta of their own.
@@ -881,28 +909,51 @@ def _pass_into_functions(model, parameters):
             function.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
 
 
-def _merge(model, parameters, name):
-    """Make one, `name`, of `parameters` of ours: in nodes, and in what functions are given."""
+def _given(model, parameters):
+    """Which functions are given `parameters` of ours as `_pass_into_functions` does it: by the same
+    name within as in all calls.
+
+    Returns:
+        key of a function -> the indices of these inputs, and a function that tells whether the
+        parameters are seen in a Scope.
+    """
     functions = {key: f for key, f in functions_of(model).items() if not ctu.is_ctu(f)}
     places = {
-        key: [i for i, held in enumerate(function.input) if held in parameters]
+        key: {i for i, held in enumerate(function.input) if held in parameters}
         for key, function in functions.items()
     }
+    for scope in scopes(model):
+        for node in scope.body.node:
+            held = places.get(key_of(node), set())
+            names = functions[key_of(node)].input if held else ()
+            held -= {i for i in held if node.input[i : i + 1] != [names[i]]}
 
-    def merge(inputs, places, seen):
-        for i in reversed(places[1:]):
-            del inputs[i : i + 1]  # A call may leave out the last ones.
-        for i, held in enumerate(inputs):
-            if held in seen:
-                inputs[i] = name
+    def seen(scope):
+        # What is given none may have tensors of such names itself.
+        return scope.function is None or bool(places.get(key_of(scope.function)))
+
+    return places, seen
+
+
+def _merge(model, parameters, name):
+    """Make one, `name`, of `parameters` of ours: in nodes, and in what functions are given."""
+    places, seen = _given(model, parameters)
+
+    def merge(inputs, ours):
+        for i in sorted(ours, reverse=True)[:-1]:
+            del inputs[i]
+        for i in sorted(ours)[:1]:
+            inputs[i] = name
 
     for scope in scopes(model):
-        # A function that is given none may have tensors of such names itself.
-        sees = scope.function is None or places.get(key_of(scope.function))
-        for node in scope.body.node:
-            merge(node.input, places.get(key_of(node), []), parameters if sees else ())
-    for key, function in functions.items():
-        merge(function.input, places[key], parameters)
+        for node in scope.body.node if seen(scope) else ():
+            ours = places.get(key_of(node), ())
+            merge(node.input, ours)
+            for i, held in enumerate(node.input):
+                if held in parameters and ctu.is_ctu(node):
+                    node.input[i] = name
+    for function in model.functions:
+        merge(function.input, places.get(key_of(function), ()))
 
 
 def _inline(model):

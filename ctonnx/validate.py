@@ -327,8 +327,7 @@ def _check_inputs(model, inputs, notes):
 
 def _with_outputs(model, names):
     """A copy of a ModelProto whose outputs are the tensors `names`."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = files.own(model)
     del copy.graph.output[:]
     # ONNX Runtime infers their types.
     copy.graph.output.extend(ValueInfoProto(name=name) for name in names)

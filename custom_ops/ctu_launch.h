@@ -11,7 +11,7 @@
 namespace ctonnx {
 
 constexpr uint64_t kEnoughBlocks = 1024;     // for every multiprocessor to be busy
-constexpr uint64_t kMaxPerThread = 8;        // packets: parameters read once serve those of a point
+constexpr uint64_t kMaxPerThread = 8;        // packets: those of one point share its parameters
 constexpr uint64_t kMaxBlocks = 0x7fffffff;  // CUDA's limit
 
 // The work of y = CTU(x) for `count` > 0 elements, x and y aligned to their type, equal or apart;

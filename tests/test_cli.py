@@ -184,6 +184,11 @@ def test_doctor_without_onnxruntime_finds_the_library(run, monkeypatch):
 def test_doctor_says_what_is_wrong(run, monkeypatch):
     from ctonnx import doctor, runtime
 
+    with monkeypatch.context() as twice:
+        twice.setattr(doctor, "_version", lambda package: "1.0")
+        code, out, err = run("doctor")
+        assert (code, out.splitlines()[-1]) == (0, "works")
+        assert err.startswith("problem: onnxruntime and onnxruntime-gpu share one module")
     monkeypatch.setattr(doctor, "_largest_error", lambda: 0.1)
     code, out, err = run("doctor")
     assert (code, out.splitlines()[-1]) == (4, "the op library does not work, see above")

@@ -181,7 +181,7 @@ def test_images_of_16_bits_are_scaled(tmp_path):
     np.testing.assert_allclose(batch.ravel(), pixels[0] / 65535, atol=0.5 / 255)
     for dtype in np.int32, np.float32:
         Image.fromarray(pixels.astype(dtype)).save(tmp_path / "a.tif")
-        with pytest.raises(ModelError, match=r"a\.tif: cannot be read as an image: pixels of 32"):
+        with pytest.raises(ModelError, match=r"a\.tif: cannot be read as an image: its 32 bits"):
             everything(open_source(tmp_path, inputs))
 
 

@@ -374,7 +374,8 @@ def test_twenty_thousand_activations_there_and_back():
 
 
 def instructions(work):
-    """How many of Python's instructions it takes, which is the same on every machine."""
+    """How many of Python's instructions it takes, which no load of the machine changes: blind to
+    what one of them does in C, which benchmarks/rewrite.py shows."""
     count = 0
 
     def trace(frame, event, _):

@@ -98,8 +98,9 @@ def test_a_ctu_that_lacks_inputs():
     model = ctonnx.patch(relu(), 0.5)
     del model.graph.node[0].input[1:]
     assert [(a.status, a.beta, a.coeff) for a in rewrite.find(model)] == [("steered", None, None)]
-    with pytest.raises(UsageError, match="required input"):
-        rewrite.set_beta(model, 0.5)
+    for change in rewrite.set_beta, rewrite.give:
+        with pytest.raises(UsageError, match="CTUs name no beta: steer its original"):
+            change(model, 0.5)
 
 
 @pytest.mark.parametrize("values", [{}, {"float_data": [1, 2]}, {"raw_data": b"123"}])

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -226,11 +227,11 @@ def test_what_hangs_on_the_old_head_is_left_out():
 
 def test_labels_are_the_same_however_they_are_written(tmp_path):
     """In one batch all are numbers, in another there is text."""
-    labels = ["1.0", "2"] * 40 + ["1.0", "cat"] * 5
+    labels = ["1.0", "2"] * 40 + ["1.0", "cat", "1e0"] * 5
     lines = ["a,b,c,label", *(f"1,{i % 7},{i % 5},{label}" for i, label in enumerate(labels))]
     (tmp_path / "d.csv").write_text("\n".join(lines))
     result = ctonnx.probe(small(), tmp_path / "d.csv", tmp_path / "d.csv", [0.5])
-    assert result.classes == [1, 2, "cat"]
+    assert result.classes == [1, 2, "1e0", "cat"]
 
 
 def test_an_embedding_may_come_before_the_scores():
@@ -554,8 +555,9 @@ def test_labels_in_a_file_are_of_one_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, array in {"x": X, "y": Y, "z": X[::-1], "t": Y[::-1]}.items():
         np.save(f"{name}.npy", array)
-    with pytest.raises(UsageError, match=r"y.npy holds the training labels: name the others"):
-        ctonnx.probe(small(), "x.npy", "z.npy", [0.5], labels="y.npy")
+    for labels in "y.npy", Path("y.npy"):
+        with pytest.raises(UsageError, match=r"y.npy holds the training labels: name the others"):
+            ctonnx.probe(small(), "x.npy", "z.npy", [0.5], labels=labels)
     options = {"labels": "y.npy", "test_labels": "t.npy"}
     both = ctonnx.probe(small(), "x.npy", "z.npy", [0.5], **options)
     plain = ctonnx.probe(small(), GOOD, GOOD, [0.5])

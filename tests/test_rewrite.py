@@ -2,10 +2,12 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import DIGITS, parsed, without_steering
 from onnx import ModelProto, TensorProto, helper, inliner
 
+import ctonnx
 from ctonnx import activations, ctu, rewrite
 from ctonnx.errors import ModelError, NothingToDo, UsageError
 from ctonnx.graph import node_label, scopes
@@ -682,23 +684,60 @@ def test_set_beta():
         assert changed == expected
 
 
-def test_a_beta_that_cannot_be_changed_alone_is_left():
-    """Shared with c by an optimiser, or in a body, as onnx-graphsurgeon can put it."""
-    shared, inside = (steered(parsed(RELU), 0.5)[0] for _ in range(2))
-    (unit,) = (node for node in shared.graph.node if node.op_type == "CTU")
-    unit.input[2] = unit.input[1]
-    (unit,) = (node for node in inside.graph.node if node.op_type == "CTU")
-    unit.input[1] = "inner"
-    body = helper.make_graph([unit], "body", [], [onnx.ValueInfoProto(name=unit.output[0])])
-    body.initializer.append(helper.make_tensor("inner", TensorProto.FLOAT, [], [0.5]))
-    branches = {"then_branch": body, "else_branch": body}
-    unit.CopyFrom(helper.make_node("If", ["go"], unit.output, **branches))
-    for model, message in (shared, "'beta' holds both beta and c"), (inside, "'inner' lies in a"):
+def test_a_parameter_that_cannot_be_changed_alone_is_left():
+    """Shared with others by an optimiser, or in a body, as onnx-graphsurgeon can put it."""
+
+    def unit(model):
+        return next(node for node in model.graph.node if node.op_type == "CTU")
+
+    with_c, with_slope, with_others, beta_inside, c_inside = (
+        steered(parsed(RELU), 0.5)[0] for _ in range(5)
+    )
+    unit(with_c).input[2] = "beta"
+    unit(with_slope).input.append("coeff")
+    with_others.graph.node.add(op_type="Neg", name="n", input=["beta"], output=["minus"])
+    for model, slot in (beta_inside, 1), (c_inside, 2):
+        node = unit(model)
+        node.input[slot] = "inner"
+        body = helper.make_graph([node], "body", [], [onnx.ValueInfoProto(name=node.output[0])])
+        body.initializer.append(helper.make_tensor("inner", TensorProto.FLOAT, [], [0.5]))
+        branches = {"then_branch": body, "else_branch": body}
+        node.CopyFrom(helper.make_node("If", ["go"], node.output, **branches))
+
+    def set_both(model, beta):
+        rewrite.settle(model, beta, 0.3)
+
+    changes = rewrite.set_beta, rewrite.settle, set_both
+    for model, refused, message in [
+        (with_c, changes, "'beta' is also an input of CTU"),
+        (with_slope, [set_both], "'coeff' is also an input of CTU"),
+        (with_others, changes, "'beta' is also an input of Neg 'n', as the optimiser shares"),
+        (beta_inside, changes, "'inner' is no input or initializer of the graph"),
+        (c_inside, [set_both], "'inner' is no input or initializer of the graph"),
+    ]:
         before = model.SerializeToString(deterministic=True)
-        for change in rewrite.set_beta, rewrite.settle:
+        for change in refused:
             with pytest.raises(UsageError, match=message):
                 change(model, 0.8)
-        assert model.SerializeToString(deterministic=True) == before
+            assert model.SerializeToString(deterministic=True) == before
+        if refused is not changes:
+            rewrite.set_beta(model, 0.8)
+            assert {a.beta for a in rewrite.find(model)} == {0.8}
+
+
+def test_constants_that_onnxruntime_shares_are_not_changed(tmp_path):
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[4] x) => (float[4] y)
+        <float half = {0.5}> { a = Relu(x)  y = Mul(a, half) }"""
+    )
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "shared.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    ctonnx.session(ctonnx.patch(model, 0.5, 0.3), session_options=options, layout=False)
+    shared = onnx.load(tmp_path / "shared.onnx")
+    assert len(shared.graph.initializer) == 2
+    with pytest.raises(UsageError, match="is also an input of Mul"):
+        rewrite.set_beta(shared, 0.9)
 
 
 def test_giving_steers_or_settles():
@@ -760,9 +799,11 @@ def test_settling_leaves_a_function_that_is_given_no_beta():
     model = parsed(
         """<ir_version: 8, opset_import: ["" : 17, "my" : 1, "ctonnx" : 1]>
         g (float[4] x) => (float[4] y) <float b = {0.3}, float d = {0.5}, float c = {0.5}>
-        { h = ctonnx.CTU(x, b, c)  i = ctonnx.CTU(h, d, c)  y = my.f(i) }
+        { h = ctonnx.CTU(x, b, c)  i = ctonnx.CTU(h, d, c)  j = my.f(i)  y = my.g(j, x, x) }
         <domain: "my", opset_import: ["" : 17]>
-        f (X) => (Y) { d = Constant <value_float: float = 0.9> ()  Y = Mul(X, d) }"""
+        f (X) => (Y) { d = Constant <value_float: float = 0.9> ()  Y = Mul(X, d) }
+        <domain: "my", opset_import: ["" : 17]>
+        g (X, b, d) => (Y) { e = Sub(b, d)  Y = Add(X, e) }"""
     )
     rewrite.settle(model, 0.7)
     x = INPUTS["plain"]["x"][0]
