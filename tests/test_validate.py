@@ -341,11 +341,6 @@ def test_inputs_and_shapes_that_do_not_fit(tmp_path):
     for beta_as in ("input", "required-input"):
         path = steered(tmp_path, beta_as=beta_as)
         assert validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz").ok
-    np.savez(tmp_path / "inputs.npz", image=image, beta=[0.5, 0.6, 0.7])
-    with pytest.raises(UsageError, match=r"'beta' is one number, got \[3\]"):
-        validate.validate(steered(tmp_path, beta_as="input"), inputs=tmp_path / "inputs.npz")
-    path = steered(tmp_path, beta_as="required-input")
-    np.savez(tmp_path / "inputs.npz", image=image, beta=0.5)
     other = parsed(
         """<ir_version: 8, opset_import: ["" : 17]> g (float[4] q) => (float[4] y) { y = Neg(q) }"""
     )
@@ -366,6 +361,14 @@ def test_inputs_and_shapes_that_do_not_fit(tmp_path):
     (tmp_path / "inputs.npz").write_bytes(b"no archive")
     with pytest.raises(ModelError, match="cannot be read as an"):
         validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
+
+
+def test_a_beta_of_several_numbers_is_refused(tmp_path):
+    pytest.importorskip("torch")
+    image = np.load(DIGITS / "digits_test.npz")["image"][:4]
+    np.savez(tmp_path / "inputs.npz", image=image, beta=[0.5, 0.6, 0.7])
+    with pytest.raises(UsageError, match=r"'beta' is one number, got \[3\]"):
+        validate.validate(steered(tmp_path, beta_as="input"), inputs=tmp_path / "inputs.npz")
 
 
 NETWORKS = """
