@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import click
 
@@ -25,6 +26,11 @@ def cli(context):
     """Steer ONNX models by one number: Curvature Tuning (arXiv 2502.07783) without training."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+
+
+def _list(context, option, value):
+    """A list of names from text with commas."""
+    return value and [name.strip() for name in value.split(",")]
 
 
 # As typed, for a Path would drop the slash that ends a folder's name, and take `./-` for `-`.
@@ -61,6 +67,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option(
     "--ops",
     metavar="LIST",
+    callback=_list,
     help="Op types to steer.  [default: relu, leakyrelu, prelu, clip, hardsigmoid, max, min]",
 )
 @click.option("--include", metavar="REGEX", help="Steer only nodes whose name matches.")
@@ -80,7 +87,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @_force
 @_json
-def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, as_json, **choices):
+def patch(model, beta, coeff, params_file, output, check, dry_run, force, as_json, **choices):
     """Steer MODEL: write a copy with CT units for activations.
 
     MODEL is a file, or - for standard input. Written is --output, or else X.ct.onnx beside X.onnx,
@@ -93,8 +100,7 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
     given = None if params_file is None else params.load(params_file)
 
     def steer(proto):
-        names = None if ops is None else [name.strip() for name in ops.split(",")]
-        return rewrite.steer(proto, beta, coeff, params=given, ops=names, **choices)
+        return rewrite.steer(proto, beta, coeff, params=given, **choices)
 
     def verify(report, path):
         checks.update(validate.check_steered(model, path, report, beta, choices["lowering"]))
@@ -102,11 +108,14 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
     checks = {}
     if dry_run and check:
         raise click.UsageError("--check runs what is written: it does not go with --dry-run")
+    over_itself = output not in (None, "-") and Path(output).resolve() == Path(model).resolve()
+    if over_itself and choices["lowering"] == "primitives":
+        raise click.UsageError("primitives cannot be undone: write to another file than MODEL")
     report, output = files.edit(
         model,
         steer,
         api.steered_path if output is None else output,
-        force,
+        force or dry_run,
         verify if check else None,
         _progress(),
         write=not dry_run,
@@ -259,6 +268,14 @@ def _numbers(context, option, value):
         raise click.BadParameter(f"{value!r} is no list of numbers") from None
 
 
+def _check_outputs(written, read):
+    """Raise where one of the files written, option -> path, is another of them or one read."""
+    seen = {Path(path).resolve(): name for name, path in read.items()}
+    for name, path in written.items():
+        if path not in (None, "-") and seen.setdefault(Path(path).resolve(), name) != name:
+            raise click.UsageError(f"{name} and {seen[Path(path).resolve()]} name one file")
+
+
 def _options(*options):
     """A decorator that gives a command several options, in that order."""
 
@@ -280,6 +297,12 @@ _betas = click.option(
     default="0.7:1.0:0.01",
     show_default=True,
     help="What to try; the original, at 1, is tried too.",
+)
+_providers = click.option(
+    "--providers",
+    metavar="LIST",
+    callback=_list,
+    help="ONNX Runtime's execution providers.  [default: all that are there but TensorRT's]",
 )
 # How data become batches.
 _feeding = _options(
@@ -348,6 +371,7 @@ def _transform(preset, **given):
     "--confidence", type=float, default=0.95, show_default=True, help="Of what racing finds."
 )
 @_feeding
+@_providers
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
@@ -417,6 +441,8 @@ def sweep(
         plot.check(None if drawing == "-" else drawing)
     for path in filter(None, (save_best, None if drawing == "-" else drawing)):
         files.check_output(path, force)
+    written = {"--output": output, "--save-best": save_best, "--plot": drawing}
+    _check_outputs(written, {"--data": dataset})
     if not runtime.has_library():
         _say("the op library is not installed: the model runs as its fallback")
     kept = sweeping.progress_path(output)
@@ -483,7 +509,7 @@ def _points_table(result):
 def _form(result):
     """How numbers of the metric's size are written."""
     largest = max((abs(p.value) for p in result.points if p.value == p.value), default=0)
-    return ".4f" if 0.01 <= largest < 1e5 else ".3e"
+    return ".4f" if 0.01 <= largest < 1e5 or not largest else ".3e"
 
 
 def _verdict(result):
@@ -527,6 +553,7 @@ def _verdict(result):
     "--validation", type=float, default=0.2, show_default=True, help="Share of --train for that."
 )
 @_feeding
+@_providers
 @click.option("-o", "--output", metavar="FILE", help="Where to write the model.")
 @click.option("--points", metavar="FILE", help="Write the points: .csv, .json or .parquet.")
 @_force
@@ -540,8 +567,6 @@ def probe(model, output, points, preset, resize, crop, mean, std, force, as_json
 
     DATA and GRID are as for sweep.
     """
-    from pathlib import Path
-
     from . import files, probing, results, runtime
 
     if files.STDIO in (model, output):
@@ -550,8 +575,8 @@ def probe(model, output, points, preset, resize, crop, mean, std, force, as_json
     if points is not None:
         results.check_format(points)
         files.check_output(points, force)
-        if Path(points).resolve() == Path(output).resolve():
-            raise click.UsageError("--points and --output name one file")
+    read = {"MODEL": model, "--train": choices["train"], "--test": choices["test"]}
+    _check_outputs({"--output": output, "--points": points}, read)
     if not runtime.has_library():
         _say("the op library is not installed: the model runs as its fallback")
     with warnings.catch_warnings():
@@ -627,6 +652,7 @@ def _chosen(result):
 @click.option(
     "--providers",
     metavar="LIST",
+    callback=_list,
     default="CPUExecutionProvider",
     show_default=True,
     help="ONNX Runtime's execution providers, each in turn.",
@@ -641,7 +667,7 @@ def _chosen(result):
     "--atol", type=click.FloatRange(0), help="Allowed difference besides.  [default: 1e-6]"
 )
 @_json
-def validate(model, shapes, providers, as_json, **options):
+def validate(model, shapes, as_json, **options):
     """Show that MODEL computes what the method says.
 
     Each output that it gives in ONNX Runtime is compared with that of a float64 run, or of another
@@ -653,12 +679,7 @@ def validate(model, shapes, providers, as_json, **options):
     from .results import without_nan
     from .validate import validate
 
-    result = validate(
-        model,
-        shapes=dict(map(_named_sizes, shapes)),
-        providers=[name.strip() for name in providers.split(",")],
-        **options,
-    )
+    result = validate(model, shapes=dict(map(_named_sizes, shapes)), **options)
     for note in result.notes:
         _say(note)
     if as_json:

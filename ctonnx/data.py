@@ -70,11 +70,15 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
         raise ModelError(f"{path}: no such file")
     if kind == ".npz":
         archive = Archive(path)
-        held, target = _split(archive, inputs, labels)
-        return Arrays(
+        held, name = _split(archive, inputs, labels)
+        target = None if name is None else archive.rows(name)
+        source = Arrays(
             *(held, target, inputs, size, shuffle, path),
             *(lambda: [*stamp(path), labels], archive.folder),
         )
+        if name not in (None, labels, *LABELS):
+            source.notes = [f"{path}: took {name!r} for the labels"]
+        return source
     if kind == ".npy":
         target = None if labels is None else Rows(labels)
         held = {_only(inputs, path).name: Rows(path)}
@@ -92,10 +96,11 @@ _END = object()
 class Indexed:
     """Base of sources whose samples have numbers; `_read` gives the Batch of an array of them.
 
-    `identified` is a function that gives what tells these data from others, for JSON.
+    `identified` is a function that gives what tells these data from others, for JSON; `notes` are
+    lines that a user should see.
     """
 
-    random = True
+    random, notes = True, ()
 
     def __init__(self, count, inputs, size, shuffle, name, identified):
         if not count:
@@ -272,7 +277,7 @@ def digest(data):
 
 
 def _split(archive, inputs, labels):
-    """The arrays that are inputs, and the labels among the others or None."""
+    """The arrays that are inputs, and the name of the labels among the others or None."""
     path, arrays = archive.path, archive.names
     names = [i.name for i in inputs]
     missing = [name for name in names if name not in arrays]
@@ -286,8 +291,7 @@ def _split(archive, inputs, labels):
         labels = found[0] if found else None
     elif labels not in arrays:
         raise UsageError(f"{path}: holds no array {labels!r}: it holds {names_of(arrays)}")
-    held = {name: archive.rows(name) for name in names}
-    return held, None if labels is None else archive.rows(labels)
+    return {name: archive.rows(name) for name in names}, labels
 
 
 def _named(given, inputs):

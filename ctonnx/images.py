@@ -129,13 +129,18 @@ class Images(Indexed):
         found = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] not in "._"]
         numbers = all(name.isdecimal() for name in found)
         classes = sorted(found, key=int) if numbers else sorted(found)
-        files, labels = [], []
+        files, labels, self.notes = [], [], []
         for label, name in enumerate(classes):
             found = images(folder / name)
+            if not found:
+                self.notes.append(f"{folder / name} holds no images that can be read")
             files.extend(f"{name}/{file}" for file in found)
             labels.extend([label] * len(found))
+        beside = images(folder)
         if not classes:
-            files, labels = images(folder), None
+            files, labels = beside, None
+        elif beside:
+            self.notes.append(f"left out {len(beside)} images beside the sub-folders of {folder}")
         if not files:
             raise ModelError(f"{folder}: holds no images, in sub-folders or itself")
         return files, None if labels is None else np.array(labels), classes

@@ -49,7 +49,9 @@ class Metric:
             UsageError: the metric does not fit the outputs or labels.
         """
         if self.needs_labels and labels is None:
-            raise UsageError(f"{self.name} needs labels, and the data hold none: see --labels")
+            raise UsageError(
+                f"{self.name} needs labels, and none were found: name them with --labels"
+            )
         if self.takes_all_outputs:
             return self.statistics(outputs, labels, original)
         with np.errstate(all="ignore"):

@@ -186,6 +186,8 @@ def probe(
         )
         for each, names in ((train, labels), (test, test_labels or labels))
     ]
+    for source in sources:
+        steerable.notes.extend(getattr(source, "notes", ()))
     sets = [_read(original, source, head, [(1.0, coeff)]) for source in sources]
     classes = _classes(sets)
     targets = [_indices(given.labels, classes) for given in sets]

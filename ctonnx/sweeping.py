@@ -105,11 +105,13 @@ def sweep(
         skip=skip_broken,
     )
     source = opening()
+    steerable.notes.extend(getattr(source, "notes", ()))
     folders = len(getattr(source, "classes", ()))
     if 1 < folders < (steerable.scores or 0):
         steerable.notes.append(
             f"{dataset} has folders of {folders} classes, the model scores of {steerable.scores}: "
-            f"they were labelled 0 to {folders - 1}, in order"
+            f"they were labelled 0 to {folders - 1}, in order; where one is missing, make an empty "
+            "folder of its name"
         )
     count = _length(source)
     if count is None and (search, engine) != ("grid", "local"):

@@ -243,6 +243,10 @@ MISTAKES = [
     (["patch", "digits.onnx", "--beta", "0.5", "-o", "taken.onnx/"], 2, "is a folder"),
     (["patch", "digits.onnx", "--beta", "0.5", "-o", ""], 2, "is a folder"),
     (["patch", "", "--beta", "0.5"], 3, "is a folder"),
+    (
+        ["patch", "digits.onnx", "--beta=1", "--lowering=primitives", "-o./digits.onnx", "--force"],
+        *(2, "primitives cannot be undone: write to another file than MODEL"),
+    ),
     (["patch", "digits.onnx"], 2, "Missing option '--beta'"),
     (["patch", "digits.onnx", "--bet", "0.5"], 2, "No such option"),
     (["patch", "steered.onnx", "--beta", "0.5"], 2, "already steered"),

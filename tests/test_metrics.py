@@ -127,7 +127,7 @@ def test_a_function_of_the_users(tmp_path, monkeypatch):
 
 MISFITS = [
     ("accuracy", LOGITS[:, :1], LABELS, "accuracy needs a score per class, (N, classes)"),
-    ("accuracy", LOGITS, None, "accuracy needs labels, and the data hold none"),
+    ("accuracy", LOGITS, None, "accuracy needs labels, and none were found"),
     ("accuracy", LOGITS, LABELS + 1, "label 5 is out of range: the output has classes 0 to 4"),
     ("accuracy", LOGITS, LABELS - 1, "label -1 is out of range"),
     (

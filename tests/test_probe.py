@@ -627,7 +627,9 @@ BOTH = ("--train", "a.npz", "--test", "a.npz")
         (("no.onnx", *BOTH), 3, "no.onnx: no such file"),
         (("m.onnx", "--train", "b.npz", "--test", "a.npz"), 3, "b.npz: no such file"),
         (("m.onnx", *BOTH, "--points", "p.txt"), 2, "p.txt: results"),
-        (("m.onnx", *BOTH, "-o", "m.onnx"), 2, "exists already"),
+        (("m.onnx", *BOTH, "-o", "b.onnx"), 2, "exists already"),
+        (("m.onnx", *BOTH, "-o", "./m.onnx", "--force"), 2, "--output and MODEL name one file"),
+        (("m.onnx", *BOTH, "--providers", "Abacus, CPU"), 4, "Abacus is not available"),
         (("m.onnx", *BOTH, "-o", "p.csv", "--points", "./p.csv"), 2, "name one file"),
         (("m.onnx", *BOTH, "--features", "u"), 2, "no tensor 'u'"),
     ],
@@ -635,7 +637,8 @@ BOTH = ("--train", "a.npz", "--test", "a.npz")
 def test_mistakes_end_the_command_with_a_line_and_nothing_written(
     tmp_path, arguments, code, line, monkeypatch, capsys
 ):
-    onnx.save(small(), tmp_path / "m.onnx")
+    for name in "m.onnx", "b.onnx":
+        onnx.save(small(), tmp_path / name)
     np.savez(tmp_path / "a.npz", x=X, label=Y)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ctonnx", "probe", *arguments])
@@ -645,4 +648,4 @@ def test_mistakes_end_the_command_with_a_line_and_nothing_written(
     out, err = capsys.readouterr()
     assert line in err
     assert (out, err.count("\n")) == ("", 1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "m.onnx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.onnx", "m.onnx"]

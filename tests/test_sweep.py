@@ -537,6 +537,38 @@ def test_the_command_prints_the_result_alone(tmp_path):
     assert document == json.loads((tmp_path / "r.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        (["-o", "o.csv", "--save-best", "./o.csv"], "--save-best and --output"),
+        (["-o", "d.csv", "--force"], "--output and --data"),
+    ],
+)
+def test_outputs_are_files_of_their_own(tmp_path, outputs, names):
+    data = "x0,label\n1,0\n2,1\n"
+    (tmp_path / "d.csv").write_text(data)
+    code, out, err = command(MODEL, "--data", "d.csv", *outputs, cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert f"{names} name one file" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["d.csv"]
+    assert (tmp_path / "d.csv").read_text() == data
+
+
+def test_what_data_hold_besides_is_told(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    np.savez(tmp_path / "d.npz", image=HELD["image"], what=HELD["label"])
+    assert ctonnx.sweep(MODEL, tmp_path / "d.npz", [0.8]).notes[1:] == [
+        f"{tmp_path / 'd.npz'}: took 'what' for the labels"
+    ]
+    for name in "0/a", "1/b", "c":
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(HELD["image"][0, 0] * 255)).save(tmp_path / f"images/{name}.png")
+    (tmp_path / "images" / "2").mkdir()
+    notes = ctonnx.sweep(MODEL, tmp_path / "images", [0.8]).notes
+    assert f"{tmp_path / 'images' / '2'} holds no images that can be read" in notes
+    assert f"left out 1 images beside the sub-folders of {tmp_path / 'images'}" in notes
+
+
 def test_a_missing_folder_is_told(tmp_path):
     """Labels count the folders, so those behind it are others than the model's."""
     Image = pytest.importorskip("PIL.Image")
@@ -548,7 +580,8 @@ def test_a_missing_folder_is_told(tmp_path):
     result = ctonnx.sweep(MODEL, tmp_path, [0.8])
     assert result.original.value < 0.6
     assert result.notes[1].endswith(
-        "has folders of 9 classes, the model scores of 10: they were labelled 0 to 8, in order"
+        "has folders of 9 classes, the model scores of 10: they were labelled 0 to 8, in order; "
+        "where one is missing, make an empty folder of its name"
     )
 
 
