@@ -53,6 +53,8 @@ PER_ACTIVATION = "per activation"
 
 _INLINED = "the model was steered, and another tool inlined its CTUs: this may be part of one"
 
+NOT_STEERED = "the model is not steered: `ctonnx patch` steers it"
+
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
 
@@ -110,7 +112,7 @@ def find(model):
     if not any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node):
         baked = _baked_parameters(model)
         found = [replace(a, **baked) if a.status == "steered" else a for a in found]
-    if _was_steered(model) and all(a.status != "steered" for a in found):
+    if was_steered(model) and all(a.status != "steered" for a in found):
         # Optimisers inline functions, and the CTU's own Relu looks like any other then.
         found = [
             replace(a, status="skipped", reason=_INLINED) if a.status == "steerable" else a
@@ -523,7 +525,7 @@ def _module(node):
 def _check_unsteered(model):
     """Raise UsageError or ModelError where steering `model` would go wrong."""
     check_names(model)
-    if _was_steered(model):
+    if was_steered(model):
         raise UsageError(
             "the model is already steered: change its beta with `ctonnx set`, or steer its original"
         )
@@ -676,7 +678,8 @@ def _opset(model):
     return opset
 
 
-def _was_steered(model):
+def was_steered(model):
+    """Whether a ModelProto is steered, or was before it was lowered to primitives or optimised."""
     # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
     return _has_record(model) or any(
         ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
@@ -699,12 +702,12 @@ def _steered(model):
         if not (scope.function and ctu.is_ctu(scope.function))
         and any(map(ctu.is_ctu, scope.body.node))
     ]
-    if not found and _was_steered(model):
+    if not found and was_steered(model):
         raise NothingToDo(
             "the model holds no CTU, for it was lowered to primitives: go back to its original"
         )
     if not found:
-        raise NothingToDo("the model is not steered: `ctonnx patch` steers it")
+        raise NothingToDo(NOT_STEERED)
     return found
 
 

@@ -86,7 +86,8 @@ def validate(
         EnvironmentLacks: a provider, torch or onnxruntime is missing, or the op library where the
             model has no fallback.
         ModelError: the model or the inputs cannot be read or run.
-        NothingToDo: there is no beta to set to 1 for `against`.
+        NothingToDo: the model was never steered and there is no PyTorch model to compare with, or
+            there is no beta to set to 1 for `against`.
         UsageError: shapes or inputs do not fit the model, one that is needed is not given, or the
             PyTorch model cannot be made, steered or run.
     """
@@ -104,8 +105,10 @@ def validate(
         side = _Original(Path(against), model)
     elif module is not None:
         side = _Module(module, model)
-    else:
+    elif rewrite.was_steered(model):
         side = _Reference(path, model)
+    else:  # It would pass: PyTorch computes the same standard ops.
+        raise NothingToDo(rewrite.NOT_STEERED)
     ways = _ways(path, model, providers, notes)
     first = ways[0].open()
     if inputs is None:

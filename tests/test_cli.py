@@ -255,6 +255,7 @@ MISTAKES = [
     (["unpatch", "steered.onnx"], 2, "does not end in .ct.onnx"),
     (["validate", "missing.onnx"], 3, "no such file"),
     (["validate", "random.onnx"], 3, "not an ONNX model, or truncated"),
+    (["validate", "digits.onnx"], 1, "the model is not steered: `ctonnx patch` steers it"),
     (["validate", "digits.onnx", "--against", "digits.onnx"], 1, "not steered"),
     (["validate", "steered.onnx", "--against", "missing.onnx"], 3, "missing.onnx: no such file"),
     (["validate", "steered.onnx", "--shape", "8x8"], 2, "--shape 8x8: expected an input's name"),
