@@ -880,6 +880,8 @@ def main():
         _say(f"ctonnx: {error.filename or 'standard output'}: {error.strerror}")
         code = 1
     except (click.Abort, KeyboardInterrupt):
+        # A second one would end Python in the middle of its own end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _say("ctonnx: interrupted")
         code = _INTERRUPTED
     sys.exit(code)

@@ -9,7 +9,7 @@ from importlib import metadata
 from os import PathLike
 from pathlib import Path
 
-from .errors import EnvironmentLacks, UsageError
+from .errors import EnvironmentLacks, UsageError, cause
 
 # The oldest ONNX Runtime whose C API has all that the library uses.
 MIN_ONNXRUNTIME = (1, 18)
@@ -71,11 +71,19 @@ def import_onnxruntime():
     """The module onnxruntime.
 
     Raises:
-        EnvironmentLacks: it is not installed, or too old.
+        EnvironmentLacks: it is not installed, too old, or cannot be imported.
     """
     try:
         import onnxruntime
-    except ImportError:
+    except ImportError as error:
+        reason = error
+        while reason is not None:
+            # Its C++ makes an ImportError of whatever is raised while it starts.
+            if isinstance(reason, KeyboardInterrupt | SystemExit):
+                raise reason from None
+            reason = reason.__cause__ or reason.__context__
+        if not isinstance(error, ModuleNotFoundError) or error.name != "onnxruntime":
+            raise EnvironmentLacks(f"onnxruntime cannot be imported: {cause(error)}") from error
         raise EnvironmentLacks(
             "onnxruntime is not installed: pip install onnxruntime, or onnxruntime-gpu"
         ) from None

@@ -31,6 +31,8 @@ def run(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["ctonnx", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
+        # It is ignored after an interruption, by processes that are started here too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err
 
@@ -637,6 +639,44 @@ def test_interruption(run, monkeypatch):
     monkeypatch.setattr(rewrite, "steer", interrupt)
     assert run("patch", "digits.onnx", "--beta", "0.5")[0] == 130
     assert list(files()) == ["digits.onnx"]
+
+
+def test_a_second_interrupt_changes_nothing(tmp_path):
+    """While the message is printed, or Python ends."""
+    script = """if True:
+        import os, signal
+        from ctonnx import cli, doctor
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupt = lambda *given: os.kill(os.getpid(), signal.SIGINT)
+        doctor.examine, say = interrupt, cli._say
+        cli._say = lambda message: (say(message), interrupt())
+        cli.main()"""
+    command = [sys.executable, "-c", script, "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (130, "ctonnx: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "line"),
+    [
+        ("KeyboardInterrupt()", 130, "interrupted"),
+        ("SystemExit(143)", 143, ""),
+        ("OSError('no libfoo.so')", 4, "onnxruntime cannot be imported: OSError: no libfoo.so"),
+        (
+            "ModuleNotFoundError('No module named \\'numpy\\'', name='numpy')",
+            4,
+            "onnxruntime cannot be imported: ModuleNotFoundError: No module named 'numpy'",
+        ),
+    ],
+)
+def test_an_import_of_onnxruntime_that_fails(run, monkeypatch, reason, code, line):
+    """As its extension does it, which makes an ImportError of any exception."""
+    source = f"raise ImportError('initialization failed') from {reason}"
+    Path("onnxruntime.py").write_text(source)
+    monkeypatch.syspath_prepend(os.getcwd())
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    found, _, err = run("patch", "digits.onnx", "--beta", "0.9", "--check")
+    assert (found, err.strip()) == (code, line and f"ctonnx: {line}")
 
 
 def test_the_choices_are_those_of_the_library():
