@@ -211,6 +211,7 @@ def steer(
         report.replaced.append(replace(site.activation, status="steered"))
     _insert_activations(model, sites)
     _note_calibrated(model, sites, report)
+    _note_opset(opset, sites, with_function, lowering, report)
     _pass_into_functions(model, parameters.names)
     _import_domain(model, before)
     if before.ByteSize():
@@ -805,6 +806,17 @@ def _note_calibrated(model, sites, report):
     if count:
         report.notes.append(
             f"{count} feed QuantizeLinear, with a range that was calibrated without steering"
+        )
+
+
+def _note_opset(opset, sites, with_function, lowering, report):
+    """Note where ONNX Runtime has no kernels for the standard ops that stand for CTUs."""
+    needed = lowering == "primitives" or any(s.steering.op_type != ctu.OP_TYPE for s in sites)
+    if opset < 7 and (needed or with_function):
+        library = "" if needed else ", or load the op library"
+        report.notes.append(
+            f"the standard ops that make up a CTU do not run in ONNX Runtime at opset {opset}, as "
+            f"its kernels begin at 7: raise the original's with onnx.version_converter{library}"
         )
 
 

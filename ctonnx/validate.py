@@ -392,8 +392,15 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
     inputs = random_inputs(reference) if inputs is None else dict(inputs)
     at_one = files.load(steered)
     rewrite.fill_beta(at_one, report.beta_names, 1.0)
+
+    def load(path, library=False):
+        try:
+            return Model(path, library)
+        except ModelError as error:
+            raise ModelError(f"the steered model: {error}") from error
+
     with variant(steered, at_one) as opened:
-        model = Model(opened, library)
+        model = load(opened, library)
         fed = {report.beta_name: np.float32([1.0])} if report.beta_name in model.names else {}
         results = {
             "at beta 1 against the original": compare(
@@ -401,7 +408,7 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
             )
         }
     if lowering == "portable" and library:
-        with_library, without = Model(steered, True), Model(steered)
+        with_library, without = load(steered, True), load(steered)
         inputs.update(dict.fromkeys(fed, np.float32([beta])))
         results["with against without the op library"] = compare(
             without.run(inputs), with_library.run(inputs)

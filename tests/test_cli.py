@@ -248,7 +248,12 @@ MISTAKES = [
     (["patch", "digits.onnx"], 2, "Missing option '--beta'"),
     (["patch", "digits.onnx", "--bet", "0.5"], 2, "No such option"),
     (["patch", "steered.onnx", "--beta", "0.5"], 2, "already steered"),
-    (["patch", "wrong.onnx", "--beta", "0.5", "--check"], 3, "cannot load the model"),
+    (["patch", "wrong.onnx", "--beta", "0.5", "--check"], 3, "ctonnx: ONNX Runtime cannot load"),
+    (
+        ["patch", "old.onnx", "--beta", "0.5", "--check"],
+        3,
+        "the steered model: ONNX Runtime cannot",
+    ),
     (["inspect", "missing.onnx"], 3, "no such file"),
     (["set", "digits.onnx", "--beta", "0.5"], 1, "not steered"),
     (["set", "steered.onnx", "--beta", "2"], 2, "beta must lie in [0, 1]"),
@@ -306,6 +311,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
         "random.onnx": np.random.default_rng(0).bytes(1000),
         "empty.onnx": b"",
         "none.onnx": parsed(NO_ACTIVATION).SerializeToString(),
+        "old.onnx": parsed(
+            NO_ACTIVATION.replace("17", "6").replace("Neg", "Relu")
+        ).SerializeToString(),
         "wrong.onnx": digits.replace(b"Conv", b"Cnov"),
         "taken.onnx": b"precious",
         "empty.npz": b"",
