@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -86,7 +87,7 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
     MODEL is a file, or - for standard input. Written is --output, or else X.ct.onnx beside X.onnx,
     and standard output for -.
     """
-    from . import api, files, params, rewrite, runtime, validate
+    from . import api, files, params, results, rewrite, runtime, validate
 
     if beta is None and params_file is None:
         raise click.UsageError("Missing option '--beta', or '--params'")
@@ -122,15 +123,17 @@ def patch(model, beta, coeff, params_file, output, ops, check, dry_run, force, a
             skipped=[_as_json(a, "reason") for a in report.skipped],
             notes=report.notes,
             checks=[
-                {"check": name, **asdict(comparison)}
+                {"check": name, **results.without_nan(asdict(comparison))}
                 for name, comparisons in checks.items()
                 for comparison in comparisons
             ],
         )
         return
     for name, comparisons in checks.items():
-        worst = max(c.max_rel for c in comparisons)
-        _say(f"check passed: {name}, largest relative difference {worst:.1e}")
+        kind, worst = "relative", max(c.max_rel for c in comparisons)
+        if not math.isfinite(worst):  # All that an output must be is 0.
+            kind, worst = "absolute", max(c.max_abs for c in comparisons)
+        _say(f"check passed: {name}, largest {kind} difference {worst:.1e}")
     at = f"{beta:.12g}" if given is None else "per activation"
     done = "would write" if dry_run else "wrote"
     _echo(output, f"{done} {output}: {_counts(report)} at beta {at}")
