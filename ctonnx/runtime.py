@@ -133,13 +133,15 @@ def session(path, providers=None, session_options=None, *, layout=True):
     Raises:
         EnvironmentLacks: onnxruntime is not installed, too old or without one of `providers`; or
             the library is missing and the model holds no fallback.
-        UsageError: `path` is something else.
+        UsageError: `path` is something else, or `providers` is a str.
     """
     ort = import_onnxruntime()
     if hasattr(path, "SerializeToString"):
         path = path.SerializeToString()
     if not isinstance(path, str | bytes | PathLike):
         raise UsageError(f"expected a path, bytes or a ModelProto, got {type(path).__name__}")
+    if isinstance(providers, str):
+        raise UsageError(f"providers must be a list, got {providers!r}")
     options = session_options
     if options is None:
         options = ort.SessionOptions()
