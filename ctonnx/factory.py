@@ -8,7 +8,9 @@ from contextlib import nullcontext, redirect_stdout
 
 from . import files, objects, rewrite
 from .errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
+from .params import Trained
 from .runs import arrays
+from .tct import arrays as weights_of
 from .tct import pairs, read_checkpoint, restore
 from .torch import CTU, is_steered, steer, torch  # torch, or the error that it is missing
 from .torch_export import exported, resteer
@@ -106,6 +108,12 @@ def run(target, inputs, names, beta=None, coeff=None):
     names = [*names, *(f"output {i}" for i in range(len(names), len(values)))]
     outputs = arrays(zip(names, values, strict=False))
     return outputs, [_array(value) for value in record.values]
+
+
+def differing(target, initializers):
+    """The names of the TensorProtos that are not what the model that `target` names has under their
+    name; `target` as for `run`."""
+    return list(Trained((), weights_of(load(target).state_dict())).differing(initializers))
 
 
 def _flat(result):

@@ -135,6 +135,8 @@ def validate(
         if not Run(way.name, outputs).ok:
             diverges = _first_to_diverge(model, inputs, side, way, check)
         runs.append(Run(way.name, outputs, diverges))
+    if module is not None and not all(run.ok for run in runs):
+        notes += side.differing()
     if side.exact:
         units = Units(model, inputs)
         if units.left_out:
@@ -280,6 +282,17 @@ class _Module:
                 f"{self._target}: has {len(activations)} activations, not {len(names)}"
             )
         return dict(zip(names, activations, strict=True))
+
+    def differing(self):
+        """Notes on weights of the file that the PyTorch model has otherwise."""
+        from . import factory
+
+        names = factory.differing(self._target, self._model.graph.initializer)
+        if names:
+            yield (
+                f"{len(names)} weights are not those of {self._target}, such as {names[0]!r}: does "
+                "it load what was exported?"
+            )
 
 
 def _inputs(model):
