@@ -199,5 +199,8 @@ def _built(target, shapes, beta, coeff, checkpoint):
     except NothingToDo:
         if beta is None and checkpoint is not None:
             pairs(state)  # It says that there is none.
-        lack = "no activation" if beta is not None else "no CT unit: give --beta or --checkpoint"
-        raise NothingToDo(f"{target}: holds {lack}") from None
+        lack = "holds no CT unit: give --beta or --checkpoint"
+        if beta is not None:
+            skipped = [a for a in rewrite.find(proto) if a.status == "skipped"]
+            lack = rewrite.nothing_matched(skipped)
+        raise NothingToDo(f"{target}: {lack}") from None

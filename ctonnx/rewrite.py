@@ -181,7 +181,7 @@ def steer(
     if opset < 7 and any(values[key].ndim for values in given for key in ("beta", "coeff")):
         raise UsageError("params: one value per channel needs opset 7")
     if not sites:
-        raise NothingToDo(_nothing_matched(report.skipped))
+        raise NothingToDo(nothing_matched(report.skipped))
     if beta_as != "initializer" and not any(values["common"] for values in given):
         raise UsageError("no activation would use the beta that is to be an input")
 
@@ -527,9 +527,9 @@ def _check_unsteered(model):
     """Raise UsageError or ModelError where steering `model` would go wrong."""
     check_names(model)
     if was_steered(model):
-        raise UsageError(
-            "the model is already steered: change its beta with `ctonnx set`, or steer its original"
-        )
+        held = any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node)
+        change = "change its beta with `ctonnx set`, or " if held else ""
+        raise UsageError(f"the model is already steered: {change}steer its original")
     # Not the model's own imports: ONNX Runtime writes ours into what it saves, once it has seen it.
     imports = [entry for function in model.functions for entry in function.opset_import]
     nodes = [node for scope in scopes(model) for node in scope.body.node]
@@ -654,7 +654,8 @@ def _with_parameters(sites, given, beta, coeff, report):
     return [site for site, _ in kept], [values for _, values in kept]
 
 
-def _nothing_matched(skipped):
+def nothing_matched(skipped):
+    """What to say where no activation is left to steer."""
     if not skipped:
         return "no activation to steer: the model holds none"
     first = skipped[0]

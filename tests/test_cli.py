@@ -373,6 +373,9 @@ def make():
 def without():
     return nn.Linear(3, 3)
 
+def smooth():
+    return nn.GELU()
+
 def failing():
     raise KeyError("no\\nweights")
 
@@ -476,7 +479,8 @@ EXPORT_MISTAKES = [
     (("export", "nets:dict", *OUT), 2, "the module has no function of that name"),
     (("export", "builtins:dict", *OUT), 2, "builtins:dict: gives a dict, expected an nn.Module"),
     (("export", "no.such:net", *OUT), 2, "no.such: cannot be imported: ModuleNotFoundError"),
-    (("export", "nets:without", *OUT, "--checkpoint", "linear.pth"), 1, "holds no activation"),
+    (("export", "nets:without", *OUT, "--checkpoint", "linear.pth"), 1, "the model holds none"),
+    (("export", "nets:smooth", *OUT), 1, "nets:smooth: no activation to steer: skipped Gelu"),
     (("export", "n.pt2", *OUT), 2, "leave --input and --checkpoint out"),
     (("export", "none.pt2", "-o", "new.onnx"), 3, "none.pt2: no such file"),
     (("export", "bad.pt2", "-o", "new.onnx"), 3, "bad.pt2: cannot be read by torch.export"),
@@ -500,11 +504,13 @@ def test_mistakes_of_exports_are_one_line_and_write_nothing(run, nets):
 
 def test_without_pytorch_the_line_says_so(run):
     program = "import sys; sys.modules['torch'] = None; from ctonnx.cli import main; main()"
-    for arguments in (NET, ("patch", "digits.onnx", "--params", "t.pth")):
+    assert run("patch", "digits.onnx", "--beta", "0.8")[0] == 0
+    patch = "patch", "digits.onnx", "--params", "t.pth"
+    for arguments in (NET, patch, ("validate", "digits.ct.onnx")):
         command = [sys.executable, "-c", program, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (4, "")
-        line = "ctonnx: PyTorch is not installed: pip install torch onnxscript\n"
+        line = "ctonnx: PyTorch is not installed: pip install 'ctonnx[torch]'\n"
         assert done.stderr == line
 
 

@@ -816,8 +816,11 @@ def test_refusals():
     changed, _ = steered(model, 0.5)
     primitives, _ = steered(model, 0.5, lowering="primitives")
     fed, _ = steered(model, 0.5, beta_as="required-input")
-    for again in (changed, primitives):
-        with pytest.raises(UsageError, match="already steered"):
+    for again, what in (
+        (changed, "change its beta with `ctonnx set`, or steer"),
+        (primitives, "steer"),
+    ):
+        with pytest.raises(UsageError, match=f"already steered: {what} its original"):
             rewrite.steer(again, 0.5)
     with pytest.raises(UsageError, match="required input"):
         rewrite.set_beta(fed, 0.5)
