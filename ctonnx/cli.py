@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -93,7 +94,7 @@ def patch(model, beta, coeff, params_file, output, check, dry_run, force, as_jso
     MODEL is a file, or - for standard input. Written is --output, or else X.ct.onnx beside X.onnx,
     and standard output for -.
     """
-    from . import api, files, params, rewrite, runtime, validate
+    from . import api, files, params, results, rewrite, runtime, validate
 
     if beta is None and params_file is None:
         raise click.UsageError("Missing option '--beta', or '--params'")
@@ -131,15 +132,17 @@ def patch(model, beta, coeff, params_file, output, check, dry_run, force, as_jso
             skipped=[_as_json(a, "reason") for a in report.skipped],
             notes=report.notes,
             checks=[
-                {"check": name, **asdict(comparison)}
+                {"check": name, **results.without_nan(asdict(comparison))}
                 for name, comparisons in checks.items()
                 for comparison in comparisons
             ],
         )
         return
     for name, comparisons in checks.items():
-        worst = max(c.max_rel for c in comparisons)
-        _say(f"check passed: {name}, largest relative difference {worst:.1e}")
+        kind, worst = "relative", max(c.max_rel for c in comparisons)
+        if not math.isfinite(worst):  # All that an output must be is 0.
+            kind, worst = "absolute", max(c.max_abs for c in comparisons)
+        _say(f"check passed: {name}, largest {kind} difference {worst:.1e}")
     at = f"{beta:.12g}" if given is None else "per activation"
     done = "would write" if dry_run else "wrote"
     _echo(output, f"{done} {output}: {_counts(report)} at beta {at}")
@@ -901,6 +904,8 @@ def main():
         _say(f"ctonnx: {error.filename or 'standard output'}: {error.strerror}")
         code = 1
     except (click.Abort, KeyboardInterrupt):
+        # A second one would end Python in the middle of its own end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         _say("ctonnx: interrupted")
         code = _INTERRUPTED
     sys.exit(code)

@@ -8,7 +8,9 @@ from contextlib import nullcontext, redirect_stdout
 
 from . import files, objects, rewrite
 from .errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
+from .params import Trained
 from .runs import arrays
+from .tct import arrays as weights_of
 from .tct import pairs, read_checkpoint, restore
 from .torch import CTU, is_steered, steer, torch  # torch, or the error that it is missing
 from .torch_export import exported, resteer
@@ -108,6 +110,12 @@ def run(target, inputs, names, beta=None, coeff=None):
     return outputs, [_array(value) for value in record.values]
 
 
+def differing(target, initializers):
+    """The names of the TensorProtos that are not what the model that `target` names has under their
+    name; `target` as for `run`."""
+    return list(Trained((), weights_of(load(target).state_dict())).differing(initializers))
+
+
 def _flat(result):
     """What nested dicts, tuples and lists hold, in order; as exporters do it, without None."""
     if isinstance(result, dict):
@@ -191,5 +199,8 @@ def _built(target, shapes, beta, coeff, checkpoint):
     except NothingToDo:
         if beta is None and checkpoint is not None:
             pairs(state)  # It says that there is none.
-        lack = "no activation" if beta is not None else "no CT unit: give --beta or --checkpoint"
-        raise NothingToDo(f"{target}: holds {lack}") from None
+        lack = "holds no CT unit: give --beta or --checkpoint"
+        if beta is not None:
+            skipped = [a for a in rewrite.find(proto) if a.status == "skipped"]
+            lack = rewrite.nothing_matched(skipped)
+        raise NothingToDo(f"{target}: {lack}") from None

@@ -91,7 +91,7 @@ class Reference:
             import torch  # noqa: F401
         except ImportError:
             raise EnvironmentLacks(
-                "the reference run needs PyTorch: pip install 'ctonnx[torch]'"
+                "PyTorch is not installed: pip install 'ctonnx[torch]'"
             ) from None
         model = _prepared(model)
         held = {tensor.name for tensor in model.graph.initializer}

@@ -53,6 +53,8 @@ PER_ACTIVATION = "per activation"
 
 _INLINED = "the model was steered, and another tool inlined its CTUs: this may be part of one"
 
+NOT_STEERED = "the model is not steered: `ctonnx patch` steers it"
+
 LOWERINGS = ("portable", "op", "primitives")
 BETA_AS = ("initializer", "input", "required-input")
 
@@ -110,7 +112,7 @@ def find(model):
     if not any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node):
         baked = _baked_parameters(model)
         found = [replace(a, **baked) if a.status == "steered" else a for a in found]
-    if _was_steered(model) and all(a.status != "steered" for a in found):
+    if was_steered(model) and all(a.status != "steered" for a in found):
         # Optimisers inline functions, and the CTU's own Relu looks like any other then.
         found = [
             replace(a, status="skipped", reason=_INLINED) if a.status == "steerable" else a
@@ -179,7 +181,7 @@ def steer(
     if opset < 7 and any(values[key].ndim for values in given for key in ("beta", "coeff")):
         raise UsageError("params: one value per channel needs opset 7")
     if not sites:
-        raise NothingToDo(_nothing_matched(report.skipped))
+        raise NothingToDo(nothing_matched(report.skipped))
     if beta_as != "initializer" and not any(values["common"] for values in given):
         raise UsageError("no activation would use the beta that is to be an input")
 
@@ -209,6 +211,7 @@ def steer(
         report.replaced.append(replace(site.activation, status="steered"))
     _insert_activations(model, sites)
     _note_calibrated(model, sites, report)
+    _note_opset(opset, sites, with_function, lowering, report)
     _pass_into_functions(model, parameters.names)
     _import_domain(model, before)
     if before.ByteSize():
@@ -523,10 +526,10 @@ def _module(node):
 def _check_unsteered(model):
     """Raise UsageError or ModelError where steering `model` would go wrong."""
     check_names(model)
-    if _was_steered(model):
-        raise UsageError(
-            "the model is already steered: change its beta with `ctonnx set`, or steer its original"
-        )
+    if was_steered(model):
+        held = any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node)
+        change = "change its beta with `ctonnx set`, or " if held else ""
+        raise UsageError(f"the model is already steered: {change}steer its original")
     # Not the model's own imports: ONNX Runtime writes ours into what it saves, once it has seen it.
     imports = [entry for function in model.functions for entry in function.opset_import]
     nodes = [node for scope in scopes(model) for node in scope.body.node]
@@ -651,7 +654,8 @@ def _with_parameters(sites, given, beta, coeff, report):
     return [site for site, _ in kept], [values for _, values in kept]
 
 
-def _nothing_matched(skipped):
+def nothing_matched(skipped):
+    """What to say where no activation is left to steer."""
     if not skipped:
         return "no activation to steer: the model holds none"
     first = skipped[0]
@@ -676,7 +680,8 @@ def _opset(model):
     return opset
 
 
-def _was_steered(model):
+def was_steered(model):
+    """Whether a ModelProto is steered, or was before it was lowered to primitives or optimised."""
     # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
     return _has_record(model) or any(
         ctu.is_ctu(node) or _has_record(node) for scope in scopes(model) for node in scope.body.node
@@ -699,12 +704,12 @@ def _steered(model):
         if not (scope.function and ctu.is_ctu(scope.function))
         and any(map(ctu.is_ctu, scope.body.node))
     ]
-    if not found and _was_steered(model):
+    if not found and was_steered(model):
         raise NothingToDo(
             "the model holds no CTU, for it was lowered to primitives: go back to its original"
         )
     if not found:
-        raise NothingToDo("the model is not steered: `ctonnx patch` steers it")
+        raise NothingToDo(NOT_STEERED)
     return found
 
 
@@ -802,6 +807,17 @@ def _note_calibrated(model, sites, report):
     if count:
         report.notes.append(
             f"{count} feed QuantizeLinear, with a range that was calibrated without steering"
+        )
+
+
+def _note_opset(opset, sites, with_function, lowering, report):
+    """Note where ONNX Runtime has no kernels for the standard ops that stand for CTUs."""
+    needed = lowering == "primitives" or any(s.steering.op_type != ctu.OP_TYPE for s in sites)
+    if opset < 7 and (needed or with_function):
+        library = "" if needed else ", or load the op library"
+        report.notes.append(
+            f"the standard ops that make up a CTU do not run in ONNX Runtime at opset {opset}, as "
+            f"its kernels begin at 7: raise the original's with onnx.version_converter{library}"
         )
 
 

@@ -9,7 +9,7 @@ from importlib import metadata
 from os import PathLike
 from pathlib import Path
 
-from .errors import EnvironmentLacks, UsageError
+from .errors import EnvironmentLacks, UsageError, cause
 
 # The oldest ONNX Runtime whose C API has all that the library uses.
 MIN_ONNXRUNTIME = (1, 18)
@@ -71,11 +71,19 @@ def import_onnxruntime():
     """The module onnxruntime.
 
     Raises:
-        EnvironmentLacks: it is not installed, or too old.
+        EnvironmentLacks: it is not installed, too old, or cannot be imported.
     """
     try:
         import onnxruntime
-    except ImportError:
+    except ImportError as error:
+        reason = error
+        while reason is not None:
+            # Its C++ makes an ImportError of whatever is raised while it starts.
+            if isinstance(reason, KeyboardInterrupt | SystemExit):
+                raise reason from None
+            reason = reason.__cause__ or reason.__context__
+        if not isinstance(error, ModuleNotFoundError) or error.name != "onnxruntime":
+            raise EnvironmentLacks(f"onnxruntime cannot be imported: {cause(error)}") from error
         raise EnvironmentLacks(
             "onnxruntime is not installed: pip install onnxruntime, or onnxruntime-gpu"
         ) from None
@@ -125,13 +133,15 @@ def session(path, providers=None, session_options=None, *, layout=True):
     Raises:
         EnvironmentLacks: onnxruntime is not installed, too old or without one of `providers`; or
             the library is missing and the model holds no fallback.
-        UsageError: `path` is something else.
+        UsageError: `path` is something else, or `providers` is a str.
     """
     ort = import_onnxruntime()
     if hasattr(path, "SerializeToString"):
         path = path.SerializeToString()
     if not isinstance(path, str | bytes | PathLike):
         raise UsageError(f"expected a path, bytes or a ModelProto, got {type(path).__name__}")
+    if isinstance(providers, str):
+        raise UsageError(f"providers must be a list, got {providers!r}")
     options = session_options
     if options is None:
         options = ort.SessionOptions()

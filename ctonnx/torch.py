@@ -21,7 +21,7 @@ from .errors import EnvironmentLacks, UsageError
 try:
     import torch
 except ImportError:
-    raise EnvironmentLacks("PyTorch is not installed: pip install torch onnxscript") from None
+    raise EnvironmentLacks("PyTorch is not installed: pip install 'ctonnx[torch]'") from None
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode

@@ -61,7 +61,7 @@ def exported(model, args, dynamo, options):
             import onnxscript  # noqa: F401
         except ImportError:
             raise EnvironmentLacks(
-                "onnxscript is not installed, which PyTorch needs: pip install onnxscript"
+                "onnxscript is not installed, which PyTorch needs: pip install 'ctonnx[torch]'"
             ) from None
         table = {torch.ops.ctonnx.ctu.default: _translation()}
         table |= options.pop("custom_translation_table", None) or {}

@@ -86,7 +86,8 @@ def validate(
         EnvironmentLacks: a provider, torch or onnxruntime is missing, or the op library where the
             model has no fallback.
         ModelError: the model or the inputs cannot be read or run.
-        NothingToDo: there is no beta to set to 1 for `against`.
+        NothingToDo: the model was never steered and there is no PyTorch model to compare with, or
+            there is no beta to set to 1 for `against`.
         UsageError: shapes or inputs do not fit the model, one that is needed is not given, or the
             PyTorch model cannot be made, steered or run.
     """
@@ -104,8 +105,10 @@ def validate(
         side = _Original(Path(against), model)
     elif module is not None:
         side = _Module(module, model)
-    else:
+    elif rewrite.was_steered(model):
         side = _Reference(path, model)
+    else:  # It would pass: PyTorch computes the same standard ops.
+        raise NothingToDo(rewrite.NOT_STEERED)
     ways = _ways(path, model, providers, notes)
     first = ways[0].open()
     if inputs is None:
@@ -132,6 +135,8 @@ def validate(
         if not Run(way.name, outputs).ok:
             diverges = _first_to_diverge(model, inputs, side, way, check)
         runs.append(Run(way.name, outputs, diverges))
+    if module is not None and not all(run.ok for run in runs):
+        notes += side.differing()
     if side.exact:
         units = Units(model, inputs)
         if units.left_out:
@@ -278,6 +283,17 @@ class _Module:
             )
         return dict(zip(names, activations, strict=True))
 
+    def differing(self):
+        """Notes on weights of the file that the PyTorch model has otherwise."""
+        from . import factory
+
+        names = factory.differing(self._target, self._model.graph.initializer)
+        if names:
+            yield (
+                f"{len(names)} weights are not those of {self._target}, such as {names[0]!r}: does "
+                "it load what was exported?"
+            )
+
 
 def _inputs(model):
     return {value.name for value in model.graph.input}
@@ -389,8 +405,15 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
     inputs = random_inputs(reference) if inputs is None else dict(inputs)
     at_one = files.load(steered)
     rewrite.fill_beta(at_one, report.beta_names, 1.0)
+
+    def load(path, library=False):
+        try:
+            return Model(path, library)
+        except ModelError as error:
+            raise ModelError(f"the steered model: {error}") from error
+
     with variant(steered, at_one) as opened:
-        model = Model(opened, library)
+        model = load(opened, library)
         fed = {report.beta_name: np.float32([1.0])} if report.beta_name in model.names else {}
         results = {
             "at beta 1 against the original": compare(
@@ -398,7 +421,7 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
             )
         }
     if lowering == "portable" and library:
-        with_library, without = Model(steered, True), Model(steered)
+        with_library, without = load(steered, True), load(steered)
         inputs.update(dict.fromkeys(fed, np.float32([beta])))
         results["with against without the op library"] = compare(
             without.run(inputs), with_library.run(inputs)

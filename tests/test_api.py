@@ -117,6 +117,15 @@ def test_session_takes_options_and_providers():
         ctonnx.session(DIGITS / "digits.onnx", ["NoSuchExecutionProvider"])
 
 
+def test_providers_are_a_list():
+    with pytest.raises(ctonnx.UsageError, match="must be a list, got 'CPUExecutionProvider'"):
+        ctonnx.session(DIGITS / "digits.onnx", "CPUExecutionProvider")
+    pytest.importorskip("scipy")
+    data = np.zeros((2, 1, 8, 8), np.float32), [0, 1]
+    with pytest.raises(ctonnx.UsageError, match="must be a list, got 'CPUExecutionProvider'"):
+        ctonnx.sweep(DIGITS / "digits.onnx", data, providers="CPUExecutionProvider")
+
+
 @pytest.mark.skipif(not hasattr(ort, "get_ep_devices"), reason="options hold no providers yet")
 def test_session_takes_providers_from_the_options(caplog):
     """ONNX Runtime's own way to choose a plug-in; here the device is the CPU's."""

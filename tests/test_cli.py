@@ -31,6 +31,8 @@ def run(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["ctonnx", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
+        # It is ignored after an interruption, by processes that are started here too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err
 
@@ -250,7 +252,12 @@ MISTAKES = [
     (["patch", "digits.onnx"], 2, "Missing option '--beta'"),
     (["patch", "digits.onnx", "--bet", "0.5"], 2, "No such option"),
     (["patch", "steered.onnx", "--beta", "0.5"], 2, "already steered"),
-    (["patch", "wrong.onnx", "--beta", "0.5", "--check"], 3, "cannot load the model"),
+    (["patch", "wrong.onnx", "--beta", "0.5", "--check"], 3, "ctonnx: ONNX Runtime cannot load"),
+    (
+        ["patch", "old.onnx", "--beta", "0.5", "--check"],
+        3,
+        "the steered model: ONNX Runtime cannot",
+    ),
     (["inspect", "missing.onnx"], 3, "no such file"),
     (["set", "digits.onnx", "--beta", "0.5"], 1, "not steered"),
     (["set", "steered.onnx", "--beta", "2"], 2, "beta must lie in [0, 1]"),
@@ -259,6 +266,7 @@ MISTAKES = [
     (["unpatch", "steered.onnx"], 2, "does not end in .ct.onnx"),
     (["validate", "missing.onnx"], 3, "no such file"),
     (["validate", "random.onnx"], 3, "not an ONNX model, or truncated"),
+    (["validate", "digits.onnx"], 1, "the model is not steered: `ctonnx patch` steers it"),
     (["validate", "digits.onnx", "--against", "digits.onnx"], 1, "not steered"),
     (["validate", "steered.onnx", "--against", "missing.onnx"], 3, "missing.onnx: no such file"),
     (["validate", "steered.onnx", "--shape", "8x8"], 2, "--shape 8x8: expected an input's name"),
@@ -307,6 +315,9 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
         "random.onnx": np.random.default_rng(0).bytes(1000),
         "empty.onnx": b"",
         "none.onnx": parsed(NO_ACTIVATION).SerializeToString(),
+        "old.onnx": parsed(
+            NO_ACTIVATION.replace("17", "6").replace("Neg", "Relu")
+        ).SerializeToString(),
         "wrong.onnx": digits.replace(b"Conv", b"Cnov"),
         "taken.onnx": b"precious",
         "empty.npz": b"",
@@ -365,6 +376,9 @@ def make():
 
 def without():
     return nn.Linear(3, 3)
+
+def smooth():
+    return nn.GELU()
 
 def failing():
     raise KeyError("no\\nweights")
@@ -469,7 +483,8 @@ EXPORT_MISTAKES = [
     (("export", "nets:dict", *OUT), 2, "the module has no function of that name"),
     (("export", "builtins:dict", *OUT), 2, "builtins:dict: gives a dict, expected an nn.Module"),
     (("export", "no.such:net", *OUT), 2, "no.such: cannot be imported: ModuleNotFoundError"),
-    (("export", "nets:without", *OUT, "--checkpoint", "linear.pth"), 1, "holds no activation"),
+    (("export", "nets:without", *OUT, "--checkpoint", "linear.pth"), 1, "the model holds none"),
+    (("export", "nets:smooth", *OUT), 1, "nets:smooth: no activation to steer: skipped Gelu"),
     (("export", "n.pt2", *OUT), 2, "leave --input and --checkpoint out"),
     (("export", "none.pt2", "-o", "new.onnx"), 3, "none.pt2: no such file"),
     (("export", "bad.pt2", "-o", "new.onnx"), 3, "bad.pt2: cannot be read by torch.export"),
@@ -493,11 +508,13 @@ def test_mistakes_of_exports_are_one_line_and_write_nothing(run, nets):
 
 def test_without_pytorch_the_line_says_so(run):
     program = "import sys; sys.modules['torch'] = None; from ctonnx.cli import main; main()"
-    for arguments in (NET, ("patch", "digits.onnx", "--params", "t.pth")):
+    assert run("patch", "digits.onnx", "--beta", "0.8")[0] == 0
+    patch = "patch", "digits.onnx", "--params", "t.pth"
+    for arguments in (NET, patch, ("validate", "digits.ct.onnx")):
         command = [sys.executable, "-c", program, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (4, "")
-        line = "ctonnx: PyTorch is not installed: pip install torch onnxscript\n"
+        line = "ctonnx: PyTorch is not installed: pip install 'ctonnx[torch]'\n"
         assert done.stderr == line
 
 
@@ -608,6 +625,16 @@ def test_standard_output_that_cannot_be_written_is_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_check_of_an_output_that_is_0_gives_the_absolute_difference(run):
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[4] x) => (float[4] y)
+    <float zero = {0.0}> { a = Mul(x, zero)  y = Relu(a) }"""
+    Path("zero.onnx").write_bytes(parsed(text).SerializeToString())
+    arguments = ("patch", "zero.onnx", "--beta", "0.9", "--check", "--force")
+    assert re.search(r"original, largest absolute difference \d\.\de-07\n", run(*arguments)[2])
+    first = json.loads(run(*arguments, "--json")[1], parse_constant=pytest.fail)["checks"][0]
+    assert (first["ok"], first["max_rel"], 0 < first["max_abs"] < 1e-6) == (True, None, True)
+
+
 def test_a_failing_check_writes_nothing(run, monkeypatch):
     from ctonnx import compare
 
@@ -640,6 +667,44 @@ def test_interruption(run, monkeypatch):
     monkeypatch.setattr(rewrite, "steer", interrupt)
     assert run("patch", "digits.onnx", "--beta", "0.5")[0] == 130
     assert list(files()) == ["digits.onnx"]
+
+
+def test_a_second_interrupt_changes_nothing(tmp_path):
+    """While the message is printed, or Python ends."""
+    script = """if True:
+        import os, signal
+        from ctonnx import cli, doctor
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupt = lambda *given: os.kill(os.getpid(), signal.SIGINT)
+        doctor.examine, say = interrupt, cli._say
+        cli._say = lambda message: (say(message), interrupt())
+        cli.main()"""
+    command = [sys.executable, "-c", script, "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.strip()) == (130, "ctonnx: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "line"),
+    [
+        ("KeyboardInterrupt()", 130, "interrupted"),
+        ("SystemExit(143)", 143, ""),
+        ("OSError('no libfoo.so')", 4, "onnxruntime cannot be imported: OSError: no libfoo.so"),
+        (
+            "ModuleNotFoundError('No module named \\'numpy\\'', name='numpy')",
+            4,
+            "onnxruntime cannot be imported: ModuleNotFoundError: No module named 'numpy'",
+        ),
+    ],
+)
+def test_an_import_of_onnxruntime_that_fails(run, monkeypatch, reason, code, line):
+    """As its extension does it, which makes an ImportError of any exception."""
+    source = f"raise ImportError('initialization failed') from {reason}"
+    Path("onnxruntime.py").write_text(source)
+    monkeypatch.syspath_prepend(os.getcwd())
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    found, _, err = run("patch", "digits.onnx", "--beta", "0.9", "--check")
+    assert (found, err.strip()) == (code, line and f"ctonnx: {line}")
 
 
 def test_the_choices_are_those_of_the_library():

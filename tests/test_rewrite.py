@@ -816,8 +816,11 @@ def test_refusals():
     changed, _ = steered(model, 0.5)
     primitives, _ = steered(model, 0.5, lowering="primitives")
     fed, _ = steered(model, 0.5, beta_as="required-input")
-    for again in (changed, primitives):
-        with pytest.raises(UsageError, match="already steered"):
+    for again, what in (
+        (changed, "change its beta with `ctonnx set`, or steer"),
+        (primitives, "steer"),
+    ):
+        with pytest.raises(UsageError, match=f"already steered: {what} its original"):
             rewrite.steer(again, 0.5)
     with pytest.raises(UsageError, match="required input"):
         rewrite.set_beta(fed, 0.5)
@@ -872,6 +875,27 @@ def test_the_oldest_opsets(opset):
         result = outputs(changed, {"x": x}, library=True)
         np.testing.assert_allclose(result["z"], ctu.ctu(x, 0.5), atol=1e-6)
         np.testing.assert_allclose(result["y"], ctu.ctu(x, 0.5, slope=np.float32(0.2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("lowering", rewrite.LOWERINGS)
+@pytest.mark.parametrize("node", ["Relu(x)", "Clip <min: float = 0.0, max: float = 6.0> (x)"])
+@pytest.mark.parametrize("opset", [6, 7])
+def test_what_does_not_run_below_opset_7_is_said(opset, node, lowering):
+    """Where the op library helps, and where it does not."""
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
+    g (float[4] x) => (float[4] y) {{ y = {node} }}"""
+    changed, report = steered(parsed(text), 0.5, lowering=lowering)
+    notes = [note for note in report.notes if "raise the original's" in note]
+    x = {"x": np.float32([-1, 0, 1, 7])}
+    for library in (False, True):
+        if not library and lowering == "op":
+            continue
+        if notes and not (library and "op library" in notes[0]):
+            with pytest.raises(ModelError, match="implementation for Sub"):
+                outputs(changed, x, library)
+        else:
+            outputs(changed, x, library)
+    assert bool(notes) == (opset < 7 and (lowering, node) != ("op", "Relu(x)"))
 
 
 def test_a_model_without_an_opset_is_refused():

@@ -383,6 +383,11 @@ def net():
         nn.Linear(64, 8), nn.LeakyReLU(0.1), nn.Linear(8, 3),
     )
 
+def other_weights():
+    model = net()
+    nn.init.zeros_(model[3].weight)
+    return model
+
 def more_outputs():
     class Two(nn.Module):
         inner = net()
@@ -414,6 +419,12 @@ def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
     assert result.ok
     assert result.against == "networks_to_compare:net in PyTorch"
 
+    result = validate.validate(path, module=name("other_weights"))
+    assert not result.ok
+    assert result.notes == [
+        "1 weights are not those of networks_to_compare:other_weights, such as '3.weight': does it "
+        "load what was exported?"
+    ]
     result = validate.validate(path, module=name("more_outputs"))
     assert [o.reason for o in result.runs[0].outputs] == [None, "missing in one of the runs"]
 
