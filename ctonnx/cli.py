@@ -31,7 +31,7 @@ def cli(context):
 
 def _list(context, option, value):
     """A list of names from text with commas."""
-    return value and [name.strip() for name in value.split(",")]
+    return None if value is None else [name.strip() for name in value.split(",")]
 
 
 # As typed, for a Path would drop the slash that ends a folder's name, and take `./-` for `-`.

@@ -234,6 +234,8 @@ MISTAKES = [
     (["patch", "digits.onnx", "--beta", "1", "--coeff", "2"], 2, "coeff must lie in [0, 1]"),
     (["patch", "digits.onnx", "--beta", "0.5", "--include", "("], 2, "not a regular expression"),
     (["patch", "digits.onnx", "--beta", "0.5", "--ops", "gelu"], 2, "unknown op 'gelu'"),
+    (["patch", "digits.onnx", "--beta", "0.5", "--ops", ""], 2, "unknown op ''"),
+    (["validate", "digits.onnx", "--torch", "x:y", "--providers", ""], 4, " is not available"),
     (["patch", "digits.onnx", "--beta", "0.5", "-o", "taken.onnx"], 2, "exists already"),
     (["patch", "digits.onnx", "--beta", "0.5", "--dry-run", "--check"], 2, "does not go with"),
     (["patch", "digits.onnx", "--beta", "0.5", "-o", "folder"], 2, "folder: is a folder"),
