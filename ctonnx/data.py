@@ -188,6 +188,8 @@ class Stream:
     """The batches that a factory gives, in turn; where they can be indexed, by index, and in a
     random order where `shuffle`. `random` tells whether they are in that order."""
 
+    notes = ()
+
     def __init__(self, factory, inputs, shuffle=False):
         self._factory = objects.load(factory) if isinstance(factory, str) else factory
         self._name = getattr(factory, "__name__", type(factory).__name__)

@@ -24,10 +24,9 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 class Steerable:
     """A steered model whose β, and c where it is swept, are inputs that must be fed.
 
-    `inputs` are those of the data, `outputs` all names, `measurable` those of floating type;
-    `output` is the first of these, and `scores` how many numbers it has for a sample, None where
-    that is not known; `folder` is where external data are, if there are any, and `external` their
-    files.
+    `inputs` are those of the data, `outputs` all names, `measurable` those of floating type, and
+    `scores` how many numbers the first of these has for a sample, None where that is not known;
+    `folder` is where external data are, if there are any, and `external` their files.
     """
 
     data: bytes
@@ -35,12 +34,16 @@ class Steerable:
     inputs: list[Input]
     outputs: list[str]
     measurable: list[str]
-    output: str
     scores: int | None
     betas: list[str]
     coeffs: list[str]
     external: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def output(self):
+        """The name of the output that is measured: the first of floating type."""
+        return self.measurable[0]
 
     def open(self, providers=None, threads=0):
         """A session; `threads` 0 leaves their number to ONNX Runtime.
@@ -114,7 +117,6 @@ def prepare(model, sweep_coeff=False):
         [_input(value) for value in fed],
         [value.name for value in proto.graph.output],
         [value.name for value in measurable],
-        measurable[0].name,
         (dims[1].dim_value or None) if len(dims) == 2 else None,
         sorted(betas),
         sorted(coeffs),

@@ -8,7 +8,7 @@ from contextlib import nullcontext, redirect_stdout
 
 from . import files, objects, rewrite
 from .errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
-from .params import Trained
+from .params import differing as differing_from
 from .runs import arrays
 from .tct import arrays as weights_of
 from .tct import pairs, read_checkpoint, restore
@@ -113,7 +113,7 @@ def run(target, inputs, names, beta=None, coeff=None):
 def differing(target, initializers):
     """The names of the TensorProtos that are not what the model that `target` names has under their
     name; `target` as for `run`."""
-    return list(Trained((), weights_of(load(target).state_dict())).differing(initializers))
+    return list(differing_from(weights_of(load(target).state_dict()), initializers))
 
 
 def _flat(result):

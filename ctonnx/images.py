@@ -85,7 +85,7 @@ class Images(Indexed):
             if labels is not None:
                 raise UsageError("labels are the sub-folders of a folder: leave out --labels")
             self._lines = None
-            self._files, self._labels, self.classes = self._walk(path)
+            self._files, self._labels, self.classes, self.notes = self._walk(path)
         else:
             self._lines = Lines(path)
             if "path" not in self._lines.header:
@@ -117,8 +117,8 @@ class Images(Indexed):
         return [self._path.parent / row[column] for row in self._lines[indices]]
 
     def _walk(self, folder):
-        """The image files in order, the index of the class of each or None, and the classes' names
-        in order, of numbers by their value."""
+        """The image files in order, the index of the class of each or None, the classes' names in
+        order, of numbers by their value, and notes on what is left out."""
         known = self._pillow.registered_extensions()
 
         def images(where):
@@ -129,21 +129,21 @@ class Images(Indexed):
         found = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] not in "._"]
         numbers = all(name.isdecimal() for name in found)
         classes = sorted(found, key=int) if numbers else sorted(found)
-        files, labels, self.notes = [], [], []
+        files, labels, notes = [], [], []
         for label, name in enumerate(classes):
             found = images(folder / name)
             if not found:
-                self.notes.append(f"{folder / name} holds no images that can be read")
+                notes.append(f"{folder / name} holds no images that can be read")
             files.extend(f"{name}/{file}" for file in found)
             labels.extend([label] * len(found))
         beside = images(folder)
         if not classes:
             files, labels = beside, None
         elif beside:
-            self.notes.append(f"left out {len(beside)} images beside the sub-folders of {folder}")
+            notes.append(f"left out {len(beside)} images beside the sub-folders of {folder}")
         if not files:
             raise ModelError(f"{folder}: holds no images, in sub-folders or itself")
-        return files, None if labels is None else np.array(labels), classes
+        return files, None if labels is None else np.array(labels), classes, notes
 
     def _read(self, indices):
         paths = self._paths(indices)

@@ -59,15 +59,6 @@ class Trained(dict):
         super().__init__(pairs)
         self.weights = dict(weights)
 
-    def differing(self, initializers):
-        """The names of the TensorProtos that are not what the state dict holds under their name."""
-        for tensor in initializers:
-            trained = self.weights.get(tensor.name)
-            if trained is None or tensor.data_location == TensorProto.EXTERNAL:
-                continue
-            if not np.array_equal(numpy_helper.to_array(tensor), trained):
-                yield tensor.name
-
     def of(self, activations, notes):
         """For each activation its pair, or None: by module; where the exporter did not write
         modules down, by the names that the TorchScript exporter makes of them, or else in order,
@@ -110,6 +101,17 @@ class Trained(dict):
         module = ".".join(parts[1:])
         # A number is that of a module's second and further calls.
         return next((key for key in (module, re.sub(r"_\d+$", "", module)) if key in self), None)
+
+
+def differing(weights, initializers):
+    """The names of the TensorProtos that are not what `weights`, name -> array, hold under their
+    name."""
+    for tensor in initializers:
+        trained = weights.get(tensor.name)
+        if trained is None or tensor.data_location == TensorProto.EXTERNAL:
+            continue
+        if not np.array_equal(numpy_helper.to_array(tensor), trained):
+            yield tensor.name
 
 
 def _from_arrays(path):

@@ -187,7 +187,7 @@ def probe(
         for each, names in ((train, labels), (test, test_labels or labels))
     ]
     for source in sources:
-        steerable.notes.extend(getattr(source, "notes", ()))
+        steerable.notes.extend(source.notes)
     sets = [_read(original, source, head, [(1.0, coeff)]) for source in sources]
     classes = _classes(sets)
     targets = [_indices(given.labels, classes) for given in sets]
@@ -299,7 +299,7 @@ def _runners(model, steerable, features, providers):
     """The Head, and Runners that give its features: of the original network and at any β."""
     proto = ModelProto.FromString(steerable.data)
     head = heads.find(proto, steerable.measurable, features)
-    if head.output != steerable.measurable[0]:
+    if head.output != steerable.output:
         steerable.notes.append(f"the new head makes the output {head.output!r}, as the old one did")
     if head.features not in flow.Flow(proto.graph).reached_from(steerable.betas):
         raise UsageError(
@@ -335,7 +335,7 @@ def _part(steerable, part, **changed):
     """The Steerable of a part of its model."""
     outputs = [value.name for value in part.graph.output]
     data_of = part.SerializeToString(deterministic=True)
-    return replace(steerable, data=data_of, outputs=outputs, output=outputs[0], **changed)
+    return replace(steerable, data=data_of, outputs=outputs, measurable=outputs, **changed)
 
 
 @dataclass

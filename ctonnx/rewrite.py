@@ -109,7 +109,7 @@ def find(model):
     check_names(model)
     values = _parameter_values(model)
     found = [site.activation for site in _survey(model, values)]
-    if not any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node):
+    if not holds_ctu(model):
         baked = _baked_parameters(model)
         found = [replace(a, **baked) if a.status == "steered" else a for a in found]
     if was_steered(model) and all(a.status != "steered" for a in found):
@@ -527,8 +527,7 @@ def _check_unsteered(model):
     """Raise UsageError or ModelError where steering `model` would go wrong."""
     check_names(model)
     if was_steered(model):
-        held = any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node)
-        change = "change its beta with `ctonnx set`, or " if held else ""
+        change = "change its beta with `ctonnx set`, or " if holds_ctu(model) else ""
         raise UsageError(f"the model is already steered: {change}steer its original")
     # Not the model's own imports: ONNX Runtime writes ours into what it saves, once it has seen it.
     imports = [entry for function in model.functions for entry in function.opset_import]
@@ -680,6 +679,11 @@ def _opset(model):
     return opset
 
 
+def holds_ctu(model):
+    """Whether a node of ours stands anywhere in a ModelProto."""
+    return any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node)
+
+
 def was_steered(model):
     """Whether a ModelProto is steered, or was before it was lowered to primitives or optimised."""
     # Other tools drop metadata of the model or of nodes; lowering to primitives leaves no CTU.
@@ -786,7 +790,7 @@ def _note_weights(model, given, report):
     """Note where a state dict holds other weights than the model: T-CT trains a head as well."""
     if not isinstance(given, params.Trained):
         return
-    names = list(given.differing(model.graph.initializer))
+    names = list(params.differing(given.weights, model.graph.initializer))
     if names:
         report.notes.append(
             f"took beta and c alone: {len(names)} weights of the checkpoint differ from those in "
@@ -956,10 +960,11 @@ def _merge(model, parameters, name):
     places, seen = _given(model, parameters)
 
     def merge(inputs, ours):
-        for i in sorted(ours, reverse=True)[:-1]:
-            del inputs[i]
-        for i in sorted(ours)[:1]:
-            inputs[i] = name
+        if ours:
+            first, *others = sorted(ours)
+            inputs[first] = name
+            for i in reversed(others):
+                del inputs[i]
 
     for scope in scopes(model):
         for node in scope.body.node if seen(scope) else ():

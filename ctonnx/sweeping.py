@@ -105,7 +105,7 @@ def sweep(
         skip=skip_broken,
     )
     source = opening()
-    steerable.notes.extend(getattr(source, "notes", ()))
+    steerable.notes.extend(source.notes)
     folders = len(getattr(source, "classes", ()))
     if 1 < folders < (steerable.scores or 0):
         steerable.notes.append(

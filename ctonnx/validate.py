@@ -11,7 +11,7 @@ from onnx import ModelProto, ValueInfoProto
 from . import ctu, files, layout, rewrite, runtime
 from .compare import Comparison, compare
 from .errors import CheckFailed, CtonnxError, ModelError, NothingToDo, UsageError
-from .graph import key_of, node_label, scopes
+from .graph import key_of, node_label
 from .runs import CPU, Model, load_inputs, random_inputs, variant
 from .units import Units
 
@@ -181,7 +181,7 @@ class _Way:
 
 def _ways(path, model, providers, notes):
     """The _Ways in which people run a model; what stands in the way of one goes into `notes`."""
-    has_ctu = any(ctu.is_ctu(node) for scope in scopes(model) for node in scope.body.node)
+    has_ctu = rewrite.holds_ctu(model)
     has_fallback = any(key_of(f)[:2] == (ctu.DOMAIN, ctu.OP_TYPE) for f in model.functions)
     ways = []
     for provider in providers:
