@@ -256,7 +256,8 @@ def open_sessions(original, graphs):
     from onnx import ModelProto
 
     import ctonnx
-    from ctonnx import rewrite, runtime
+    from ctonnx.ort import runtime
+    from ctonnx.rewriting import rewrite
 
     steered = ModelProto()
     steered.CopyFrom(original)

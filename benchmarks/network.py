@@ -19,7 +19,9 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 import ctonnx
-from ctonnx import ctu, rewrite, validate
+from ctonnx import ctu
+from ctonnx.check import validate
+from ctonnx.rewriting import rewrite
 
 DIGITS = Path(__file__).parent.parent / "samples" / "digits" / "digits.onnx"
 BETA = 0.85

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 import ctonnx
-from ctonnx import engine
-from ctonnx.data import open_source
+from ctonnx.data.source import open_source
+from ctonnx.measure import engine
 
 SIZE = 32
 

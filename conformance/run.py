@@ -29,8 +29,8 @@ import onnx
 from worker import from_json, to_json
 
 import ctonnx
-from ctonnx.compare import compare
-from ctonnx.reference import Reference
+from ctonnx.check.reference import Reference
+from ctonnx.ort.compare import compare
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "runtimes.md"

@@ -25,13 +25,13 @@ import numpy as np
 
 
 def onnxruntime(path, fed):
-    from ctonnx.runs import Model
+    from ctonnx.ort.runs import Model
 
     return Model(path).run
 
 
 def onnxruntime_library(path, fed):
-    from ctonnx.runs import Model
+    from ctonnx.ort.runs import Model
 
     return Model(path, library=True).run
 

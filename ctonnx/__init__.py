@@ -17,13 +17,13 @@ _HOMES = {
     "ModelError": "errors",
     "NothingToDo": "errors",
     "UsageError": "errors",
-    "get_library_path": "runtime",
+    "get_library_path": "ort.runtime",
     "inspect": "api",
     "patch": "api",
-    "probe": "probing",
-    "register": "runtime",
-    "session": "runtime",
-    "sweep": "sweeping",
+    "probe": "transfer.probing",
+    "register": "ort.runtime",
+    "session": "ort.runtime",
+    "sweep": "measure.sweeping",
     "unpatch": "api",
 }
 

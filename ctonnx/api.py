@@ -4,9 +4,10 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from . import files, rewrite
 from .errors import UsageError
-from .params import load as load_params
+from .model import files
+from .rewriting import rewrite
+from .rewriting.params import load as load_params
 
 
 def patch(

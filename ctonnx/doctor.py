@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from . import ctu, runtime
+from . import ctu
 from .errors import EnvironmentLacks
+from .ort import runtime
 
 _PACKAGES = (
     "ctonnx",

@@ -15,9 +15,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.util.misc import is_dynamic_dimension
 
 from . import ctu as op
-from .activations import DEFAULT_DOMAINS
 from .errors import ModelError, UsageError
-from .graph import unique_name
+from .model.graph import unique_name
+from .rewriting.activations import DEFAULT_DOMAINS
 
 # Before it, parameters per channel would not broadcast.
 _MIN_OPSET = 7

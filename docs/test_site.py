@@ -12,7 +12,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 import ctonnx
-from ctonnx import cli
+from ctonnx.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "build" / "site"

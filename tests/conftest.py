@@ -17,8 +17,9 @@ import onnx.parser
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ctonnx import activations, ctu, rewrite
-from ctonnx.graph import scopes
+from ctonnx import ctu
+from ctonnx.model.graph import scopes
+from ctonnx.rewriting import activations, rewrite
 
 # The tests run in several processes, where PyTorch's threads would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

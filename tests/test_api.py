@@ -12,7 +12,7 @@ import pytest
 from conftest import DIGITS, ROOT
 
 import ctonnx
-from ctonnx import runtime
+from ctonnx.ort import runtime
 
 PUBLIC = [
     *("CheckFailed", "CtonnxError", "EnvironmentLacks", "ModelError", "NothingToDo", "UsageError"),
@@ -169,7 +169,9 @@ def test_an_old_onnxruntime_is_refused(monkeypatch):
 def test_the_library_never_imports_torch():
     program = """if True:
         import sys, ctonnx
-        from ctonnx import cli, validate, doctor
+        from ctonnx.cli import main as cli
+        from ctonnx.check import validate
+        from ctonnx import doctor
         doctor.examine()
         for name in ctonnx.__all__: getattr(ctonnx, name)
         assert "torch" not in sys.modules"""

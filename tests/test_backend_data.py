@@ -13,15 +13,16 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 import ctonnx
-from ctonnx import ctu, rewrite
+from ctonnx import ctu
+from ctonnx.check.reference import Evaluator, Reference
+from ctonnx.check.validate import Model, compare, random_inputs
 from ctonnx.errors import ModelError, NothingToDo
-from ctonnx.graph import node_label, scopes
-from ctonnx.reference import Evaluator, Reference
-from ctonnx.validate import Model, compare, random_inputs
+from ctonnx.model.graph import node_label, scopes
+from ctonnx.rewriting import rewrite
 
 pytest.importorskip("torch")
 
-from ctonnx.reference_ops import OPS
+from ctonnx.check.ops import OPS
 
 BETA = np.float32(0.85)
 # Not one half, which is blind to c and 1 - c swapped.

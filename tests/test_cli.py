@@ -15,7 +15,9 @@ import pytest
 from conftest import DIGITS, parsed
 
 import ctonnx
-from ctonnx import cli, ctu, rewrite
+from ctonnx import ctu
+from ctonnx.cli import main as cli
+from ctonnx.rewriting import rewrite
 
 NO_ACTIVATION = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[4] x) => (float[4] y) { y = Neg(x) }"""
@@ -184,7 +186,8 @@ def test_doctor_without_onnxruntime_finds_the_library(run, monkeypatch):
 
 
 def test_doctor_says_what_is_wrong(run, monkeypatch):
-    from ctonnx import doctor, runtime
+    from ctonnx import doctor
+    from ctonnx.ort import runtime
 
     with monkeypatch.context() as twice:
         twice.setattr(doctor, "_version", lambda package: "1.0")
@@ -509,7 +512,7 @@ def test_mistakes_of_exports_are_one_line_and_write_nothing(run, nets):
 
 
 def test_without_pytorch_the_line_says_so(run):
-    program = "import sys; sys.modules['torch'] = None; from ctonnx.cli import main; main()"
+    program = "import sys; sys.modules['torch'] = None; from ctonnx.cli.main import main; main()"
     assert run("patch", "digits.onnx", "--beta", "0.8")[0] == 0
     patch = "patch", "digits.onnx", "--params", "t.pth"
     for arguments in (NET, patch, ("validate", "digits.ct.onnx")):
@@ -612,7 +615,7 @@ def test_a_progress_bar_is_for_terminals_only(run):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing(run, monkeypatch, number):
-    from ctonnx import validate
+    from ctonnx.check import validate
 
     monkeypatch.setattr(validate, "check_steered", lambda *a, **o: os.kill(os.getpid(), number))
     assert run("patch", "digits.onnx", "--beta", "0.5", "--check")[0] == 128 + number
@@ -638,7 +641,7 @@ def test_a_check_of_an_output_that_is_0_gives_the_absolute_difference(run):
 
 
 def test_a_failing_check_writes_nothing(run, monkeypatch):
-    from ctonnx import compare
+    from ctonnx.ort import compare
 
     monkeypatch.setattr(compare, "_TOLERANCE", 0.0)
     monkeypatch.setattr(compare, "_NOISE", 0.0)
@@ -649,7 +652,7 @@ def test_a_failing_check_writes_nothing(run, monkeypatch):
 
 
 def test_a_bug_shows_its_traceback(run, monkeypatch):
-    from ctonnx import rewrite
+    from ctonnx.rewriting import rewrite
 
     def bug(model):
         raise ZeroDivisionError
@@ -661,7 +664,7 @@ def test_a_bug_shows_its_traceback(run, monkeypatch):
 
 
 def test_interruption(run, monkeypatch):
-    from ctonnx import rewrite
+    from ctonnx.rewriting import rewrite
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -675,7 +678,8 @@ def test_a_second_interrupt_changes_nothing(tmp_path):
     """While the message is printed, or Python ends."""
     script = """if True:
         import os, signal
-        from ctonnx import cli, doctor
+        from ctonnx.cli import main as cli
+        from ctonnx import doctor
         signal.signal(signal.SIGINT, signal.default_int_handler)
         interrupt = lambda *given: os.kill(os.getpid(), signal.SIGINT)
         doctor.examine, say = interrupt, cli._say
@@ -711,7 +715,8 @@ def test_an_import_of_onnxruntime_that_fails(run, monkeypatch, reason, code, lin
 
 def test_the_choices_are_those_of_the_library():
     """They are written out in cli.py, for --help must not wait for onnx."""
-    from ctonnx import activations, metrics, sweeping
+    from ctonnx.measure import metrics, sweeping
+    from ctonnx.rewriting import activations
 
     named = {option.name: option.help for option in (*cli.sweep.params[1:], *cli.patch.params[1:])}
     assert set(metrics.NAMES) <= set(re.findall(r"\w+", named["metric"]))
@@ -745,6 +750,6 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert min(times) < 0.25
     heavy = "onnx onnxruntime numpy torch matplotlib sklearn scipy plotext PIL ray"
     program = f"""if True:
-        import sys, ctonnx.cli
+        import sys, ctonnx.cli.main
         assert not set("{heavy}".split()) & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -10,7 +10,7 @@ import pytest
 from conftest import DIGITS
 
 import ctonnx
-from ctonnx import cli
+from ctonnx.cli import main as cli
 from ctonnx.errors import EnvironmentLacks, UsageError
 
 ray = pytest.importorskip("ray")
@@ -163,10 +163,10 @@ def test_paths_and_modules_of_the_current_folder(cluster, tmp_path, monkeypatch)
 
 def test_errors_of_tasks_that_nobody_waits_for_are_not_printed(cluster, tmp_path):
     code = (
-        "import sys, ctonnx.cli\n"
+        "import sys, ctonnx.cli.main\n"
         f"sys.argv = ['ctonnx', 'sweep', {MODEL!r}, '--data', 'shards:many', '--engine', 'ray', "
         f"'--address', {cluster[0]!r}]\n"
-        "ctonnx.cli.main()"
+        "ctonnx.cli.main.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2

@@ -6,8 +6,8 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from ctonnx.compare import compare, within
-from ctonnx.runs import Model, arrays
+from ctonnx.ort.compare import compare, within
+from ctonnx.ort.runs import Model, arrays
 
 RIGHT = {"a": np.float32([1, 2, 3]), "b": np.array([True, False])}
 

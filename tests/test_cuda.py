@@ -22,8 +22,11 @@ from conftest import DIGITS, ROOT, op_model
 from onnx import TensorProto, helper
 
 import ctonnx
-from ctonnx import ctu, doctor, engine, runtime, validate
-from ctonnx.batches import Batch
+from ctonnx import ctu, doctor
+from ctonnx.check import validate
+from ctonnx.data.batches import Batch
+from ctonnx.measure import engine
+from ctonnx.ort import runtime
 
 SOURCES = ROOT / "custom_ops"
 CODES = {

@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from ctonnx import data, rows
-from ctonnx.batches import Input
-from ctonnx.data import open_source
+from ctonnx.data import rows
+from ctonnx.data import source as data
+from ctonnx.data.batches import Input
+from ctonnx.data.source import open_source
 from ctonnx.errors import CtonnxError, ModelError, UsageError
 
 FLOAT, IMAGE = np.dtype(np.float32), (None, 3, 8, 8)
@@ -131,7 +132,7 @@ def folder(tmp_path):
 def test_a_folder_of_images(folder):
     from PIL import Image
 
-    from ctonnx.images import transform
+    from ctonnx.data.images import transform
 
     nchw, nhwc = ([Input("x", FLOAT, shape)] for shape in (IMAGE, (None, 8, 8, 3)))
     held, labels, _ = everything(open_source(folder, nchw))
@@ -319,7 +320,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
 
 
 def test_presets_and_their_mistakes():
-    from ctonnx.images import transform
+    from ctonnx.data.images import transform
 
     assert transform("imagenet", crop=192).crop == 192
     for given in ({"preset": "unknown"}, {"preset": "plain", "std": (0.0,)}, {"crop": 0}):
@@ -333,8 +334,8 @@ def test_memory_does_not_grow_with_the_data(tmp_path, kind):
     program = """if True:
         import re, sys
         import numpy as np
-        from ctonnx.batches import Input
-        from ctonnx.data import open_source
+        from ctonnx.data.batches import Input
+        from ctonnx.data.source import open_source
         source = open_source(sys.argv[1], [Input("x", np.dtype(np.float32), (None, {}))])
         for i in range(len(source)):
             assert len(source.batch(i))

@@ -16,10 +16,11 @@ from onnx import numpy_helper
 from torch import nn
 
 import ctonnx
-from ctonnx import ctu, factory, params, rewrite
-from ctonnx.tct import pairs
-from ctonnx.torch import CTU, export, restore, steer, trainable
-from ctonnx.torch_export import exported
+from ctonnx import ctu
+from ctonnx.rewriting import params, rewrite
+from ctonnx.torch import CTU, export, factory, restore, steer, trainable
+from ctonnx.torch.export import exported
+from ctonnx.torch.tct import pairs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",

@@ -12,8 +12,8 @@ from conftest import parsed
 from onnx import AttributeProto, TensorProto, helper
 
 import ctonnx
-from ctonnx import files
 from ctonnx.errors import ModelError, UsageError
+from ctonnx.model import files
 
 WEIGHTED = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 4] x) => (float[N, 4] y) { h = Add(x, w)  y = Relu(h) }"""
@@ -256,7 +256,7 @@ def limited(program, *arguments):
     The memory is VmHWM: ru_maxrss would begin at that of the process that runs the tests.
     """
     code = (
-        "import re, sys\nfrom ctonnx import api, files\n"
+        "import re, sys\nfrom ctonnx import api\nfrom ctonnx.model import files\n"
         "def figure(file, pattern): return int(re.search(pattern, open(file).read())[1])\n"
         f"{program}\nbefore = figure('/proc/self/io', r'rchar: (\\d+)')\nwork()\n"
         "print(figure('/proc/self/status', r'VmHWM:\\s+(\\d+) kB') / 1024)\n"
@@ -496,7 +496,9 @@ KILLS = """
 import os, random, shutil, signal, sys, time
 from itertools import count
 from pathlib import Path
-from ctonnx import api, files, rewrite
+from ctonnx import api
+from ctonnx.model import files
+from ctonnx.rewriting import rewrite
 
 source, work, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 data = (source.parent / "weights.bin").read_bytes()

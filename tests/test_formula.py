@@ -8,7 +8,7 @@ from conftest import op_model
 from onnx import TensorProto
 
 from ctonnx import ctu
-from ctonnx.validate import Model
+from ctonnx.check.validate import Model
 
 X = np.concatenate([np.linspace(-30, 30, 601), [-1e4, -1e3, -1e-3, 0.0, 1e-3, 1e3, 1e4]])
 BETAS = (0.0, 0.05, 0.1, 0.5, 0.85, 0.99, 1.0)

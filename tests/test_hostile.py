@@ -7,9 +7,10 @@ from conftest import parsed
 from onnx import ModelProto, TensorProto, helper
 
 import ctonnx
-from ctonnx import files, rewrite
+from ctonnx.check.validate import Model
 from ctonnx.errors import ModelError, NothingToDo, UsageError
-from ctonnx.validate import Model
+from ctonnx.model import files
+from ctonnx.rewriting import rewrite
 
 RELU = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[4] x) => (float[4] y) { y = Relu(x) }"""

@@ -13,7 +13,9 @@ from conftest import DIGITS, parsed
 from onnx import TensorProto, helper, numpy_helper
 
 import ctonnx
-from ctonnx import ctu, layout, rewrite, runtime
+from ctonnx import ctu
+from ctonnx.ort import layout, runtime
+from ctonnx.rewriting import rewrite
 
 CPU = ["CPUExecutionProvider"]
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 16, 8, 8] x'

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from ctonnx import intervals, metrics
 from ctonnx.errors import UsageError
-from ctonnx.intervals import compare
-from ctonnx.metrics import find
+from ctonnx.measure import intervals, metrics
+from ctonnx.measure.intervals import compare
+from ctonnx.measure.metrics import find
 
 sklearn = pytest.importorskip("sklearn.metrics")
 RNG = np.random.default_rng(0)

@@ -9,9 +9,10 @@ import pytest
 from conftest import DIGITS, parsed
 from onnx import ModelProto
 
-from ctonnx import ctu, params, rewrite
+from ctonnx import ctu
+from ctonnx.check.validate import Model, check_steered
 from ctonnx.errors import ModelError, NothingToDo, UsageError
-from ctonnx.validate import Model, check_steered
+from ctonnx.rewriting import params, rewrite
 
 MODEL = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 3, 2, 2] x) => (float[N, 3, 2, 2] a, float[N, 12] b, float[N, 12] c, float[N, 2, 6] d)

@@ -13,8 +13,12 @@ import pytest
 from conftest import DIGITS, parsed
 
 import ctonnx
-from ctonnx import cli, engine, flow, probing, rewrite
+from ctonnx.cli import main as cli
 from ctonnx.errors import EnvironmentLacks, UsageError
+from ctonnx.measure import engine
+from ctonnx.model import flow
+from ctonnx.rewriting import rewrite
+from ctonnx.transfer import probing
 
 pytest.importorskip("sklearn")
 from sklearn.linear_model import LogisticRegression

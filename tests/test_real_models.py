@@ -9,10 +9,13 @@ from onnx import ModelProto, TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
 import ctonnx
-from ctonnx import activations, ctu, layout, rewrite, validate
+from ctonnx import ctu
+from ctonnx.check import validate
+from ctonnx.check.reference import Reference
 from ctonnx.errors import NothingToDo
-from ctonnx.graph import node_label, scopes
-from ctonnx.reference import Reference
+from ctonnx.model.graph import node_label, scopes
+from ctonnx.ort import layout
+from ctonnx.rewriting import activations, rewrite
 
 SILERO_MODELS = [
     *("silero_vad", "silero_vad_16k_op15", "silero_vad_16k_sequence", "silero_vad_half"),

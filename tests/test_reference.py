@@ -13,15 +13,16 @@ import pytest
 from conftest import backend_cases, op_model, parsed
 from onnx import TensorProto, helper, numpy_helper
 
-from ctonnx import ctu, rewrite
+from ctonnx import ctu
+from ctonnx.check.reference import Evaluator, Reference
+from ctonnx.check.validate import Model, compare
 from ctonnx.errors import EnvironmentLacks, ModelError, UsageError
-from ctonnx.reference import Evaluator, Reference
-from ctonnx.runs import arrays
-from ctonnx.validate import Model, compare
+from ctonnx.ort.runs import arrays
+from ctonnx.rewriting import rewrite
 
 pytest.importorskip("torch")
 
-from ctonnx.reference_ops import OPS
+from ctonnx.check.ops import OPS
 
 # Expected outputs that are written out with few decimals.
 ROUNDED = {

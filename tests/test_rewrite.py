@@ -8,10 +8,11 @@ from conftest import DIGITS, parsed, without_steering
 from onnx import ModelProto, TensorProto, helper, inliner
 
 import ctonnx
-from ctonnx import activations, ctu, rewrite
+from ctonnx import ctu
+from ctonnx.check.validate import Model, compare
 from ctonnx.errors import ModelError, NothingToDo, UsageError
-from ctonnx.graph import node_label, scopes
-from ctonnx.validate import Model, compare
+from ctonnx.model.graph import node_label, scopes
+from ctonnx.rewriting import activations, rewrite
 
 PLAIN = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 4] x) => (float[N, 4] y) <float[4] a = {0.1, 0.2, -0.3, 1.5}>

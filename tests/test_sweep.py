@@ -16,8 +16,10 @@ import pytest
 from conftest import DIGITS, parsed
 
 import ctonnx
-from ctonnx import cli, data, engine, intervals, journal, metrics, racing, results, sweeping
+from ctonnx.cli import main as cli
+from ctonnx.data import source as data
 from ctonnx.errors import CtonnxError, ModelError, NothingToDo, UsageError
+from ctonnx.measure import engine, intervals, journal, metrics, racing, results, sweeping
 
 pytest.importorskip("sklearn")
 MODEL, DATA = str(DIGITS / "digits.onnx"), str(DIGITS / "digits_test.npz")

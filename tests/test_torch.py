@@ -13,7 +13,7 @@ from torch import nn
 
 import ctonnx
 from ctonnx import ctu as oracle
-from ctonnx import params
+from ctonnx.rewriting import params
 from ctonnx.torch import CTU, restore, steer, trainable
 
 # Of torch.jit, which PyTorch means to drop but has not.

@@ -8,8 +8,11 @@ import pytest
 from conftest import DIGITS, ROOT, op_model, parsed
 from onnx import helper
 
-from ctonnx import files, rewrite, runtime, validate
+from ctonnx.check import validate
 from ctonnx.errors import CheckFailed, EnvironmentLacks, ModelError, NothingToDo, UsageError
+from ctonnx.model import files
+from ctonnx.ort import runtime
+from ctonnx.rewriting import rewrite
 
 ORIGINAL = DIGITS / "digits.onnx"
 
@@ -407,7 +410,7 @@ def tuned():
 def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
     """Steered as the ONNX model is; one activation that is not fails, and is named."""
     pytest.importorskip("onnxscript")
-    from ctonnx import factory
+    from ctonnx.torch import factory
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -15,8 +15,8 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 import ctonnx
+from ctonnx.check.validate import validate
 from ctonnx.torch import export, trainable
-from ctonnx.validate import validate
 
 
 class Net(nn.Sequential):

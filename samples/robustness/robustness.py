@@ -28,7 +28,7 @@ from scipy import ndimage
 
 import ctonnx
 import ctonnx.torch
-from ctonnx import intervals, metrics
+from ctonnx.measure import intervals, metrics
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "resnet.onnx"

@@ -31,7 +31,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 import ctonnx
-from ctonnx.intervals import quantile
+from ctonnx.measure.intervals import quantile
 from ctonnx.torch import export, trainable
 
 HERE = Path(__file__).resolve().parent

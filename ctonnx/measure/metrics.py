@@ -1,0 +1,319 @@
+"""Metrics of a batch's outputs: small numbers per sample, and what they amount to.
+
+A metric turns each sample into a few float64 numbers, its statistics; the value is the mean of
+them, or what `value` makes of all. So data can be streamed, points compared sample by sample, and
+work done in any order or place gives the same value.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import objects
+from ..errors import EnvironmentLacks, UsageError
+
+# Bins of the calibration error: Guo et al., arXiv 1706.04599, section 2.
+_BINS = 15
+
+# Labels that segmentation leaves out.
+_VOID = 255
+
+_SMALLEST = 1e-12
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`statistics(output, labels, original)` gives an array (samples, k); `original` is the output
+    of the original network. `value(statistics)` is a number, the mean where it is None. `span` is
+    the range of a sample's number, where it is known and not much wider than what is common."""
+
+    name: str
+    statistics: Callable
+    value: Callable | None = None
+    higher_is_better: bool = True
+    needs_labels: bool = True
+    needs_original: bool = False
+    takes_all_outputs: bool = False
+    span: float | None = None
+
+    def measure(self, outputs, labels, original):
+        """Statistics of a batch; NaN for samples with NaN among their outputs.
+
+        Args:
+            outputs, original: the first floating-point output; all, name -> array, where
+                `takes_all_outputs`.
+
+        Raises:
+            UsageError: the metric does not fit the outputs or labels.
+        """
+        if self.needs_labels and labels is None:
+            raise UsageError(
+                f"{self.name} needs labels, and none were found: name them with --labels"
+            )
+        if self.takes_all_outputs:
+            return self.statistics(outputs, labels, original)
+        with np.errstate(all="ignore"):
+            result = np.asarray(self.statistics(outputs, labels, original), np.float64)
+        result = result.reshape(len(outputs), -1)
+        result[np.isnan(outputs).reshape(len(outputs), -1).any(1)] = np.nan
+        return result
+
+    def value_of(self, statistics):
+        if not len(statistics) or np.isnan(statistics).any():
+            return float("nan")
+        return float(statistics.mean() if self.value is None else self.value(statistics))
+
+
+def find(spec):
+    """The Metric of a name in NAMES, "top3" with any k, or "PKG:FUNCTION", of the user's.
+
+    The last is called with the outputs, name -> array, and the labels or None, and gives a number
+    per sample, of which the value is the mean. Less is better where its attribute
+    `higher_is_better` is False.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if callable(spec) or ":" in spec:
+        return _custom(spec)
+    if match := re.fullmatch(r"top([1-9]\d*)", spec):
+        return Metric(spec, lambda *given: _in_top(int(match[1]), *given), span=1.0)
+    if spec not in NAMES:
+        raise UsageError(f"no metric {spec!r}: choose among {', '.join(NAMES)}, topK, PKG:FUNCTION")
+    if spec in ("f1", "r2"):
+        _sklearn()
+    return NAMES[spec]
+
+
+# --- what is measured
+
+
+def _classes(scores, name):
+    """Scores as (samples, classes)."""
+    if scores.ndim > 2 and set(scores.shape[2:]) == {1}:
+        scores = scores.reshape(scores.shape[:2])
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        raise UsageError(
+            f"{name} needs a score per class, (N, classes): the output is {_text(scores)}"
+        )
+    return scores
+
+
+def _indices(labels, count, name):
+    """Labels as class indices."""
+    labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise UsageError(f"{name} needs one label per sample: the labels are {_text(labels)}")
+    numbers = labels.dtype.kind in "iubf"
+    wrong = labels[labels != np.floor(labels)] if numbers else labels
+    if wrong.size:
+        raise UsageError(f"{name} needs whole numbers as labels, got {wrong[0]}")
+    outside = labels[(labels < 0) | (labels >= count)]
+    if outside.size:
+        raise UsageError(
+            f"label {outside[0]:g} is out of range: the output has classes 0 to {count - 1}"
+        )
+    return labels.astype(np.int64)
+
+
+def _of_label(scores, labels):
+    return np.take_along_axis(scores, labels[:, None], 1)
+
+
+def _accuracy(scores, labels, _):
+    scores = _classes(scores, "accuracy")
+    return scores.argmax(1) == _indices(labels, scores.shape[1], "accuracy")
+
+
+def _in_top(k, scores, labels, _):
+    name = f"top{k}"
+    scores = _classes(scores, name)
+    if k >= scores.shape[1]:
+        raise UsageError(f"{name} is always 1: the output has {scores.shape[1]} classes")
+    labels = _indices(labels, scores.shape[1], name)
+    own = _of_label(scores, labels)
+    # Of equal scores the first counts, as for argmax.
+    earlier = np.arange(scores.shape[1]) < labels[:, None]
+    return ((scores > own) | ((scores == own) & earlier)).sum(1) < k
+
+
+def _labels_and_choices(scores, labels, _):
+    scores = _classes(scores, "f1")
+    return np.stack([_indices(labels, scores.shape[1], "f1"), scores.argmax(1)], 1)
+
+
+def _f1(statistics):
+    labels, choices = statistics.astype(np.int64).T
+    return _sklearn().f1_score(labels, choices, average="macro", zero_division=0)
+
+
+def log_probabilities(scores):
+    """Log-probabilities along axis 1: of probabilities as they are, of logits by softmax.
+
+    A sample whose scores are in [0, 1] and sum to 1 within 1e-3 is taken to hold probabilities.
+    """
+    scores = scores.astype(np.float64)
+    total = scores.sum(1, keepdims=True)
+    given = ((scores >= 0) & (scores <= 1)).all(1, keepdims=True) & (np.abs(total - 1) < 1e-3)
+    shifted = scores - scores.max(1, keepdims=True)
+    softmax = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    logs = np.where(given, np.log(np.maximum(scores, _SMALLEST)), softmax)
+    return np.maximum(logs, np.log(_SMALLEST))
+
+
+def _nll(scores, labels, _):
+    scores = _classes(scores, "nll")
+    return -_of_label(log_probabilities(scores), _indices(labels, scores.shape[1], "nll"))
+
+
+def _confidence_and_hit(scores, labels, _):
+    scores = _classes(scores, "ece")
+    hit = scores.argmax(1) == _indices(labels, scores.shape[1], "ece")
+    return np.stack([np.exp(log_probabilities(scores).max(1)), hit], 1)
+
+
+def _ece(statistics):
+    confidence, hit = statistics.T
+    bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
+    gaps = np.bincount(bins, weights=hit - confidence, minlength=_BINS)
+    return np.abs(gaps).sum() / len(statistics)
+
+
+def _overlaps(scores, labels, _):
+    """Per class the pixels in both masks and in either."""
+    labels = np.asarray(labels)
+    if scores.ndim == 4 and labels.shape[1:] == scores.shape[1:3] != scores.shape[2:]:
+        scores = np.moveaxis(scores, -1, 1)
+    if scores.ndim != 4 or labels.shape != (len(scores), *scores.shape[2:]):
+        raise UsageError(
+            f"miou needs scores (N, classes, H, W) and labels (N, H, W): the output is "
+            f"{_text(scores)}, the labels are {_text(labels)}"
+        )
+    count, seen = scores.shape[1], labels != _VOID
+    wanted = _indices(np.where(seen, labels, 0).ravel(), count, "miou").reshape(labels.shape)
+    chosen = scores.argmax(1)
+    rows = []
+    for want, got, mask in zip(wanted, chosen, seen, strict=True):
+        want, got = want[mask], got[mask]
+        both = np.bincount(want[want == got], minlength=count)
+        either = np.bincount(want, minlength=count) + np.bincount(got, minlength=count) - both
+        rows.append([both, either])
+    return np.array(rows)
+
+
+def _miou(statistics):
+    both, either = statistics.reshape(len(statistics), 2, -1).sum(0)
+    return (both[either > 0] / either[either > 0]).mean()
+
+
+def _errors(scores, labels, name):
+    labels = np.asarray(labels)
+    flat = [a.reshape(len(a), -1) for a in (scores, labels)]
+    if flat[0].shape != flat[1].shape or labels.dtype.kind not in "iubf":
+        raise UsageError(
+            f"{name} needs a number per output: the output is {_text(scores)}, "
+            f"the labels are {_text(labels)}"
+        )
+    return [a.astype(np.float64) for a in flat]
+
+
+def _mse(scores, labels, _):
+    scores, labels = _errors(scores, labels, "mse")
+    return ((scores - labels) ** 2).mean(1)
+
+
+def _mae(scores, labels, _):
+    scores, labels = _errors(scores, labels, "mae")
+    return np.abs(scores - labels).mean(1)
+
+
+def _labels_and_predictions(scores, labels, _):
+    scores, labels = _errors(scores, labels, "r2")
+    return np.concatenate([labels, scores], 1)
+
+
+def _r2(statistics):
+    labels, scores = np.split(statistics, 2, 1)
+    # Undefined on such a part of the data.
+    if (labels == labels[0]).all(0).any():
+        return float("nan")
+    return _sklearn().r2_score(labels, scores)
+
+
+def _over_classes(scores, name):
+    if scores.ndim < 2 or scores.shape[1] < 2:
+        raise UsageError(f"{name} needs scores of classes in axis 1: the output is {_text(scores)}")
+    return scores
+
+
+def _agreement(scores, _, original):
+    same = _over_classes(scores, "agreement").argmax(1) == original.argmax(1)
+    return same.reshape(len(same), -1).mean(1)
+
+
+def _entropy(scores, *_):
+    logs = log_probabilities(_over_classes(scores, "entropy"))
+    return -(np.exp(logs) * logs).sum(1).reshape(len(logs), -1).mean(1)
+
+
+def _kl(scores, _, original):
+    logs = log_probabilities(_over_classes(scores, "kl"))
+    before = log_probabilities(original)
+    return (np.exp(before) * (before - logs)).sum(1).reshape(len(logs), -1).mean(1)
+
+
+def _custom(spec):
+    function = objects.load(spec) if isinstance(spec, str) else spec
+    name = spec if isinstance(spec, str) else getattr(spec, "__name__", "metric")
+
+    def statistics(outputs, labels, _):
+        given = np.asarray(objects.call(function, name, outputs, labels))
+        count = len(next(iter(outputs.values())))
+        if given.shape != (count,) or given.dtype.kind not in "iubf":
+            raise UsageError(
+                f"{name}: gave {_text(given)}, expected a number per sample, ({count},)"
+            )
+        return given.astype(np.float64)[:, None]
+
+    better = bool(getattr(function, "higher_is_better", True))
+    return Metric(
+        name, statistics, higher_is_better=better, needs_labels=False, takes_all_outputs=True
+    )
+
+
+def _text(array):
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
+
+
+def _sklearn():
+    try:
+        from sklearn import metrics
+    except ImportError:
+        raise EnvironmentLacks(
+            "scikit-learn is not installed: pip install 'ctonnx[sweep]'"
+        ) from None
+    return metrics
+
+
+_free = {"needs_labels": False}
+_less = {"higher_is_better": False}
+NAMES = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", _accuracy, span=1.0),
+        Metric("f1", _labels_and_choices, _f1),
+        Metric("nll", _nll, **_less),
+        Metric("ece", _confidence_and_hit, _ece, **_less),
+        Metric("miou", _overlaps, _miou),
+        Metric("mse", _mse, **_less),
+        Metric("mae", _mae, **_less),
+        Metric("r2", _labels_and_predictions, _r2),
+        Metric("agreement", _agreement, needs_original=True, span=1.0, **_free),
+        Metric("entropy", _entropy, **_less, **_free),
+        Metric("kl", _kl, needs_original=True, **_less, **_free),
+    )
+}

@@ -1,0 +1,106 @@
+"""The curve of a sweep, with intervals: as PNG or SVG by matplotlib, as text by plotext."""
+
+import io
+import shutil
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from ..errors import EnvironmentLacks, UsageError
+from ..model import files
+from .intervals import LEVEL
+
+FORMATS = (".png", ".svg")
+
+# Half an interval of LEVEL in standard errors.
+_HALF = NormalDist().inv_cdf((1 + LEVEL) / 2)
+
+
+def draw(result, path=None):
+    """Draw a Sweep into a file; without one, return the drawing as text.
+
+    Raises:
+        UsageError: another suffix, or it cannot be written.
+        EnvironmentLacks: the package that draws is not installed.
+    """
+    check(path)
+    if path is None:
+        return _text(result)
+    buffer = io.BytesIO()
+    _figure(result).savefig(buffer, format=Path(path).suffix[1:].lower(), dpi=150)
+    files.write(path, buffer.getvalue())
+    return None
+
+
+def check(path):
+    """Raise what `draw` would raise before there is a result."""
+    if path is not None and Path(path).suffix.lower() not in FORMATS:
+        raise UsageError(f"{path}: drawings go to {' or '.join(FORMATS)}")
+    try:
+        if path is None:
+            import plotext  # noqa: F401
+        else:
+            import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentLacks(f"{error.name} is missing: pip install 'ctonnx[sweep]'") from None
+
+
+def _curves(result):
+    """Label -> points, one for each c; the original belongs to all."""
+    shared = result.original
+    by_coeff = {}
+    for point in result.points:
+        if point is not shared:
+            by_coeff.setdefault(point.coeff, []).append(point)
+    for coeff, points in (by_coeff or {shared.coeff: []}).items():
+        label = result.metric if coeff is None or len(by_coeff) < 2 else f"c = {coeff:g}"
+        yield label, sorted([*points, shared], key=lambda point: point.beta)
+
+
+def _figure(result):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for label, points in _curves(result):
+        betas = [point.beta for point in points]
+        values = [point.value for point in points]
+        halves = [_HALF * point.error for point in points]
+        (line, *_) = axes.errorbar(
+            betas, values, halves, marker="o", markersize=3, elinewidth=0.7, label=label
+        )
+        # The paired interval is the narrower: whether a point differs from the original.
+        ends = [[p.gain_low - p.gain for p in points], [p.gain_high - p.gain for p in points]]
+        band = np.add(values, ends)  # Symmetric: it does not matter which way is better.
+        axes.fill_between(betas, *band, alpha=0.25, color=line.get_color(), linewidth=0)
+    axes.axhline(result.original.value, color="gray", linestyle=":", label="original")
+    best = result.best
+    axes.plot(best.beta, best.value, "*", color="black", markersize=12, label=f"β = {best.beta:g}")
+    axes.set(
+        xlabel="β",
+        ylabel=result.metric,
+        title="bars: 95 % of the value; band: of the gain over the original",
+    )
+    axes.legend()
+    return figure
+
+
+def _text(result):
+    import plotext
+
+    figure = plotext.figure
+    figure.clear()
+    figure.plot_size(min(shutil.get_terminal_size().columns, 100), 20)
+    figure.theme("colorless")
+    for label, points in _curves(result):
+        betas = [point.beta for point in points]
+        values = [point.value for point in points]
+        halves = [_HALF * point.error if point.error >= 0 else 0.0 for point in points]
+        figure.draw(figure.error(betas, values, halves))
+        curve = figure.signal(betas, values)
+        figure.draw(curve.label(label) if label != result.metric else curve)
+    figure.title(result.metric)
+    figure.label("β")
+    lines = plotext.uncolorize(str(figure.build())).splitlines()
+    return "\n".join(line.rstrip() for line in lines)

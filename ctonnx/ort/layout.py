@@ -1,0 +1,298 @@
+"""Sessions that keep ONNX Runtime's blocked layout around the CTU, for speed on the CPU.
+
+ONNX Runtime runs a convolution, the residual sum behind it and its ReLU as one node in a blocked
+layout (NCHWc). A custom op in place of the ReLU breaks that up: each has its tensor reordered out
+of the layout and back into it. Yet a CTU of scalar parameters is elementwise: it fits any layout.
+
+The rule: each CTU becomes a stand-in, an op that ONNX Runtime fuses as it does Relu and that the
+model holds nowhere else, one op for each set of parameters; ONNX Runtime optimises that model; each
+stand-in, fused or not, becomes the CTU with the parameters it stands for. Nothing else can be taken
+for a CTU, a Relu that was not steered included. The result serves if as many CTUs came out as went
+in, and if it agrees with the plain session on a random input.
+
+It is refused, and the plain session serves, where
+- another provider than the CPU's is asked for, or the options lower the optimisation level or want
+  the optimised model in a file;
+- the model holds no CTU or no convolution, or ONNX Runtime lays out nothing in blocks;
+- a parameter is not a scalar input or initializer of the graph, or no op is left to stand in;
+- a CTU is part of a Clip, a HardSigmoid or the like;
+- a CTU is inside a model-local function, which ONNX Runtime copies to where it is called;
+- the model computes in half precision, or is too large to be held several times;
+- ONNX Runtime changed the number of stand-ins, by folding, merging or decomposing;
+- the comparison fails, or no random input runs.
+"""
+
+import tempfile
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
+
+from .. import ctu
+from ..errors import CtonnxError
+from ..model import files
+from ..model.graph import names, node_label, scopes, unique_name
+from ..rewriting import activations
+from . import runtime
+from .compare import compare
+from .runs import Model, random_inputs
+
+# Elementwise, and fused into Conv and Gemm wherever Relu is. Relu comes last, for ONNX Runtime
+# removes it before QuantizeLinear and Clip.
+_STAND_INS = ("Tanh", "Sigmoid", "Relu")
+
+_BLOCKED = "com.microsoft.nchwc"
+
+# The Azure provider, which CPU wheels list as available, takes only nodes of its own domain.
+_CPU = {"AzureExecutionProvider", "CPUExecutionProvider"}
+
+# Bytes of a model: while the session is made they are held about four times.
+_LARGEST = 256 << 20
+
+# What the comparison feeds for a parameter that is an input: far from ReLU, so that a CTU that got
+# lost shows.
+_PROBE = np.array([0.85], np.float32)
+
+_QUIET = {"log_severity_level": 4, "enable_profiling": False}
+
+
+class _Refused(CtonnxError):
+    """The model or the options do not fit; the message is the reason."""
+
+
+def open_session(path, providers, options):
+    """Open an InferenceSession in the blocked layout, if that is sound.
+
+    Args:
+        path: the model's path, or its bytes.
+        providers: list of execution providers, as for InferenceSession, or None.
+        options: SessionOptions with the op library registered; other values are set in them while
+            this runs.
+
+    Returns:
+        (session, None), or (None, reason) where the plain session is to serve.
+    """
+    try:
+        return _open(path, providers, options), None
+    except Exception as error:  # Whatever it is, the plain session serves, or raises its own.
+        return None, str(error).partition("\n")[0]
+
+
+def _open(path, providers, options):
+    level = runtime.import_onnxruntime().GraphOptimizationLevel
+    _check(providers, options, level)
+    model = _read(path)
+    parameters, count = _put_stand_ins(model)
+    _load_weights(model, path)
+    optimised = _optimise(model, providers, options)
+    if bake(optimised, model, parameters) != count:
+        raise _Refused("ONNX Runtime folded, merged or decomposed some stand-ins")
+    baked = optimised.SerializeToString()
+    del model, optimised
+    # At BASIC nothing is laid out a second time.
+    with _changed(options, graph_optimization_level=level.ORT_ENABLE_BASIC):
+        session = runtime.open_session(baked, options, providers)
+    with _changed(options, **_QUIET):
+        plain = runtime.open_session(path, options, providers)
+    _verify(plain, session, {name for group in parameters.values() for name in group})
+    return session
+
+
+def _check(providers, options, level):
+    """Refuse what was asked for and the blocked layout cannot give."""
+    if runtime.hold_providers(options):
+        raise _Refused("the session options hold providers")
+    others = {p if isinstance(p, str) else p[0] for p in providers} - _CPU
+    if others:
+        raise _Refused(f"runs on {min(others)}, not on the CPU alone")
+    if options.optimized_model_filepath:
+        raise _Refused("the session options want the optimised model in a file")
+    if options.graph_optimization_level != level.ORT_ENABLE_ALL:
+        raise _Refused("the session options lower the optimisation level")
+
+
+def _read(path):
+    if isinstance(path, bytes):
+        _check_size(len(path))
+        return ModelProto.FromString(path)
+    _check_size(Path(path).stat().st_size)
+    return files.load(path)
+
+
+def _put_stand_ins(model):
+    """Replace the CTUs of a ModelProto by stand-ins, in place.
+
+    Returns:
+        dict from a stand-in's op type to the inputs beside X of the CTUs it stands for, and a
+        Counter of the stand-ins by op type.
+    """
+    kept = [function for function in model.functions if not ctu.is_ctu(function)]
+    del model.functions[:]
+    model.functions.extend(kept)
+    found = [(scope, node) for scope in scopes(model) for node in scope.body.node]
+    sites = [node for _, node in found if ctu.is_ctu(node)]
+    if not sites:
+        raise _Refused("the model holds no CTU")
+    if any(scope.function and ctu.is_ctu(node) for scope, node in found):
+        raise _Refused("a CTU is inside a model-local function")
+    if any(node.op_type != ctu.OP_TYPE for node in sites):
+        raise _Refused("a CTU is part of a Clip or the like")
+    if all(node.op_type != "Conv" for _, node in found):
+        raise _Refused("the model holds no convolution")
+    if {t.data_type for t in model.graph.initializer} & {TensorProto.FLOAT16, TensorProto.BFLOAT16}:
+        raise _Refused("the model computes in half precision")
+
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        shapes[value.name] = (
+            [d.dim_value for d in kind.shape.dim] if kind.HasField("shape") else None
+        )
+    taken = {_activation(node) for _, node in found}
+    free = [op for op in _STAND_INS if op not in taken]
+    stand_ins = {}
+    for node in sites:
+        group = tuple(filter(None, node.input[1:]))
+        if any(shapes.get(name) not in ([], [1]) for name in group):
+            raise _Refused(f"the parameters of {node_label(node)!r} are not all scalars")
+        if group not in stand_ins:
+            if not free:
+                raise _Refused("no op is left to stand in for the CTU")
+            stand_ins[group] = free.pop(0)
+        node.op_type, node.domain = stand_ins[group], ""
+        del node.input[1:]
+    return {op: group for group, op in stand_ins.items()}, Counter(n.op_type for n in sites)
+
+
+def _load_weights(model, path):
+    """Bring a model's external data into it, as it is optimised from bytes."""
+    if isinstance(path, bytes):
+        return
+    folder = Path(path).parent
+    data = files.check_external_data(model, folder).values()
+    _check_size(model.ByteSize() + sum(file.stat().st_size for file in data))
+    files.read_external_data(model, folder)
+
+
+def _check_size(size):
+    if size > _LARGEST:
+        raise _Refused(f"the model is larger than {_LARGEST >> 20} MiB")
+
+
+def _optimise(model, providers, options):
+    """The ModelProto that ONNX Runtime makes of `model`."""
+    with tempfile.TemporaryDirectory(prefix="ctonnx-") as folder:
+        file = Path(folder, "model.onnx")
+        with _changed(options, optimized_model_filepath=str(file), **_QUIET):
+            runtime.open_session(model.SerializeToString(), options, providers)
+        # Weights that nodes make are in the file now.
+        _check_size(file.stat().st_size)
+        optimised = files.load(file)
+    if all(node.domain != _BLOCKED for scope in scopes(optimised) for node in scope.body.node):
+        raise _Refused("ONNX Runtime lays out nothing in blocks")
+    return optimised
+
+
+def bake(optimised, model, parameters):
+    """Put CTUs where the stand-ins are, in place.
+
+    Args:
+        optimised: the ModelProto that ONNX Runtime made of `model`.
+        model: the ModelProto with stand-ins, which still holds the CTUs' parameters.
+        parameters: op type of a stand-in -> inputs beside X of the CTUs it stands for.
+
+    Returns:
+        Counter of the CTUs by the op type of their stand-in.
+    """
+    graph, taken, count = optimised.graph, names(optimised), Counter()
+    used = {name for group in parameters.values() for name in group}
+    # ONNX Runtime dropped the parameters, as nothing used them.
+    held = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(t for t in model.graph.initializer if t.name in used - held)
+
+    def new_name(base):
+        name = unique_name(base, taken)
+        taken.add(name)
+        return name
+
+    # ONNX Runtime lets a value of any shape be fed where a scalar is declared. One per channel
+    # would be wrong in this layout, so that is made an error.
+    scalar = {name: name for name in used}
+    guards = []
+    one = new_name("one")
+    for name in sorted(used.intersection(value.name for value in graph.input)):
+        scalar[name] = new_name(f"{name}_scalar")
+        guards.append(helper.make_node("Reshape", [name, one], [scalar[name]]))
+    if guards:
+        graph.initializer.append(helper.make_tensor(one, TensorProto.INT64, [1], [1]))
+
+    # Innermost bodies first, as a body is copied along with the node that holds it.
+    for scope in reversed(list(scopes(optimised))):
+        nodes = []
+        for node in scope.body.node:
+            nodes.append(node)
+            op = _activation(node)
+            if op not in parameters:
+                continue
+            count[op] += 1
+            if (node.domain, node.op_type) in activations.FUSED:
+                node, fused = NodeProto(output=node.output), node
+                activations.take_out(fused, new_name(f"{node.output[0]}_before_ctu"))
+                node.input.append(fused.output[0])
+                nodes.append(node)
+            node.op_type, node.domain = ctu.OP_TYPE, ctu.DOMAIN
+            node.input.extend(scalar[name] for name in parameters[op])
+        del scope.body.node[:]
+        scope.body.node.extend(guards + nodes if scope.path == "" else nodes)
+    return count
+
+
+def _activation(node):
+    """The standard op that a node is, or that is fused into it as its activation."""
+    if (node.domain, node.op_type) in activations.FUSED:
+        return activations.attribute(node, "activation", None, AttributeProto.STRING)
+    return node.op_type if node.domain in activations.DEFAULT_DOMAINS else None
+
+
+def _verify(plain, session, parameters):
+    """Refuse a session that differs from the plain one in its interface, or in a run."""
+    fed = {}
+    for kind in "inputs", "overridable_initializers", "outputs":
+        values = [getattr(s, f"get_{kind}")() for s in (plain, session)]
+        expected, actual = ([(v.name, v.type, v.shape) for v in side] for side in values)
+        if expected != actual:
+            raise _Refused(f"its {kind} differ from the plain session's")
+        fed.update((v.name, _PROBE) for v in values[0] if v.name in parameters)
+    reference = _Run(plain, fed)
+    inputs = random_inputs(reference)
+    for result in compare(reference.last, _Run(session, fed).run(inputs)):
+        if not result.ok:
+            raise _Refused(f"its output {result.name!r} {result.reason}")
+
+
+class _Run(Model):
+    """An open session that runs with `fed` beside its other inputs; `last` is its last result."""
+
+    def __init__(self, session, fed):
+        self._use(session)
+        self._fed = fed
+        self.inputs = [i for i in self.inputs if i.name not in fed]
+
+    def run(self, inputs):
+        self.last = super().run({**inputs, **self._fed})
+        return self.last
+
+
+@contextmanager
+def _changed(options, **values):
+    """Give SessionOptions other values for as long as the block lasts."""
+    before = {name: getattr(options, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(options, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(options, name, value)

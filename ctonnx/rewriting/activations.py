@@ -1,0 +1,334 @@
+"""Which ONNX nodes the CTU can steer, how it expresses each, and why it leaves the others alone.
+
+CTU0 below is the op `ctonnx::CTU` without a slope. A piecewise-affine activation is lines joined at
+kinks, and CTU0(-|d|) is what smoothing adds at a kink where two lines differ by d = X - bound:
+
+    Relu                    CTU0(X)
+    LeakyRelu, PRelu        CTU(X) with their slope
+    Max(X, lo)              Max(X, lo) + CTU0(-|X - lo|)
+    Min(X, hi)              Min(X, hi) - CTU0(-|X - hi|)
+    Clip(X, lo, hi)         Clip(X, lo, hi) + CTU0(-|X - lo|) - CTU0(-|X - hi|)
+    HardSigmoid             the Clip of alpha * X + beta to [0, 1]
+
+The last four equal lo + CTU0(X - lo) - CTU0(X - hi) and the like, without its cancellation for a
+large X and without its NaN for an infinite one. They are ops of ours as well, each with a
+model-local function that calls `ctonnx::CTU`: `function` makes it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import AttributeProto, TensorProto, helper
+
+from .. import ctu
+
+DEFAULT_DOMAINS = ("", "ai.onnx")
+
+# Ops that ONNX Runtime's optimiser writes with an activation in their attributes.
+FUSED = {
+    ("com.microsoft", "FusedConv"),
+    ("com.microsoft", "FusedGemm"),
+    ("com.microsoft", "NhwcFusedConv"),
+    ("com.microsoft.nchwc", "Conv"),
+}
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What a node becomes: an op of ours with inputs x, beta, coeff and `operands`.
+
+    Operands are names of tensors, or numbers that become initializers of X's element type.
+    """
+
+    op_type: str
+    x: str
+    operands: tuple[str | float, ...] = ()
+
+    @property
+    def sloped(self):
+        return self.op_type == ctu.OP_TYPE and bool(self.operands)
+
+
+def _relu(node, constant):
+    return Steering(ctu.OP_TYPE, node.input[0])
+
+
+# The attributes of those that have any, in the order of `activation_params`, and their defaults,
+# which are float32.
+_ATTRIBUTES = {
+    "LeakyRelu": {"alpha": float(np.float32(0.01))},
+    "HardSigmoid": {"alpha": float(np.float32(0.2)), "beta": 0.5},
+    "Clip": {"min": None, "max": None},
+}
+
+
+def _attributes(node):
+    """The values of a node's attributes, in order."""
+    return [attribute(node, *item) for item in _ATTRIBUTES[node.op_type].items()]
+
+
+def _leaky_relu(node, constant):
+    return Steering(ctu.OP_TYPE, node.input[0], tuple(_attributes(node)))
+
+
+def _prelu(node, constant):
+    # A single number broadcasts at every opset.
+    slope = constant(node.input[1])
+    return Steering(ctu.OP_TYPE, node.input[0], (node.input[1] if slope is None else slope,))
+
+
+def _clip(node, constant):
+    bounds = _attributes(node)
+    operands = list(bounds)
+    for index, name in enumerate(node.input[1:3]):
+        if name:
+            bounds[index], operands[index] = constant(name), name
+            if bounds[index] is None:
+                return "its bounds are computed at run time, or in another file"
+    x, kept = node.input[0], bounds_that_bend(*bounds)
+    if isinstance(kept, str):
+        return kept
+    lo, hi = kept
+    if hi is None:
+        return Steering(ctu.OP_TYPE, x) if lo == 0 else Steering("CTUMax", x, (operands[0],))
+    if lo is None:
+        return Steering("CTUMin", x, (operands[1],))
+    return Steering("CTUClip", x, tuple(operands))
+
+
+def bounds_that_bend(lo, hi):
+    """The bounds of a Clip, numbers or None, with None for those that bound nothing; or the reason
+    why it is left alone."""
+    # Exporters write a bound that is not there as the largest number.
+    lo, hi = (None if b is None or not abs(b) <= 3.4e38 else b for b in (lo, hi))
+    if lo is None and hi is None:
+        return "it has no bounds"
+    if lo is not None and hi is not None and not lo < hi:
+        return "its bounds leave no room between them"
+    if lo is not None and 0 < lo < 1e-3:
+        return f"it guards against numbers under {lo:g}: taken as arithmetic"
+    return lo, hi
+
+
+def _max(node, constant):
+    return _with_zero(node, constant, lambda x: Steering(ctu.OP_TYPE, x))
+
+
+def _min(node, constant):
+    return _with_zero(node, constant, lambda x: Steering("CTUMin", x, (0.0,)))
+
+
+def _with_zero(node, constant, steering):
+    """Only against 0 is Max or Min an activation; elsewhere it is arithmetic, and not reported."""
+    for zero, x in (node.input, reversed(node.input)) if len(node.input) == 2 else ():
+        if constant(zero) == 0:
+            return steering(x)
+    return None
+
+
+def _hard_sigmoid(node, constant):
+    return Steering("CTUHardSigmoid", node.input[0], (*_attributes(node), 0.0, 1.0))
+
+
+# op type -> function of (node, constant) that gives its Steering, the reason why there is none, or
+# None where the node is no activation. `constant` gives the value of a scalar constant, or None.
+STEERABLE = {
+    "Relu": _relu,
+    "LeakyRelu": _leaky_relu,
+    "PRelu": _prelu,
+    "Clip": _clip,
+    "HardSigmoid": _hard_sigmoid,
+    "Max": _max,
+    "Min": _min,
+}
+
+_SMOOTH = "it is not piecewise affine: there is no kink between two lines to bend"
+_JUMPS = "it jumps: the CTU bends kinks, not jumps"
+_SMOOTH_OPS = "Celu Elu Gelu HardSwish Mish Selu Sigmoid Softplus Softsign Swish Tanh"
+_CONTRIB_SMOOTH_OPS = "BiasGelu FastGelu Gelu QuickGelu"
+_QUANTIZED_OPS = "QLinearLeakyRelu QLinearSigmoid"
+
+# (domain, op type) -> the reason.
+LEFT_ALONE = {
+    **{("", op): _SMOOTH for op in _SMOOTH_OPS.split()},
+    **{("com.microsoft", op): _SMOOTH for op in _CONTRIB_SMOOTH_OPS.split()},
+    **{("com.microsoft", op): "it computes on integers" for op in _QUANTIZED_OPS.split()},
+    ("", "ThresholdedRelu"): _JUMPS,
+    ("", "Shrink"): _JUMPS,
+}
+
+_RECURRENT = ("RNN", "GRU", "LSTM")
+
+# Ops that quantize what they give -> the position of its zero point. The first takes it as it is
+# from another op; where that is an affine one, clipping at 0 is a Relu's doing.
+_QUANTIZING = {
+    "QuantizeLinear": 2,
+    "QLinearAdd": 7,
+    "QLinearConv": 7,
+    "QLinearMatMul": 7,
+    "QGemm": 8,
+}
+_AFFINE = {"Add", "BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul", "Sub", "Sum"}
+_LOWEST = {
+    TensorProto.UINT8: 0,
+    TensorProto.INT8: -(1 << 7),
+    TensorProto.UINT16: 0,
+    TensorProto.INT16: -(1 << 15),
+}
+_TAKEN_IN = "its range starts at 0, as of a Relu that quantization took in: steer before quantizing"
+
+
+def clips_at_zero(node, types, constant, makers):
+    """The reason why the Relu that quantization left in a NodeProto's range cannot be steered; None
+    where its range goes below 0, or what it quantizes is no affine op's.
+
+    Args:
+        types: element types by tensor name, as Scope.types.
+        constant: as for `judge`.
+        makers: the op types by output name of the nodes around it.
+    """
+    if node.op_type not in _QUANTIZING or node.domain not in (*DEFAULT_DOMAINS, "com.microsoft"):
+        return None
+    position = _QUANTIZING[node.op_type]
+    x, name = (*node.input[:1], "")[0], (*node.input[position : position + 1], "")[0]
+    if node.op_type == "QuantizeLinear" and makers.get(x) not in _AFFINE:
+        return None
+    zero = constant(name) if name else 0
+    known = types.get(name or (*node.output, "")[0], {TensorProto.UINT8})
+    lowest = {_LOWEST[dtype] for dtype in known if dtype in _LOWEST}
+    return _TAKEN_IN if zero in lowest else None
+
+
+def judge(node, dtypes, constant):
+    """Judge a NodeProto.
+
+    Args:
+        dtypes: the element types of its tensor, empty where they are not known.
+        constant: function from a tensor's name to its value where it is a scalar constant.
+
+    Returns:
+        Steering, the reason why there is none, or None where the node is no activation.
+    """
+    domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
+    if not node.output or not node.output[0]:
+        return None
+    if (domain, node.op_type) in LEFT_ALONE:
+        return LEFT_ALONE[domain, node.op_type]
+    if not domain and node.op_type in _RECURRENT:
+        return f"it is part of {node.op_type}" if _holds_relu(node, "activations") else None
+    if domain or node.op_type not in STEERABLE:
+        return None
+    needed = 2 if node.op_type == "PRelu" else 1
+    if len(node.input) < needed or not all(node.input[:needed]):
+        return "it lacks an input"
+    if any(a.ref_attr_name for a in node.attribute):
+        return "it has an attribute of the function around it"
+    if any(a.HasField("g") or a.graphs for a in node.attribute):
+        return "it holds a graph, which no activation does"
+    steering = STEERABLE[node.op_type](node, constant)
+    if not isinstance(steering, Steering):
+        return steering
+    wrong = set(dtypes) - set(ctu.FLOATING)
+    if wrong:
+        # Max and Min of integers, and Clip, are arithmetic on sizes and indices.
+        if "Relu" not in node.op_type:
+            return None
+        return f"its tensor is {_type_name(wrong.pop())}, not floating-point"
+    return steering
+
+
+def _type_name(dtype):
+    known = dtype in TensorProto.DataType.values()
+    return TensorProto.DataType.Name(dtype).lower() if known else f"of the unknown type {dtype}"
+
+
+def unfused(node):
+    """The activation inside a fused node, as a NodeProto of its own without input; None if none."""
+    if (node.domain, node.op_type) not in FUSED or not node.output:
+        return None
+    op_type = attribute(node, "activation", "", AttributeProto.STRING)
+    if not op_type:
+        return None
+    names = _ATTRIBUTES.get(op_type, {})
+    # FusedGemm has an attribute for each, the others one list.
+    values = attribute(node, "activation_params", [], AttributeProto.FLOATS)
+    held = dict(zip(names, values, strict=False))
+    held |= {name: attribute(node, f"activation_{name}", held.get(name)) for name in names}
+    held = {name: value for name, value in held.items() if value is not None}
+    return helper.make_node(op_type, [node.output[0]], [node.output[0]], **held)
+
+
+def take_out(node, output):
+    """Remove the activation that is fused into a node, which then computes `output`."""
+    node.output[0] = output
+    kept = [held for held in node.attribute if not held.name.startswith("activation")]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if node.op_type == "FusedGemm":
+        node.op_type, node.domain = "Gemm", ""
+
+
+def function(op_type, opset, sloped):
+    """One of our ops other than CTU as a model-local function (X, beta, coeff, operands) -> Y.
+
+    Args:
+        opset: of the default domain.
+        sloped: whether the function of `ctonnx::CTU` in the same model takes a slope.
+    """
+    nodes = []
+
+    def op(op_type, *inputs, output=None, domain=""):
+        output = output or f"v{len(nodes)}"
+        # Of the second input, which is the smaller throughout.
+        attributes = {"broadcast": 1} if opset < 7 and not domain and len(inputs) == 2 else {}
+        nodes.append(helper.make_node(op_type, inputs, [output], domain=domain, **attributes))
+        return output
+
+    def kink(x, bound):
+        below = op("Neg", op("Abs", op("Sub", x, bound)))
+        slope = [op("Sub", bound, bound)] if sloped else []  # 0, in X's element type
+        return op(ctu.OP_TYPE, below, "beta", "coeff", *slope, domain=ctu.DOMAIN)
+
+    # Before opset 8 Max and Min did not broadcast.
+    def at_least(x, lo):
+        return op("Max", x, lo) if opset >= 8 else op("Add", op("Relu", op("Sub", x, lo)), lo)
+
+    def at_most(x, hi):
+        if opset >= 8:
+            return op("Min", x, hi)
+        return op("Add", op("Neg", op("Relu", op("Neg", op("Sub", x, hi)))), hi)
+
+    if op_type == "CTUMax":
+        operands = ["lo"]
+        op("Add", at_least("X", "lo"), kink("X", "lo"), output="Y")
+    elif op_type == "CTUMin":
+        operands = ["hi"]
+        op("Sub", at_most("X", "hi"), kink("X", "hi"), output="Y")
+    elif op_type == "CTUClip":
+        operands = ["lo", "hi"]
+        clipped = at_most(at_least("X", "lo"), "hi")
+        op("Sub", op("Add", clipped, kink("X", "lo")), kink("X", "hi"), output="Y")
+    else:
+        operands = ["alpha", "offset", "lo", "hi"]
+        line = op("Add", op("Mul", "X", "alpha"), "offset")
+        op("CTUClip", line, "beta", "coeff", "lo", "hi", output="Y", domain=ctu.DOMAIN)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(ctu.DOMAIN, ctu.VERSION)]
+    return helper.make_function(
+        ctu.DOMAIN, op_type, ["X", "beta", "coeff", *operands], ["Y"], nodes, imports
+    )
+
+
+def attribute(node, name, default, kind=AttributeProto.FLOAT):
+    """The value of a node's attribute; `default` where it has none of that AttributeProto type, or
+    one that refers to the function around it."""
+    for held in node.attribute:
+        if held.name == name and held.type == kind and not held.ref_attr_name:
+            value = helper.get_attribute_value(held)
+            if kind == AttributeProto.STRING:
+                return value.decode(errors="replace")
+            return value
+    return default
+
+
+def _holds_relu(node, name):
+    return any(b"Relu" in value for value in attribute(node, name, [], AttributeProto.STRINGS))

@@ -1,0 +1,233 @@
+"""Parameters per activation: which (beta, coeff) each one gets."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, numpy_helper
+
+from ..errors import ModelError, UsageError
+
+_NAMES = ("beta", "coeff")
+
+
+def load(path):
+    """Read a file of parameters.
+
+    A JSON file holds an object: key -> beta, or key -> {"beta": ..., "coeff": ...}, each a
+    number or a list with one number per channel. An .npz file holds arrays named `key.beta` and
+    `key.coeff`.
+    A .pth or .pt file holds the state dict of a T-CT model.
+    A key is an activation's name or a regular expression, as for `resolve`.
+
+    Returns:
+        dict: key -> {"beta" and "coeff", as far as given: what the file holds}; Trained for a
+        state dict.
+
+    Raises:
+        ModelError: the file cannot be read, or is not of that form.
+        UsageError: a state dict is not that of a T-CT model.
+        EnvironmentLacks: a state dict is given, and PyTorch is not installed.
+    """
+    path = Path(path)
+    if path.suffix in (".pth", ".pt"):
+        from ..torch import tct
+
+        state = tct.read_checkpoint(path)
+        return Trained(tct.pairs(state), tct.arrays(state))
+    try:
+        if path.suffix == ".npz":
+            return _from_arrays(path)
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except Exception as error:  # Whatever the parsers raise for a damaged file.
+        raise ModelError(f"{path}: cannot be read as parameters: {error}") from None
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: expected a JSON object from name to parameters")
+    return document
+
+
+class Trained(dict):
+    """The pairs of a T-CT state dict: a key is a PyTorch module, and nothing else.
+
+    `weights` is name -> array of all that the state dict holds.
+    """
+
+    def __init__(self, pairs, weights=()):
+        super().__init__(pairs)
+        self.weights = dict(weights)
+
+    def of(self, activations, notes):
+        """For each activation its pair, or None: by module; where the exporter did not write
+        modules down, by the names that the TorchScript exporter makes of them, or else in order,
+        which is then told in `notes`: a state dict has the order of definition, a graph that of
+        use.
+
+        Raises:
+            UsageError: the state dict and the model do not fit.
+        """
+        modules = [a.module for a in activations]
+        if not any(modules):
+            modules = [self._module(a.name) for a in activations]
+            if not any(modules) and len(self) == len(activations):
+                modules = list(self)
+                taken = ", ".join(
+                    f"{module} for {a.path}" for module, a in zip(modules, activations, strict=True)
+                )
+                notes.append(f"the model names no modules: took the pairs in order: {taken}")
+        missing = sorted(self.keys() - set(modules))
+        if missing and not any(modules):
+            raise UsageError(
+                f"params: the checkpoint holds {len(self)} pairs, the model {len(activations)} "
+                "activations, and it does not say which module they come from"
+            )
+        if missing:
+            raise UsageError(
+                f"params: the checkpoint's {missing[0]!r} is no module of an activation that is "
+                "steered, see `ctonnx inspect`"
+            )
+        return [self.get(module) for module in modules]
+
+    def _module(self, name):
+        """The key that a name like "/layer1/layer1.0/relu_1/Relu" stands for, None for none."""
+        parts = [""]
+        for part in name.split("/")[1:-1]:
+            # What a container holds is named with the container's own name.
+            if not part.startswith(f"{parts[-1]}."):
+                parts.append("")
+            parts[-1] = part
+        module = ".".join(parts[1:])
+        # A number is that of a module's second and further calls.
+        return next((key for key in (module, re.sub(r"_\d+$", "", module)) if key in self), None)
+
+
+def differing(weights, initializers):
+    """The names of the TensorProtos that are not what `weights`, name -> array, hold under their
+    name."""
+    for tensor in initializers:
+        trained = weights.get(tensor.name)
+        if trained is None or tensor.data_location == TensorProto.EXTERNAL:
+            continue
+        if not np.array_equal(numpy_helper.to_array(tensor), trained):
+            yield tensor.name
+
+
+def _from_arrays(path):
+    params = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in arrays:
+            key, _, which = name.rpartition(".")
+            if which not in _NAMES:
+                raise ModelError(f"{path}: expected arrays named NAME.beta and NAME.coeff: {name}")
+            params.setdefault(key, {})[which] = arrays[name]
+    return params
+
+
+def resolve(params, beta, coeff, activations, notes):
+    """What each activation gets.
+
+    Args:
+        params: as `load` gives it; values may be NumPy arrays. A key that is an activation's name,
+            scope/name or PyTorch module stands for that; any other is a regular expression searched
+            in scope/name. A name outweighs a pattern, and a later pattern an earlier one. Those of
+            Trained are modules.
+        beta, coeff: for what `params` does not give; beta may be None.
+        notes: a list, to which goes what the user should know.
+
+    Returns:
+        list with a dict for each: "beta", a float32 array or None, "coeff", a float32 array, and
+        "common", whether beta is the one of all.
+
+    Raises:
+        UsageError: a key matches nothing, or a value is not in [0, 1].
+    """
+    resolved = [{"beta": beta, "coeff": coeff, "common": True} for _ in activations]
+    if isinstance(params, Trained):
+        pairs = params.of(activations, notes)
+        for activation, values, pair in zip(activations, resolved, pairs, strict=True):
+            if pair is not None:
+                values.update(_values(activation.path, pair), common=False)
+        params = None
+    matches = {key: _matches(key, activations) for key in params or {}}
+    # Names after patterns, as the last decides.
+    for key in sorted(matches, key=lambda key: matches[key][0]):
+        values, (_, matched) = _values(key, params[key]), matches[key]
+        if not matched:
+            raise UsageError(
+                f"params: {key!r} matches no activation that is steered, see `ctonnx inspect`"
+            )
+        for index in matched:
+            resolved[index].update(values)
+            resolved[index]["common"] &= "beta" not in values
+    for values in resolved:
+        for name in _NAMES:
+            value = values[name]
+            values[name] = None if value is None else np.asarray(value, np.float32)
+    return resolved
+
+
+def _values(key, given):
+    if not isinstance(given, dict):
+        given = {"beta": given}
+    unknown = set(given) - set(_NAMES)
+    if unknown:
+        raise UsageError(f"params: {key!r} gives {sorted(unknown)[0]!r}, expected beta and coeff")
+    for name, value in given.items():
+        try:
+            if isinstance(value, str):
+                raise ValueError
+            array = np.asarray(value, np.float32)
+        except (TypeError, ValueError):
+            raise UsageError(f"params: {name} of {key!r} is not made of numbers") from None
+        # Written so that NaN fails too.
+        wrong = array[~((array >= 0) & (array <= 1))]
+        if not array.size or wrong.size:
+            got = f"{wrong.flat[0]:g}" if wrong.size else "no number"
+            raise UsageError(f"params: {name} of {key!r} must lie in [0, 1], got {got}")
+    return given
+
+
+def _matches(key, activations):
+    """Whether a key is a name, and the indices of the activations that it stands for."""
+    exact = [i for i, a in enumerate(activations) if key in (a.name, a.path, a.module)]
+    if exact:
+        return True, exact
+    try:
+        pattern = re.compile(key)
+    except re.error as error:
+        raise UsageError(f"params: {key!r} is neither a name nor a pattern: {error}") from None
+    return False, [i for i, a in enumerate(activations) if pattern.search(a.path)]
+
+
+def per_channel(array, shape, name):
+    """Shape a 1-D array for an activation's tensor: channels are dim 1, or the last of 2-D and 3-D.
+
+    Args:
+        array: float32, any shape; only a 1-D one of several values is shaped.
+        shape: the tensor's dimensions as far as known, None where not even their number is.
+        name: of the activation, for messages.
+
+    Raises:
+        UsageError: the values do not fit the tensor, or may fit in more than one way.
+    """
+    if array.ndim == 1 and array.size > 1:
+        if not shape:
+            raise UsageError(f"params: {name}: the tensor's shape is unknown, give [[[b]], ...]")
+        axis = 1 if len(shape) >= 4 else len(shape) - 1
+        # Sequences have their channels last, one-dimensional convolutions first.
+        first = len(shape) == 3 and shape[1] == array.size
+        if first and (not isinstance(shape[2], int) or shape[2] == array.size):
+            raise UsageError(
+                f"params: {name}: either of the last two dimensions may be the channels: "
+                "give [[b], ...] or [[b, ...]]"
+            )
+        if isinstance(shape[axis], int) and shape[axis] != array.size:
+            raise UsageError(f"params: {name}: {array.size} values for {shape[axis]} channels")
+        return array.reshape(-1, *[1] * (len(shape) - axis - 1))
+    pairs = zip(reversed(array.shape), reversed(shape or []), strict=False)
+    fits = all(have in (1, want) or not isinstance(want, int) for have, want in pairs)
+    if shape is not None and (array.ndim > max(len(shape), 1) or not fits):
+        raise UsageError(f"params: {name}: {list(array.shape)} does not broadcast to {shape}")
+    return array

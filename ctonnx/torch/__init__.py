@@ -1,0 +1,21 @@
+"""Curvature Tuning in PyTorch: the CT unit, steering a model, and T-CT, its trainable version.
+
+CTU        the unit as a module, with fixed or trainable beta and c
+steer      every piecewise-affine activation of a model, modules and function calls alike
+trainable  T-CT: a pair (beta, c) for each channel of each activation module
+restore    a model from the state dict of a trained one
+export     a model with CT units as ONNX
+"""
+
+from ..errors import EnvironmentLacks
+
+try:
+    import torch  # noqa: F401
+except ImportError:
+    raise EnvironmentLacks("PyTorch is not installed: pip install 'ctonnx[torch]'") from None
+
+from .export import export
+from .tct import restore, trainable
+from .unit import CTU, steer
+
+__all__ = ["CTU", "export", "restore", "steer", "trainable"]
