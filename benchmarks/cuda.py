@@ -256,7 +256,7 @@ def open_sessions(original, graphs):
     from onnx import ModelProto
 
     import ctonnx
-    from ctonnx.ort import runtime
+    from ctonnx.ort import library as runtime
     from ctonnx.rewriting import rewrite
 
     steered = ModelProto()

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from . import ctu
 from .errors import EnvironmentLacks
-from .ort import runtime
+from .ort import library as runtime
 
 _PACKAGES = (
     "ctonnx",

@@ -12,7 +12,7 @@ import pytest
 from conftest import DIGITS, ROOT
 
 import ctonnx
-from ctonnx.ort import runtime
+from ctonnx.ort import library as runtime
 
 PUBLIC = [
     *("CheckFailed", "CtonnxError", "EnvironmentLacks", "ModelError", "NothingToDo", "UsageError"),

@@ -187,7 +187,7 @@ def test_doctor_without_onnxruntime_finds_the_library(run, monkeypatch):
 
 def test_doctor_says_what_is_wrong(run, monkeypatch):
     from ctonnx import doctor
-    from ctonnx.ort import runtime
+    from ctonnx.ort import library as runtime
 
     with monkeypatch.context() as twice:
         twice.setattr(doctor, "_version", lambda package: "1.0")

@@ -26,7 +26,7 @@ from ctonnx import ctu, doctor
 from ctonnx.check import validate
 from ctonnx.data.batches import Batch
 from ctonnx.measure import engine
-from ctonnx.ort import runtime
+from ctonnx.ort import library as runtime
 
 SOURCES = ROOT / "custom_ops"
 CODES = {

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import ctonnx
 from ctonnx import ctu
-from ctonnx.ort import layout, runtime
+from ctonnx.ort import layout, library as runtime
 from ctonnx.rewriting import rewrite
 
 CPU = ["CPUExecutionProvider"]

@@ -11,7 +11,7 @@ from onnx import helper
 from ctonnx.check import validate
 from ctonnx.errors import CheckFailed, EnvironmentLacks, ModelError, NothingToDo, UsageError
 from ctonnx.model import files
-from ctonnx.ort import runtime
+from ctonnx.ort import library as runtime
 from ctonnx.rewriting import rewrite
 
 ORIGINAL = DIGITS / "digits.onnx"

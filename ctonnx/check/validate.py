@@ -12,7 +12,7 @@ from .. import ctu
 from ..errors import CheckFailed, CtonnxError, ModelError, NothingToDo, UsageError
 from ..model import files
 from ..model.graph import key_of, node_label
-from ..ort import layout, runtime
+from ..ort import layout, library as runtime
 from ..ort.compare import Comparison, compare
 from ..ort.runs import CPU, Model, load_inputs, random_inputs, variant
 from ..rewriting import rewrite

@@ -98,7 +98,7 @@ def patch(model, beta, coeff, params_file, output, check, dry_run, force, as_jso
     from ..check import validate
     from ..measure import results
     from ..model import files
-    from ..ort import runtime
+    from ..ort import library as runtime
     from ..rewriting import params, rewrite
 
     if beta is None and params_file is None:
@@ -441,7 +441,7 @@ def sweep(
     """
     from ..measure import plot, sweeping
     from ..model import files
-    from ..ort import runtime
+    from ..ort import library as runtime
 
     if model == files.STDIO:
         raise click.UsageError("a sweep takes the model's file, not -")
@@ -582,7 +582,7 @@ def probe(model, output, points, preset, resize, crop, mean, std, force, as_json
     """
     from ..measure import results
     from ..model import files
-    from ..ort import runtime
+    from ..ort import library as runtime
     from ..transfer import probing
 
     if files.STDIO in (model, output):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import objects
+from .. import user_code as objects
 from ..errors import ModelError, UsageError
 from .batches import LABELS, Batch, conform, label_column, names_of
 from .rows import Archive, Lines, Rows

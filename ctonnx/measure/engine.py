@@ -13,7 +13,7 @@ from ..data.batches import Input
 from ..data.source import digest, stamp
 from ..errors import CtonnxError, ModelError, UsageError, first_line
 from ..model import files
-from ..ort import runtime
+from ..ort import library as runtime
 from ..ort.runs import beside
 from ..rewriting import rewrite
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import objects
+from .. import user_code as objects
 from ..errors import EnvironmentLacks, UsageError
 
 # Bins of the calibration error: Guo et al., arXiv 1706.04599, section 2.

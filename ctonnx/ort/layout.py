@@ -35,7 +35,7 @@ from ..errors import CtonnxError
 from ..model import files
 from ..model.graph import names, node_label, scopes, unique_name
 from ..rewriting import activations
-from . import runtime
+from . import library as runtime
 from .compare import compare
 from .runs import Model, random_inputs
 

@@ -15,7 +15,7 @@ from ..errors import (
     first_line,
 )
 from ..model import files
-from . import runtime
+from . import library as runtime
 
 CPU = "CPUExecutionProvider"
 

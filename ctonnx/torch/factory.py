@@ -8,7 +8,7 @@ from contextlib import nullcontext, redirect_stdout
 
 import torch
 
-from .. import objects
+from .. import user_code as objects
 from ..errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
 from ..model import files
 from ..ort.runs import arrays

@@ -28,7 +28,7 @@ from ..measure import engine, intervals, metrics
 from ..measure.results import Table, without_nan
 from ..measure.sweeping import grid
 from ..model import files, flow
-from ..ort import runs, runtime
+from ..ort import runs, library as runtime
 from ..rewriting import rewrite
 from . import heads
 
