@@ -256,7 +256,7 @@ def open_sessions(original, graphs):
     from onnx import ModelProto
 
     import ctonnx
-    from ctonnx.ort import library as runtime
+    from ctonnx.ort import library
     from ctonnx.rewriting import rewrite
 
     steered = ModelProto()
@@ -264,7 +264,7 @@ def open_sessions(original, graphs):
     rewrite.steer(steered, BETA, ops=["relu"])
     # Searching for the fastest convolutions takes longer than what is to be timed.
     settings = {"enable_cuda_graph": str(int(graphs)), "cudnn_conv_algo_search": "HEURISTIC"}
-    provider = (runtime.CUDA_PROVIDERS[0], settings)
+    provider = (library.CUDA_PROVIDERS[0], settings)
     sessions = {}
     for name, model in (("Relu", original), ("op", steered), ("fallback", steered)):
         options = ort.SessionOptions()

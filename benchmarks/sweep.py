@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import ctonnx
-from ctonnx.data.source import open_source
+from ctonnx.data.open import open_source
 from ctonnx.measure import engine
 
 SIZE = 32

@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckFailed": "errors",
     "CtonnxError": "errors",
-    "EnvironmentLacks": "errors",
+    "InputFileError": "errors",
+    "MissingDependency": "errors",
     "ModelError": "errors",
     "NothingToDo": "errors",
     "UsageError": "errors",
@@ -22,7 +23,7 @@ _HOMES = {
     "patch": "api",
     "probe": "transfer.probing",
     "register": "ort.library",
-    "session": "ort.library",
+    "session": "ort.session",
     "sweep": "measure.sweeping",
     "unpatch": "api",
 }

@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from . import ctu
-from .errors import EnvironmentLacks
-from .ort import library as runtime
+from .errors import MissingDependency
+from .ort import library
+from .ort.session import session
 
 _PACKAGES = (
     "ctonnx",
@@ -40,11 +41,11 @@ def examine():
     report["ok"] = False
     error = None
     with _noting(report["problems"]):
-        report["library"] = runtime.get_library_path()
+        report["library"] = library.get_library_path()
         report["cpu_level"] = _cpu_level(report["library"])
-        report["cuda_kernels"] = runtime.cuda_kernels(report["library"])
+        report["cuda_kernels"] = library.cuda_kernels(report["library"])
     with _noting(report["problems"]):
-        report["providers"] = runtime.import_onnxruntime().get_available_providers()
+        report["providers"] = library.import_onnxruntime().get_available_providers()
         if not report["problems"]:
             error = _largest_error()
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
@@ -65,7 +66,7 @@ def _noting(problems):
     """Add what goes wrong in its body to a list of lines."""
     try:
         yield
-    except EnvironmentLacks as problem:
+    except MissingDependency as problem:
         problems.append(str(problem))
     except Exception as problem:  # Whatever is raised for a library that does not load.
         problems.append(f"the op library does not run: {problem}")
@@ -88,31 +89,30 @@ def _version(package):
 
 def _largest_error():
     """How far the kernel is from the formula on a few numbers, on the CPU."""
-    session = runtime.session(_model().SerializeToString(), ["CPUExecutionProvider"])
-    return _error(session)
+    return _error(session(_model().SerializeToString(), ["CPUExecutionProvider"]))
 
 
 def _why_not_cuda(kernels, available):
     """A line that says why the op does not run on CUDA; None where it does."""
     if kernels is None:
         return "built without CUDA kernels: no working nvcc, or CTONNX_CUDA=OFF"
-    provider = next((name for name in runtime.CUDA_PROVIDERS if name in available), None)
+    provider = next((name for name in library.CUDA_PROVIDERS if name in available), None)
     if provider is None:
         return "this onnxruntime has no CUDA provider: onnxruntime-gpu has"
-    ort = runtime.import_onnxruntime()
+    ort = library.import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is said here
-    runtime.register(options)
+    library.register(options)
     try:
         with tempfile.TemporaryDirectory(prefix="ctonnx-") as folder:
             options.optimized_model_filepath = f"{folder}/optimised.onnx"
-            session = ort.InferenceSession(
+            opened = ort.InferenceSession(
                 _model().SerializeToString(), options, providers=[provider, "CPUExecutionProvider"]
             )
-            if provider not in session.get_providers():
+            if provider not in opened.get_providers():
                 return f"ONNX Runtime cannot start {provider}: no GPU, driver, CUDA or cuDNN for it"
             nodes = onnx.load(options.optimized_model_filepath).graph.node
-            error = _error(session)
+            error = _error(opened)
     except Exception as problem:  # ONNX Runtime has an exception type for each of its codes.
         return f"{provider} does not run the op: {str(problem).strip().partition(chr(10))[0]}"
     copies = sum(node.op_type.startswith("Memcpy") for node in nodes)

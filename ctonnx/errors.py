@@ -5,7 +5,8 @@
       NothingToDo       no activation matched, or the model is not steered  exit code 1
       CheckFailed       outputs differ from what they must be               exit code 1
       ModelError        the model cannot be read, or is unsafe to read      exit code 3
-      EnvironmentLacks  a package, provider or the op library is missing    exit code 4
+      InputFileError    another file (data, parameters, progress) cannot be read  exit code 3
+      MissingDependency a package, provider or the op library is missing    exit code 4
 
 A message is one line that says what is wrong and what to do. Any other exception is a bug here.
 """
@@ -33,7 +34,11 @@ class ModelError(CtonnxError):
     exit_code = 3
 
 
-class EnvironmentLacks(CtonnxError):
+class InputFileError(CtonnxError):
+    exit_code = 3
+
+
+class MissingDependency(CtonnxError):
     exit_code = 4
 
 

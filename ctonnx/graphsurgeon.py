@@ -16,8 +16,8 @@ from onnx_graphsurgeon.util.misc import is_dynamic_dimension
 
 from . import ctu as op
 from .errors import ModelError, UsageError
-from .model.graph import unique_name
-from .rewriting.activations import DEFAULT_DOMAINS
+from .model.graph import DEFAULT_DOMAINS
+from .model.names import unique_name
 
 # Before it, parameters per channel would not broadcast.
 _MIN_OPSET = 7

@@ -15,7 +15,7 @@ import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from .errors import EnvironmentLacks, UsageError, first_line
+from .errors import MissingDependency, UsageError, first_line
 
 RUNTIME = "onnxruntime-web@1.30.0"
 
@@ -36,7 +36,7 @@ def page():
         folder = base / "samples" / "playground"
         if (folder / "index.html").is_file():
             return folder
-    raise EnvironmentLacks("the playground's page is not installed: reinstall ctonnx")
+    raise MissingDependency("the playground's page is not installed: reinstall ctonnx")
 
 
 def runtime(say=lambda line: None):
@@ -46,14 +46,14 @@ def runtime(say=lambda line: None):
         say: called with a line before something is fetched.
 
     Raises:
-        EnvironmentLacks: it can't be fetched, is not what it must be, or there is no place for it.
+        MissingDependency: it can't be fetched, is not what it must be, or there is no place for it.
     """
     places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
     # A path that is not absolute is to be ignored: XDG Base Directory Specification. Without a
     # home folder the second stays as it is.
     cache = next(filter(os.path.isabs, places), None)
     if cache is None:
-        raise EnvironmentLacks("no home folder to keep onnxruntime-web in: set XDG_CACHE_HOME")
+        raise MissingDependency("no home folder to keep onnxruntime-web in: set XDG_CACHE_HOME")
     folder = Path(cache) / "ctonnx" / RUNTIME.replace("@", "-")
     if _is_complete(folder):
         return folder
@@ -66,7 +66,7 @@ def runtime(say=lambda line: None):
             for name in _FILES:
                 os.replace(Path(temporary, name), folder / name)
     except OSError as error:
-        raise EnvironmentLacks(
+        raise MissingDependency(
             f"{folder}: cannot be written ({error.strerror}): set XDG_CACHE_HOME to another folder"
         ) from None
     return folder
@@ -93,22 +93,24 @@ def _fetch(folder):
             command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
     except OSError as error:
-        raise EnvironmentLacks(
+        raise MissingDependency(
             f"the playground needs npm to fetch {RUNTIME}, once: install Node.js ({error.strerror})"
         ) from None
     archive = next(folder.glob("*.tgz"), None)
     if done.returncode or archive is None:
         why = first_line(done.stderr) or f"npm ended with {done.returncode}"
-        raise EnvironmentLacks(f"{cannot}: connect to the network, or see `npm ping` ({why})")
+        raise MissingDependency(f"{cannot}: connect to the network, or see `npm ping` ({why})")
     try:
         with tarfile.open(archive) as package:
             for name in _FILES:
                 content = package.extractfile(f"package/dist/{name}").read()
                 (folder / name).write_bytes(content)
     except (tarfile.TarError, zlib.error, KeyError, EOFError) as error:
-        raise EnvironmentLacks(f"{cannot}: what it gave is damaged ({first_line(error)})") from None
+        raise MissingDependency(
+            f"{cannot}: what it gave is damaged ({first_line(error)})"
+        ) from None
     if not _is_complete(folder):
-        raise EnvironmentLacks(f"{cannot}: what it gave is not the package of that version")
+        raise MissingDependency(f"{cannot}: what it gave is not the package of that version")
 
 
 def server(port, say=lambda line: None):
@@ -123,7 +125,7 @@ def server(port, say=lambda line: None):
 
     Raises:
         UsageError: the port cannot be listened on.
-        EnvironmentLacks: as `runtime`, or the page is not installed.
+        MissingDependency: as `runtime`, or the page is not installed.
     """
     folders = {"": str(page()), "runtime": str(runtime(say))}
 

@@ -12,10 +12,11 @@ import pytest
 from conftest import DIGITS, ROOT
 
 import ctonnx
-from ctonnx.ort import library as runtime
+from ctonnx.ort import library
 
 PUBLIC = [
-    *("CheckFailed", "CtonnxError", "EnvironmentLacks", "ModelError", "NothingToDo", "UsageError"),
+    *("CheckFailed", "CtonnxError", "InputFileError", "MissingDependency", "ModelError"),
+    *("NothingToDo", "UsageError"),
     *("get_library_path", "inspect", "patch", "probe", "register", "session", "sweep", "unpatch"),
 ]
 
@@ -23,18 +24,18 @@ PUBLIC = [
 def test_the_public_names():
     assert ctonnx.__all__ == PUBLIC
     assert {n for n in dir(ctonnx) if not n.startswith("_")} == set(PUBLIC)
-    assert all(getattr(ctonnx, name).__doc__ for name in PUBLIC[6:])
+    assert all(getattr(ctonnx, name).__doc__ for name in PUBLIC[7:])
     with pytest.raises(AttributeError):
         ctonnx.steer  # noqa: B018
 
 
 def test_errors_form_a_tree():
-    codes = {name: getattr(ctonnx, name).exit_code for name in PUBLIC[:6]}
+    codes = {name: getattr(ctonnx, name).exit_code for name in PUBLIC[:7]}
     assert codes == {
-        **{"CheckFailed": 1, "CtonnxError": 1, "EnvironmentLacks": 4, "ModelError": 3},
-        **{"NothingToDo": 1, "UsageError": 2},
+        **{"CheckFailed": 1, "CtonnxError": 1, "InputFileError": 3, "MissingDependency": 4},
+        **{"ModelError": 3, "NothingToDo": 1, "UsageError": 2},
     }
-    assert all(issubclass(getattr(ctonnx, name), ctonnx.CtonnxError) for name in PUBLIC[:6])
+    assert all(issubclass(getattr(ctonnx, name), ctonnx.CtonnxError) for name in PUBLIC[:7])
 
 
 def test_a_path_gives_a_path(tmp_path):
@@ -76,9 +77,9 @@ def test_a_graphsurgeon_graph_gives_a_graph():
     assert sum(node.op == "CTU" for node in steered.nodes) == 7
     expected = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.85)
     x = np.load(DIGITS / "digits_test.npz")["image"]
-    for library in (True, False):
+    for with_library in (True, False):
         options = ort.SessionOptions()
-        if library:
+        if with_library:
             ctonnx.register(options)
         first, second = (
             ort.InferenceSession(m.SerializeToString(), options).run(None, {"image": x})[0]
@@ -92,17 +93,17 @@ def test_session_runs_with_the_library_and_without(monkeypatch, tmp_path):
     steered = ctonnx.patch(DIGITS / "digits.onnx", 0.85, output=tmp_path / "digits.ct.onnx")
     held = np.load(DIGITS / "digits_test.npz")
     fast = ctonnx.session(steered).run(None, {"image": held["image"]})[0]
-    monkeypatch.setattr(runtime, "_LIBRARY", "libmissing.so")
+    monkeypatch.setattr(library, "_LIBRARY", "libmissing.so")
     with pytest.warns(RuntimeWarning, match="without fast kernels"):
         slow = ctonnx.session(steered).run(None, {"image": held["image"]})[0]
     np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-4)
     assert (fast.argmax(1) == held["label"]).mean() > 0.9
-    with pytest.raises(ctonnx.EnvironmentLacks, match="no C\\+\\+ compiler"):
+    with pytest.raises(ctonnx.MissingDependency, match="no C\\+\\+ compiler"):
         ctonnx.get_library_path()
     alone = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.85, lowering="op")
     with (
         pytest.warns(RuntimeWarning, match="without fast kernels"),
-        pytest.raises(ctonnx.EnvironmentLacks, match="holds no fallback"),
+        pytest.raises(ctonnx.MissingDependency, match="holds no fallback"),
     ):
         ctonnx.session(alone)
 
@@ -113,7 +114,7 @@ def test_session_takes_options_and_providers():
     session = ctonnx.session(DIGITS / "digits.onnx", ["CPUExecutionProvider"], options)
     assert session.get_providers() == ["CPUExecutionProvider"]
     assert session.get_session_options().intra_op_num_threads == 1
-    with pytest.raises(ctonnx.EnvironmentLacks, match="CPUExecutionProvider"):
+    with pytest.raises(ctonnx.MissingDependency, match="CPUExecutionProvider"):
         ctonnx.session(DIGITS / "digits.onnx", ["NoSuchExecutionProvider"])
 
 
@@ -162,7 +163,7 @@ def test_the_source_folder_finds_the_installed_library(tmp_path):
 
 def test_an_old_onnxruntime_is_refused(monkeypatch):
     monkeypatch.setattr(ort, "__version__", "1.17.3")
-    with pytest.raises(ctonnx.EnvironmentLacks, match=r"1\.17\.3 is too old"):
+    with pytest.raises(ctonnx.MissingDependency, match=r"1\.17\.3 is too old"):
         ctonnx.register(ort.SessionOptions())
 
 

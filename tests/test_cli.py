@@ -187,7 +187,7 @@ def test_doctor_without_onnxruntime_finds_the_library(run, monkeypatch):
 
 def test_doctor_says_what_is_wrong(run, monkeypatch):
     from ctonnx import doctor
-    from ctonnx.ort import library as runtime
+    from ctonnx.ort import library
 
     with monkeypatch.context() as twice:
         twice.setattr(doctor, "_version", lambda package: "1.0")
@@ -200,7 +200,7 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
     assert "wrong by 1.0e-01" in err
     monkeypatch.setattr(doctor, "_largest_error", lambda: float("nan"))
     assert run("doctor")[0] == 4
-    monkeypatch.setattr(runtime, "_LIBRARY", "libmissing.so")
+    monkeypatch.setattr(library, "_LIBRARY", "libmissing.so")
     code, _, err = run("doctor")
     assert code == 4
     assert "no C++ compiler was found" in err

@@ -11,7 +11,7 @@ from conftest import DIGITS
 
 import ctonnx
 from ctonnx.cli import main as cli
-from ctonnx.errors import EnvironmentLacks, UsageError
+from ctonnx.errors import MissingDependency, UsageError
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("sklearn")
@@ -137,7 +137,7 @@ def test_mistakes_come_back_as_one_line(cluster):
 def test_a_batch_that_always_kills_its_worker_is_one_line(cluster, monkeypatch):
     monkeypatch.setattr("ctonnx.cluster._RETRIES", 1)
     with pytest.raises(
-        EnvironmentLacks, match=r"batch \d ends its worker 2 times.*Crashed"
+        MissingDependency, match=r"batch \d ends its worker 2 times.*Crashed"
     ) as caught:
         on_ray(cluster, MODEL, "shards:Fatal", [0.9])
     assert "\n" not in str(caught.value)
@@ -188,5 +188,5 @@ def test_no_cluster_is_one_line(monkeypatch):
         raise ConnectionError("Could not find any running Ray instance.\nMore.")
 
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(EnvironmentLacks, match="no Ray cluster to connect to: Could not find any"):
+    with pytest.raises(MissingDependency, match="no Ray cluster to connect to: Could not find any"):
         ctonnx.sweep(MODEL, DATA, engine="ray")

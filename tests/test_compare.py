@@ -6,8 +6,9 @@ import numpy as np
 import onnx.parser
 import pytest
 
+from ctonnx.model.values import arrays
 from ctonnx.ort.compare import compare, within
-from ctonnx.ort.runs import Model, arrays
+from ctonnx.ort.runs import Model
 
 RIGHT = {"a": np.float32([1, 2, 3]), "b": np.array([True, False])}
 

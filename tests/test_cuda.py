@@ -26,7 +26,7 @@ from ctonnx import ctu, doctor
 from ctonnx.check import validate
 from ctonnx.data.batches import Batch
 from ctonnx.measure import engine
-from ctonnx.ort import library as runtime
+from ctonnx.ort import library
 
 SOURCES = ROOT / "custom_ops"
 CODES = {
@@ -183,7 +183,7 @@ def test_doctor_says_why_cuda_is_not_used():
 
 def test_both_languages_know_the_same_providers():
     table = re.search(r"kCudaProviders\[\] = \{(.*?)\}", (SOURCES / "ctu_op.cc").read_text())
-    assert tuple(re.findall(r'"(\w+)"', table[1])) == runtime.CUDA_PROVIDERS
+    assert tuple(re.findall(r'"(\w+)"', table[1])) == library.CUDA_PROVIDERS
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_tensorrt_before_cuda_is_said(monkeypatch, caplog, providers, first):
         def get_providers(self):
             return providers
 
-    monkeypatch.setattr(runtime, "open_session", lambda *arguments: Session())
+    monkeypatch.setattr(library, "open_session", lambda *arguments: Session())
     ctonnx.session(op_model().SerializeToString(), ["CPUExecutionProvider"], layout=False)
     assert ("--lowering primitives" in caplog.text) == first
 
@@ -212,7 +212,7 @@ def gpu_sessions(monkeypatch):
     import onnxruntime as ort  # not above, for a GPU's tests import torch before it
 
     given = []
-    available = [*runtime.TENSORRT_PROVIDERS, runtime.CUDA_PROVIDERS[0], "CPUExecutionProvider"]
+    available = [*library.TENSORRT_PROVIDERS, library.CUDA_PROVIDERS[0], "CPUExecutionProvider"]
 
     class Session(ort.InferenceSession):
         starts = True  # CUDA
@@ -232,7 +232,7 @@ def gpu_sessions(monkeypatch):
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: available)
     monkeypatch.setattr(ort, "InferenceSession", Session)
-    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: "sm_90 + PTX")
+    monkeypatch.setattr(library, "cuda_kernels", lambda library: "sm_90 + PTX")
     return given
 
 
@@ -277,7 +277,7 @@ def test_a_library_without_cuda_kernels_is_left_out_on_cuda(
     import onnxruntime as ort
 
     monkeypatch.setattr(ort.InferenceSession, "starts", starts)
-    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: kernels)
+    monkeypatch.setattr(library, "cuda_kernels", lambda library: kernels)
     model = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.85)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -289,7 +289,7 @@ def test_a_library_without_cuda_kernels_is_left_out_on_cuda(
 
 
 def test_a_model_without_a_fallback_has_the_library_on_cuda(gpu_sessions, monkeypatch):
-    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: None)
+    monkeypatch.setattr(library, "cuda_kernels", lambda library: None)
     model = op_model(function=False).SerializeToString()
     assert is_registered(ctonnx.session(model, [CUDA, CPU]))
 
@@ -298,7 +298,7 @@ def test_options_that_know_the_library_keep_it(gpu_sessions, monkeypatch):
     """It cannot be taken out of them again."""
     import onnxruntime as ort
 
-    monkeypatch.setattr(runtime, "cuda_kernels", lambda library: None)
+    monkeypatch.setattr(library, "cuda_kernels", lambda library: None)
     options = ort.SessionOptions()
     ctonnx.register(options)
     with warnings.catch_warnings():
@@ -428,7 +428,7 @@ class Op:
         session_options = SessionOptions()
         session_options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         ctonnx.register(session_options)
-        provider = (runtime.CUDA_PROVIDERS[0], {k: str(v) for k, v in options.items()})
+        provider = (library.CUDA_PROVIDERS[0], {k: str(v) for k, v in options.items()})
         model = typed_model(self.code, sloped).SerializeToString()
         self.session = InferenceSession(model, session_options, providers=[provider])
         assert self.session.get_providers()[0] == provider[0], "CUDA did not start"
@@ -689,7 +689,7 @@ def test_no_copies_around_the_op(tmp_path):
     options = SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     steered = ctonnx.patch(onnx.load(ROOT / "samples" / "digits" / "digits.onnx"), 0.85)
-    ctonnx.session(steered, [runtime.CUDA_PROVIDERS[0]], options)
+    ctonnx.session(steered, [library.CUDA_PROVIDERS[0]], options)
     nodes = onnx.load(options.optimized_model_filepath).graph.node
     assert sum(ctu.is_ctu(node) for node in nodes) == 7
     assert not [node.name for node in nodes if node.op_type.startswith("Memcpy")]

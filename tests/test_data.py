@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 
+from ctonnx.data import open as opening
 from ctonnx.data import rows
-from ctonnx.data import source as data
 from ctonnx.data.batches import Input
-from ctonnx.data.source import open_source
-from ctonnx.errors import CtonnxError, ModelError, UsageError
+from ctonnx.data.open import open_source
+from ctonnx.errors import CtonnxError, InputFileError, UsageError
 
 FLOAT, IMAGE = np.dtype(np.float32), (None, 3, 8, 8)
 X = [Input("x", FLOAT, (None, 3))]
@@ -182,7 +182,9 @@ def test_images_of_16_bits_are_scaled(tmp_path):
     np.testing.assert_allclose(batch.ravel(), pixels[0] / 65535, atol=0.5 / 255)
     for dtype in np.int32, np.float32:
         Image.fromarray(pixels.astype(dtype)).save(tmp_path / "a.tif")
-        with pytest.raises(ModelError, match=r"a\.tif: cannot be read as an image: its 32 bits"):
+        with pytest.raises(
+            InputFileError, match=r"a\.tif: cannot be read as an image: its 32 bits"
+        ):
             everything(open_source(tmp_path, inputs))
 
 
@@ -217,7 +219,7 @@ def test_broken_images_are_skipped_and_counted(folder):
     good = (folder / "cat" / "a.png").read_bytes()
     (folder / "cat" / "b.png").write_bytes(good[: len(good) // 2])
     (folder / "dog" / "a.png").write_bytes(b"no image")
-    with pytest.raises(ModelError, match=r"b\.png: cannot be read as an image.*--skip-broken"):
+    with pytest.raises(InputFileError, match=r"b\.png: cannot be read as an image.*--skip-broken"):
         open_source(folder, inputs).batch(0)
     source = open_source(folder, inputs, skip=True, size=3)
     batches = [source.batch(i) for i in range(len(source))]
@@ -312,7 +314,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
     ]:
         if line == "images differ in size":
             picture(0, (9, 9)).save(folder / "cat" / "other.png")
-        with pytest.raises((ModelError, UsageError)) as caught:
+        with pytest.raises((InputFileError, UsageError)) as caught:
             open_source(spec, inputs, **options).batch(0)
         assert line in str(caught.value), spec
         assert "\n" not in str(caught.value)
@@ -335,7 +337,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, kind):
         import re, sys
         import numpy as np
         from ctonnx.data.batches import Input
-        from ctonnx.data.source import open_source
+        from ctonnx.data.open import open_source
         source = open_source(sys.argv[1], [Input("x", np.dtype(np.float32), (None, {}))])
         for i in range(len(source)):
             assert len(source.batch(i))
@@ -356,5 +358,5 @@ def test_memory_does_not_grow_with_the_data(tmp_path, kind):
 
 
 def test_a_fixed_batch_size_is_the_models():
-    assert data._batch_size(None, [Input("x", FLOAT, (4, 3))]) == 4
-    assert data._batch_size(8, X) == 8
+    assert opening._batch_size(None, [Input("x", FLOAT, (4, 3))]) == 4
+    assert opening._batch_size(8, X) == 8

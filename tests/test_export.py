@@ -18,9 +18,9 @@ from torch import nn
 import ctonnx
 from ctonnx import ctu
 from ctonnx.rewriting import params, rewrite
+from ctonnx.rewriting.checkpoint import pairs
 from ctonnx.torch import CTU, export, factory, restore, steer, trainable
 from ctonnx.torch.export import exported
-from ctonnx.torch.tct import pairs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",

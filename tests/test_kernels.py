@@ -56,7 +56,10 @@ def level(request):
 
 
 def supported_levels():
-    code = "from ctonnx import doctor; from ctonnx.ort import runtime; print(doctor._cpu_level(runtime.get_library_path()))"
+    code = (
+        "from ctonnx import doctor; from ctonnx.ort import library; "
+        "print(doctor._cpu_level(library.get_library_path()))"
+    )
     return [n for n in LEVELS if at_level(n, sys.executable, "-c", code).stdout.strip() == n]
 
 

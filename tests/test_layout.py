@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import ctonnx
 from ctonnx import ctu
-from ctonnx.ort import layout, library as runtime
+from ctonnx.ort import blocked, library
 from ctonnx.rewriting import rewrite
 
 CPU = ["CPUExecutionProvider"]
@@ -58,12 +58,12 @@ def steered(text=NET, **options):
 def new_options():
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    runtime.register(options)
+    library.register(options)
     return options
 
 
 def opened(model, options=None):
-    return layout.open_session(model.SerializeToString(), CPU, options or new_options())
+    return blocked.open_session(model.SerializeToString(), CPU, options or new_options())
 
 
 def reason_of(model, options=None):
@@ -88,7 +88,7 @@ def assert_same(model, x=None, fed=None, blocked=None, plain=None):
     if blocked is None:
         blocked, reason = opened(model)
         assert blocked is not None, reason
-    plain = plain or runtime.open_session(model.SerializeToString(), new_options(), CPU)
+    plain = plain or library.open_session(model.SerializeToString(), new_options(), CPU)
     for kind in "get_inputs", "get_outputs", "get_overridable_initializers":
         expected, actual = (
             [(i.name, i.type, i.shape) for i in getattr(s, kind)()] for s in (plain, blocked)
@@ -193,7 +193,7 @@ def test_baked_beta_can_be_overridden_in_the_options():
     model = steered()
     value = ort.OrtValue.ortvalue_from_numpy(np.array(0.5, np.float32))
     sessions = []
-    for open_one in layout.open_session, lambda path, p, o: (runtime.open_session(path, o, p), ""):
+    for open_one in blocked.open_session, lambda path, p, o: (library.open_session(path, o, p), ""):
         options = new_options()
         options.add_initializer("beta", value)
         sessions.append(open_one(model.SerializeToString(), CPU, options)[0])
@@ -214,7 +214,7 @@ def test_metadata_stay():
     model.metadata_props.add(key="names", value="a, b")
     model.producer_name, model.domain, model.model_version = "me", "here", 3
     model.doc_string, model.graph.doc_string = "model", "graph"
-    plain = runtime.open_session(model.SerializeToString(), new_options(), CPU).get_modelmeta()
+    plain = library.open_session(model.SerializeToString(), new_options(), CPU).get_modelmeta()
     meta = opened(model)[0].get_modelmeta()
     assert meta.custom_metadata_map["names"] == "a, b"
     for field in dir(plain):
@@ -226,10 +226,10 @@ def test_external_data(tmp_path):
     path = tmp_path / "net.onnx"
     model = steered()
     onnx.save(model, path, save_as_external_data=True, size_threshold=0, location="net.data")
-    session, reason = layout.open_session(path, CPU, new_options())
+    session, reason = blocked.open_session(path, CPU, new_options())
     assert session is not None, reason
     assert_same(steered(), blocked=session)
-    reason = layout.open_session(path.read_bytes(), CPU, new_options())[1]
+    reason = blocked.open_session(path.read_bytes(), CPU, new_options())[1]
     assert reason is not None
 
 
@@ -297,7 +297,7 @@ def test_models_that_run_on_no_random_input_are_refused():
 
 
 def test_large_models_are_refused(monkeypatch):
-    monkeypatch.setattr(layout, "_LARGEST", 1 << 10)
+    monkeypatch.setattr(blocked, "_LARGEST", 1 << 10)
     assert reason_of(steered()) == "the model is larger than 0 MiB"
 
 
@@ -324,7 +324,7 @@ def test_refused_options(change, reason):
 def test_other_providers_are_refused():
     model = steered().SerializeToString()
     providers = [("CUDAExecutionProvider", {"device_id": 0}), *CPU]
-    session, reason = layout.open_session(model, providers, new_options())
+    session, reason = blocked.open_session(model, providers, new_options())
     assert session is None
     assert reason == "runs on CUDAExecutionProvider, not on the CPU alone"
 
@@ -348,19 +348,19 @@ def wrong_input(sites):
 @pytest.mark.parametrize("damage", [relu_left, parameters_swapped, wrong_input])
 @pytest.mark.parametrize("beta_as", rewrite.BETA_AS)
 def test_wrong_bake_is_caught(monkeypatch, damage, beta_as):
-    bake = layout.bake
+    bake = blocked.bake
 
     def wrong(optimised, *args):
         count = bake(optimised, *args)
         damage([node for node in optimised.graph.node if ctu.is_ctu(node)])
         return count
 
-    monkeypatch.setattr(layout, "bake", wrong)
+    monkeypatch.setattr(blocked, "bake", wrong)
     assert reason_of(steered(beta_as=beta_as)).startswith("its output 'y' differs by")
 
 
 def test_other_interface_is_caught(monkeypatch):
-    bake = layout.bake
+    bake = blocked.bake
 
     def wrong(optimised, *args):
         count = bake(optimised, *args)
@@ -368,12 +368,12 @@ def test_other_interface_is_caught(monkeypatch):
         optimised.graph.initializer.remove(beta)
         return count
 
-    monkeypatch.setattr(layout, "bake", wrong)
+    monkeypatch.setattr(blocked, "bake", wrong)
     assert reason_of(steered(beta_as="input")) == "its inputs differ from the plain session's"
 
 
 def test_lost_site_is_caught(monkeypatch):
-    bake = layout.bake
+    bake = blocked.bake
 
     def wrong(optimised, *args):
         for node in optimised.graph.node:
@@ -382,7 +382,7 @@ def test_lost_site_is_caught(monkeypatch):
                     attribute.s = b"Relu"
         return bake(optimised, *args)
 
-    monkeypatch.setattr(layout, "bake", wrong)
+    monkeypatch.setattr(blocked, "bake", wrong)
     assert reason_of(steered()) == "ONNX Runtime folded, merged or decomposed some stand-ins"
 
 
@@ -393,13 +393,13 @@ def test_session_is_blocked_unless_told_otherwise(monkeypatch, tmp_path):
     path = tmp_path / "net.onnx"
     onnx.save(steered(), path)
     seen = []
-    open_session = layout.open_session
+    open_session = blocked.open_session
 
     def spy(*args):
         seen.append(open_session(*args))
         return seen[-1]
 
-    monkeypatch.setattr(layout, "open_session", spy)
+    monkeypatch.setattr(blocked, "open_session", spy)
     assert ctonnx.session(path) is seen[0][0] is not None
     ctonnx.session(path, layout=False)
     assert len(seen) == 1

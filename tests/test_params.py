@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from ctonnx import ctu
 from ctonnx.check.validate import Model, check_steered
-from ctonnx.errors import ModelError, NothingToDo, UsageError
+from ctonnx.errors import InputFileError, NothingToDo, UsageError
 from ctonnx.rewriting import params, rewrite
 
 MODEL = """<ir_version: 8, opset_import: ["" : 17]>
@@ -191,10 +191,10 @@ def test_files(tmp_path):
     bad["g.json"] = b"[" * 100_000
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ModelError, match=name):
+        with pytest.raises(InputFileError, match=name):
             params.load(tmp_path / name)
     np.savez(tmp_path / "e.npz", gamma=1)
-    with pytest.raises(ModelError, match=r"NAME\.beta"):
+    with pytest.raises(InputFileError, match=r"NAME\.beta"):
         params.load(tmp_path / "e.npz")
-    with pytest.raises(ModelError, match="missing"):
+    with pytest.raises(InputFileError, match="missing"):
         params.load(tmp_path / "missing.json")

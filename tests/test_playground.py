@@ -173,7 +173,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
 def test_without_a_home_one_line_says_what_to_set(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    with pytest.raises(ctonnx.EnvironmentLacks, match="set XDG_CACHE_HOME"):
+    with pytest.raises(ctonnx.MissingDependency, match="set XDG_CACHE_HOME"):
         playground.runtime()
 
 

@@ -14,7 +14,7 @@ from conftest import DIGITS, parsed
 
 import ctonnx
 from ctonnx.cli import main as cli
-from ctonnx.errors import EnvironmentLacks, UsageError
+from ctonnx.errors import MissingDependency, UsageError
 from ctonnx.measure import engine
 from ctonnx.model import flow
 from ctonnx.rewriting import rewrite
@@ -582,7 +582,7 @@ def test_fits_that_do_not_converge_are_counted(monkeypatch):
 
 def test_scikit_learn_may_be_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(EnvironmentLacks, match=r"pip install 'ctonnx\[sweep\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install 'ctonnx\[sweep\]'"):
         ctonnx.probe(small(), GOOD, GOOD, [0.5])
 
 

@@ -14,7 +14,7 @@ from ctonnx.check import validate
 from ctonnx.check.reference import Reference
 from ctonnx.errors import NothingToDo
 from ctonnx.model.graph import node_label, scopes
-from ctonnx.ort import layout
+from ctonnx.ort import blocked
 from ctonnx.rewriting import activations, rewrite
 
 SILERO_MODELS = [
@@ -99,13 +99,13 @@ def test_open_nsfw(fetched, tmp_path):
     steered_path = tmp_path / "portable.onnx"
     options = ort.SessionOptions()
     ctonnx.register(options)
-    blocked, reason = layout.open_session(steered_path, ["CPUExecutionProvider"], options)
+    laid_out, reason = blocked.open_session(steered_path, ["CPUExecutionProvider"], options)
     assert reason is None
-    image = {blocked.get_inputs()[0].name: np.random.default_rng(1).normal(size=(1, 224, 224, 3))}
+    image = {laid_out.get_inputs()[0].name: np.random.default_rng(1).normal(size=(1, 224, 224, 3))}
     image = {name: value.astype(np.float32) * 50 for name, value in image.items()}
     runs = [
         {"y": session.run(None, image)[0]}
-        for session in (blocked, ctonnx.session(steered_path, layout=False))
+        for session in (laid_out, ctonnx.session(steered_path, layout=False))
     ]
     assert validate.compare(*runs)[0].ok
 

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from ctonnx import ctu
 from ctonnx.check.reference import Evaluator, Reference
 from ctonnx.check.validate import Model, compare
-from ctonnx.errors import EnvironmentLacks, ModelError, UsageError
-from ctonnx.ort.runs import arrays
+from ctonnx.errors import MissingDependency, ModelError, UsageError
+from ctonnx.model.values import arrays
 from ctonnx.rewriting import rewrite
 
 pytest.importorskip("torch")
@@ -497,5 +497,5 @@ def test_what_cannot_be_run(monkeypatch, tmp_path):
     with pytest.raises(ModelError, match="my::f calls itself"):
         Reference(onnx.parser.parse_model(text))
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(EnvironmentLacks, match=r"pip install 'ctonnx\[torch\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install 'ctonnx\[torch\]'"):
         Reference(op_model())

@@ -17,8 +17,8 @@ from conftest import DIGITS, parsed
 
 import ctonnx
 from ctonnx.cli import main as cli
-from ctonnx.data import source as data
-from ctonnx.errors import CtonnxError, ModelError, NothingToDo, UsageError
+from ctonnx.data.open import open_source
+from ctonnx.errors import CtonnxError, InputFileError, ModelError, NothingToDo, UsageError
 from ctonnx.measure import engine, intervals, journal, metrics, racing, results, sweeping
 
 pytest.importorskip("sklearn")
@@ -258,7 +258,7 @@ def test_racing_on_batches():
             return iter(batches)
 
     inputs = engine.prepare(MODEL).inputs
-    source = data.open_source(lambda: batches, inputs, shuffle=True)
+    source = open_source(lambda: batches, inputs, shuffle=True)
     order = [
         next(j for j in range(9) if np.array_equal(batches[j][1], source.batch(i).labels))
         for i in range(9)
@@ -440,7 +440,7 @@ def test_a_damaged_progress_file_is_one_line(tmp_path):
     made.add(0, [0], np.zeros((1, 2, 1)), 0)
     made.close()
     path.write_bytes(path.read_bytes() + b"nonsense\n")
-    with pytest.raises(ModelError, match=r"progress: is damaged: remove it to start anew"):
+    with pytest.raises(InputFileError, match=r"progress: is damaged: remove it to start anew"):
         journal.Journal(path, header, resume=True)
     path.write_text('{"a": 1}\n')
     with pytest.raises(UsageError, match="is no sweep's progress"):
@@ -743,7 +743,7 @@ def test_mistakes_are_one_clear_line():
             *((MODEL, lambda: iter([(images, labels)])), {"search": "racing"}),
             *(UsageError, "the factory's iterable must have a length"),
         ),
-        ((MODEL, lambda: []), {}, ModelError, "the data hold no sample that can be read"),
+        ((MODEL, lambda: []), {}, InputFileError, "the data hold no sample that can be read"),
         (
             (parsed(relu.replace("Relu", "Sigmoid")), pair),
             *({}, NothingToDo, "no activation to steer"),

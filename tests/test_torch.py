@@ -539,8 +539,8 @@ def test_checkpoint_files(tmp_path):
         assert sorted(loaded) == ["act", "alias", "head.1", "head.2", "head.3"]
         np.testing.assert_array_equal(loaded["act"]["beta"], model.act.beta.detach())
     for content, error in (
-        (model, ctonnx.ModelError),  # It would have to be unpickled.
-        ([1, 2], ctonnx.ModelError),
+        (model, ctonnx.InputFileError),  # It would have to be unpickled.
+        ([1, 2], ctonnx.InputFileError),
         (Several().state_dict(), ctonnx.UsageError),
         ({"act._raw_beta": torch.zeros(3)}, ctonnx.UsageError),
     ):
@@ -548,7 +548,7 @@ def test_checkpoint_files(tmp_path):
         with pytest.raises(error):
             params.load(path)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(ctonnx.ModelError, match="cannot be read as weights alone"):
+    with pytest.raises(ctonnx.InputFileError, match="cannot be read as weights alone"):
         params.load(path)
-    with pytest.raises(ctonnx.ModelError, match="no such file"):
+    with pytest.raises(ctonnx.InputFileError, match="no such file"):
         params.load(tmp_path / "none.pth")

@@ -9,9 +9,16 @@ from conftest import DIGITS, ROOT, op_model, parsed
 from onnx import helper
 
 from ctonnx.check import validate
-from ctonnx.errors import CheckFailed, EnvironmentLacks, ModelError, NothingToDo, UsageError
+from ctonnx.errors import (
+    CheckFailed,
+    InputFileError,
+    MissingDependency,
+    ModelError,
+    NothingToDo,
+    UsageError,
+)
 from ctonnx.model import files
-from ctonnx.ort import library as runtime
+from ctonnx.ort import library
 from ctonnx.rewriting import rewrite
 
 ORIGINAL = DIGITS / "digits.onnx"
@@ -164,8 +171,8 @@ NO_EPSILON = {"ctu_math.h": (" + 1e-6;", ";"), "ctu_kernels.cc": (" + 1e-6)", ")
 )
 def test_a_wrong_kernel_fails(tmp_path, monkeypatch, wrong_library, changes, seen_in_outputs):
     pytest.importorskip("torch")
-    library = wrong_library(changes)
-    monkeypatch.setattr(runtime, "get_library_path", lambda: library)
+    wrong = wrong_library(changes)
+    monkeypatch.setattr(library, "get_library_path", lambda: wrong)
     if not seen_in_outputs:  # c = 0.5 hides that it is swapped with 1 - c
         assert failed(validate.validate(steered(tmp_path))) == {ALONE + WITH}
     result = validate.validate(steered(tmp_path, coeff=0.3))
@@ -359,10 +366,10 @@ def test_inputs_and_shapes_that_do_not_fit(tmp_path):
     result = validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
     assert result.ok
     assert result.notes == [f"{tmp_path / 'inputs.npz'}: 'label' is no input of the model: ignored"]
-    with pytest.raises(EnvironmentLacks, match="NoProvider is not available"):
+    with pytest.raises(MissingDependency, match="NoProvider is not available"):
         validate.validate(path, against=ORIGINAL, providers=["NoProvider"])
     (tmp_path / "inputs.npz").write_bytes(b"no archive")
-    with pytest.raises(ModelError, match="cannot be read as an"):
+    with pytest.raises(InputFileError, match="cannot be read as an"):
         validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
 
 

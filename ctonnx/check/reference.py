@@ -11,11 +11,11 @@ from onnx import ModelProto, TensorProto, helper, inliner, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from .. import ctu
-from ..errors import EnvironmentLacks, ModelError, UsageError, first_line
+from ..errors import ModelError, UsageError, first_line
 from ..model import files
-from ..model.graph import functions_of, key_of, scopes, typed_scopes
-from ..ort.runs import arrays
-from ..rewriting.activations import DEFAULT_DOMAINS
+from ..model.graph import DEFAULT_DOMAINS, functions_of, key_of, scopes, typed_scopes
+from ..model.values import arrays
+from ..optional import require
 
 # Attributes that name the element type of an output, or of what is computed with.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype", "output_dtype", "softmax_precision")
@@ -81,19 +81,14 @@ class Reference:
         model: a path, or a ModelProto, which is not changed.
 
     Raises:
-        EnvironmentLacks: PyTorch is not installed.
+        MissingDependency: PyTorch is not installed.
         ModelError: the model cannot be read, holds an op that is not known, or is a ModelProto
             with external data.
         UsageError: it is neither a path nor a ModelProto.
     """
 
     def __init__(self, model):
-        try:
-            import torch  # noqa: F401
-        except ImportError:
-            raise EnvironmentLacks(
-                "PyTorch is not installed: pip install 'ctonnx[torch]'"
-            ) from None
+        require("torch")
         model = _prepared(model)
         held = {tensor.name for tensor in model.graph.initializer}
         self._inputs = {value.name for value in model.graph.input}

@@ -6,7 +6,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from .. import ctu
-from ..model.graph import node_label, typed_scopes, unique_name
+from ..model.graph import node_label, typed_scopes
+from ..model.names import unique_name
 from ..ort.compare import within
 
 # The X at which they are tried: every magnitude and both signs.

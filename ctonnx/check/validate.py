@@ -12,7 +12,7 @@ from .. import ctu
 from ..errors import CheckFailed, CtonnxError, ModelError, NothingToDo, UsageError
 from ..model import files
 from ..model.graph import key_of, node_label
-from ..ort import layout, library as runtime
+from ..ort import blocked, library
 from ..ort.compare import Comparison, compare
 from ..ort.runs import CPU, Model, load_inputs, random_inputs, variant
 from ..rewriting import rewrite
@@ -86,9 +86,10 @@ def validate(
 
     Raises:
         CheckFailed: the model runs on none of the random inputs tried.
-        EnvironmentLacks: a provider, torch or onnxruntime is missing, or the op library where the
+        MissingDependency: a provider, torch or onnxruntime is missing, or the op library where the
             model has no fallback.
-        ModelError: the model or the inputs cannot be read or run.
+        InputFileError: the inputs cannot be read.
+        ModelError: the model cannot be read or run.
         NothingToDo: the model was never steered and there is no PyTorch model to compare with, or
             there is no beta to set to 1 for `against`.
         UsageError: shapes or inputs do not fit the model, one that is needed is not given, or the
@@ -169,10 +170,10 @@ class _Way:
         with variant(self.path, model or self.model) as opened:
             if not self.blocked:
                 return Model(opened, self.library, self.provider)
-            options = runtime.import_onnxruntime().SessionOptions()
+            options = library.import_onnxruntime().SessionOptions()
             options.intra_op_num_threads, options.log_severity_level = 1, 4
-            runtime.register(options)
-            session, reason = layout.open_session(opened, [CPU], options)
+            library.register(options)
+            session, reason = blocked.open_session(opened, [CPU], options)
             if session is None:
                 raise ModelError(reason)
             return Model.of(session)
@@ -191,14 +192,14 @@ def _ways(path, model, providers, notes):
         if not has_ctu:
             ways.append(_Way(provider, path, model, provider=provider))
             continue
-        if runtime.has_library() or not has_fallback:
+        if library.has_library() or not has_fallback:
             name = f"{provider} with the op library"
             ways.append(_Way(name, path, model, library=True, provider=provider))
         if has_fallback:
             ways.append(_Way(f"{provider} without it", path, model, provider=provider))
-    if has_ctu and not runtime.has_library():
+    if has_ctu and not library.has_library():
         notes.append("the op library is not installed: only the fallback was run")
-    if has_ctu and runtime.has_library() and CPU in providers:
+    if has_ctu and library.has_library() and CPU in providers:
         way = _Way(f"{CPU} in the blocked layout", path, model, library=True, blocked=True)
         with suppress(ModelError):
             way.open()
@@ -400,10 +401,10 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
 
     Raises:
         CheckFailed: an output differs; the message names the check and the output.
-        EnvironmentLacks: onnxruntime is not installed, or the op library that lowering "op" needs.
+        MissingDependency: onnxruntime is not installed, or the op library that lowering "op" needs.
         ModelError: ONNX Runtime cannot load a model.
     """
-    library = lowering == "op" or (lowering == "portable" and runtime.has_library())
+    use_library = lowering == "op" or (lowering == "portable" and library.has_library())
     reference = Model(original)
     inputs = random_inputs(reference) if inputs is None else dict(inputs)
     at_one = files.load(steered)
@@ -416,14 +417,14 @@ def check_steered(original, steered, report, beta, lowering, inputs=None):
             raise ModelError(f"the steered model: {error}") from error
 
     with variant(steered, at_one) as opened:
-        model = load(opened, library)
+        model = load(opened, use_library)
         fed = {report.beta_name: np.float32([1.0])} if report.beta_name in model.names else {}
         results = {
             "at beta 1 against the original": compare(
                 reference.run(inputs), model.run({**inputs, **fed})
             )
         }
-    if lowering == "portable" and library:
+    if lowering == "portable" and use_library:
         with_library, without = load(steered, True), load(steered)
         inputs.update(dict.fromkeys(fed, np.float32([beta])))
         results["with against without the op library"] = compare(

@@ -98,7 +98,7 @@ def patch(model, beta, coeff, params_file, output, check, dry_run, force, as_jso
     from ..check import validate
     from ..measure import results
     from ..model import files
-    from ..ort import library as runtime
+    from ..ort import library
     from ..rewriting import params, rewrite
 
     if beta is None and params_file is None:
@@ -126,7 +126,7 @@ def patch(model, beta, coeff, params_file, output, check, dry_run, force, as_jso
         _progress(),
         write=not dry_run,
     )
-    if choices["lowering"] == "portable" and not runtime.has_library():
+    if choices["lowering"] == "portable" and not library.has_library():
         report.notes.append("the op library is not installed: here the model runs as its fallback")
     _say_of(report, as_json)
     if as_json:
@@ -441,7 +441,7 @@ def sweep(
     """
     from ..measure import plot, sweeping
     from ..model import files
-    from ..ort import library as runtime
+    from ..ort import library
 
     if model == files.STDIO:
         raise click.UsageError("a sweep takes the model's file, not -")
@@ -456,7 +456,7 @@ def sweep(
         files.check_output(path, force)
     written = {"--output": output, "--save-best": save_best, "--plot": drawing}
     _check_outputs(written, {"--data": dataset})
-    if not runtime.has_library():
+    if not library.has_library():
         _say("the op library is not installed: the model runs as its fallback")
     kept = sweeping.progress_path(output)
     before = _size(kept)
@@ -582,7 +582,7 @@ def probe(model, output, points, preset, resize, crop, mean, std, force, as_json
     """
     from ..measure import results
     from ..model import files
-    from ..ort import library as runtime
+    from ..ort import library
     from ..transfer import probing
 
     if files.STDIO in (model, output):
@@ -593,7 +593,7 @@ def probe(model, output, points, preset, resize, crop, mean, std, force, as_json
         files.check_output(points, force)
     read = {"MODEL": model, "--train": choices["train"], "--test": choices["test"]}
     _check_outputs({"--output": output, "--points": points}, read)
-    if not runtime.has_library():
+    if not library.has_library():
         _say("the op library is not installed: the model runs as its fallback")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "running without fast kernels")

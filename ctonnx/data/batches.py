@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UsageError
+from ..model.values import cast
 
 # Names that labels go by in an .npz or CSV file with more than one candidate.
 LABELS = ("label", "labels", "target", "targets", "y")
@@ -62,25 +63,6 @@ def conform(batch, inputs):
     if len(counts) > 1:
         raise UsageError(f"a batch's inputs and labels have {sorted(counts)} rows")
     return Batch(arrays, labels, batch.broken)
-
-
-def cast(what, array, dtype):
-    """An array in the dtype that a model takes, contiguous.
-
-    Raises:
-        UsageError: it is of another kind of numbers, or holds some beyond the dtype's range; what
-            becomes a float may lose digits.
-    """
-    if not np.can_cast(array.dtype, dtype, "same_kind"):
-        raise UsageError(f"{what} is {array.dtype}, the model takes {dtype}")
-    with np.errstate(over="ignore"):
-        made = np.asarray(array, dtype, order="C")
-    if not np.can_cast(array.dtype, dtype, "safe"):
-        integral = np.issubdtype(dtype, np.integer)
-        kept = made == array if integral else np.isfinite(made) == np.isfinite(array)
-        if not kept.all():
-            raise UsageError(f"{what} holds numbers that {dtype} cannot")
-    return made
 
 
 def _rows(name, given):

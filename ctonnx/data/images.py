@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import EnvironmentLacks, ModelError, UsageError, first_line
+from ..errors import InputFileError, UsageError, first_line
+from ..optional import require
 from .batches import Batch, label_column
 from .rows import Lines
 from .source import Indexed, digest, stamp
@@ -75,7 +76,7 @@ class Images(Indexed):
         if len(inputs) != 1 or len(inputs[0].shape or ()) != 4:
             raise UsageError(f"{path}: holds images, the model does not take one image")
         self._path, self._skip = path, skip
-        self._pillow = _import_pillow()
+        self._pillow = require("PIL.Image")
         self._transform = transform or Transform()
         self._nhwc, self._channels, self._height, self._width = _layout(inputs[0])
         self._integral = np.issubdtype(inputs[0].dtype, np.integer)
@@ -142,7 +143,7 @@ class Images(Indexed):
         elif beside:
             notes.append(f"left out {len(beside)} images beside the sub-folders of {folder}")
         if not files:
-            raise ModelError(f"{folder}: holds no images, in sub-folders or itself")
+            raise InputFileError(f"{folder}: holds no images, in sub-folders or itself")
         return files, None if labels is None else np.array(labels), classes, notes
 
     def _read(self, indices):
@@ -172,7 +173,7 @@ class Images(Indexed):
             if self._skip:
                 return None
             reason = getattr(error, "strerror", None) or first_line(error)
-            raise ModelError(
+            raise InputFileError(
                 f"{path}: cannot be read as an image: {reason} (--skip-broken leaves such out)"
             ) from None
         array = np.asarray(image)
@@ -222,11 +223,3 @@ def _layout(value):
     if last in (1, 3):
         return True, last, second, third
     raise UsageError(f"{value.name}: neither dimension 1 nor 3 of {value.shape} is 1 or 3 channels")
-
-
-def _import_pillow():
-    try:
-        from PIL import Image
-    except ImportError:
-        raise EnvironmentLacks("Pillow is not installed: pip install 'ctonnx[sweep]'") from None
-    return Image

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ModelError, first_line
+from ..errors import InputFileError, first_line
 
 # RuntimeError: an encrypted archive; NotImplementedError: a rare kind of compression.
 _FAILURES = (ValueError, EOFError, RuntimeError, csv.Error, zipfile.BadZipFile, zlib.error)
@@ -29,7 +29,7 @@ class Rows:
         name: what messages call it; the path where None.
 
     Raises:
-        ModelError: it is no array of numbers in C order.
+        InputFileError: it is no array of numbers in C order.
     """
 
     def __init__(self, path, offset=0, name=None):
@@ -44,13 +44,15 @@ class Rows:
             shape, fortran, dtype = read[version[0]](stream)
             self._start = stream.tell()
         if dtype.hasobject or not shape:
-            raise ModelError(f"{name}: holds objects or a single value, expected rows of numbers")
+            raise InputFileError(
+                f"{name}: holds objects or a single value, expected rows of numbers"
+            )
         if fortran and len(shape) > 1:
-            raise ModelError(f"{name}: is in Fortran order: save np.ascontiguousarray of it")
+            raise InputFileError(f"{name}: is in Fortran order: save np.ascontiguousarray of it")
         self.shape, self.dtype = shape, dtype
         self._stride = dtype.itemsize * int(np.prod(shape[1:]))
         if self._start + self._stride * shape[0] > self.path.stat().st_size:
-            raise ModelError(f"{name}: is truncated")
+            raise InputFileError(f"{name}: is truncated")
 
     def __len__(self):
         return self.shape[0]
@@ -70,7 +72,7 @@ class Rows:
                 while wanted:
                     count = stream.readinto(wanted)
                     if not count:
-                        raise ModelError(f"{self.path}: was cut while it was read")
+                        raise InputFileError(f"{self.path}: was cut while it was read")
                     wanted = wanted[count:]
         return rows
 
@@ -87,7 +89,7 @@ class Archive:
     middle: `folder` must be kept as long as the rows are used.
 
     Raises:
-        ModelError: it is no .npz file.
+        InputFileError: it is no .npz file.
     """
 
     def __init__(self, path):
@@ -100,7 +102,7 @@ class Archive:
         """Rows of an array.
 
         Raises:
-            ModelError: it cannot be read or unpacked.
+            InputFileError: it cannot be read or unpacked.
         """
         info, label = self._held[name], f"{self.path}: {name}"
         if info.compress_type == zipfile.ZIP_STORED:
@@ -119,7 +121,9 @@ class Archive:
                 shutil.copyfileobj(source, target)
         except OSError as error:
             reason = error.strerror or error
-            raise ModelError(f"{label}: cannot be unpacked to a temporary file: {reason}") from None
+            raise InputFileError(
+                f"{label}: cannot be unpacked to a temporary file: {reason}"
+            ) from None
         return Rows(unpacked, 0, label)
 
 
@@ -143,7 +147,7 @@ class Lines:
     """A CSV file with a header: its rows by number. A row is one line.
 
     Raises:
-        ModelError: it cannot be read, or holds no rows.
+        InputFileError: it cannot be read, or holds no rows.
     """
 
     def __init__(self, path):
@@ -157,9 +161,11 @@ class Lines:
                     self._offsets.append(offset)
                 offset += len(line)
         if not self.header or not self._offsets:
-            raise ModelError(f"{path}: holds no rows below a header")
+            raise InputFileError(f"{path}: holds no rows below a header")
         if all(_is_number(name) for name in self.header):
-            raise ModelError(f"{path}: its first line holds numbers: a header of names is missing")
+            raise InputFileError(
+                f"{path}: its first line holds numbers: a header of names is missing"
+            )
 
     def __len__(self):
         return len(self._offsets)
@@ -172,7 +178,7 @@ class Lines:
                 stream.seek(self._offsets[index])
                 row = self._parsed(stream.readline())
                 if len(row) != len(self.header):
-                    raise ModelError(
+                    raise InputFileError(
                         f"{self.path}: data row {index + 1} has {len(row)} fields, the header "
                         f"{len(self.header)}"
                     )
@@ -183,7 +189,7 @@ class Lines:
         """A column of such rows as an array: of numbers, or of text where one is no number."""
         texts = [row[column] for row in rows]
         if not all(texts):
-            raise ModelError(f"{self.path}: a label is missing")
+            raise InputFileError(f"{self.path}: a label is missing")
         return np.array([float(t) for t in texts] if all(map(_is_number, texts)) else texts)
 
     def _parsed(self, line):
@@ -192,15 +198,15 @@ class Lines:
 
 @contextmanager
 def _reading(name, through=()):
-    """Turn what reading a file raises into a ModelError that names it, but for `through`."""
+    """Turn what reading a file raises into a InputFileError that names it, but for `through`."""
     try:
         yield
     except through:
         raise
     except FileNotFoundError:
-        raise ModelError(f"{name}: no such file") from None
-    except ModelError:
+        raise InputFileError(f"{name}: no such file") from None
+    except InputFileError:
         raise
     except (*_FAILURES, OSError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ModelError(f"{name}: cannot be read: {reason}") from None
+        raise InputFileError(f"{name}: cannot be read: {reason}") from None

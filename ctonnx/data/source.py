@@ -7,87 +7,13 @@ A source is a sequence of batches: `source.batch(i)`, which is None behind the l
 import hashlib
 import os
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
-from .. import user_code as objects
-from ..errors import ModelError, UsageError
-from .batches import LABELS, Batch, conform, label_column, names_of
-from .rows import Archive, Lines, Rows
-
-
-def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=None, skip=False):
-    """The source of a data set.
-
-    Args:
-        data: a path (.npz, .npy, .csv, or a folder of images), "PKG:FACTORY", a function without
-            arguments that gives an iterable of (inputs, labels), (inputs, labels) themselves, or
-            inputs alone; inputs are an array, or a dict from input name to array, with a row per
-            sample.
-        inputs: the model's Inputs.
-        labels: name of the labels' array or column, or a path of an .npy file; found where None.
-        size: samples per batch; the model's own where it is fixed, 32 where None.
-        shuffle: give the samples, or a factory's batches, in a random order, always the same.
-        images: images.Transform for images; its defaults where None.
-        skip: leave unreadable images out, and count them.
-
-    Raises:
-        UsageError: the data do not fit the model.
-        ModelError: the data cannot be read.
-    """
-    if not isinstance(labels, str | os.PathLike | None):
-        raise UsageError("labels is a name or a path: give arrays as (inputs, labels)")
-    wanted, size = size, _batch_size(size, inputs)
-    if callable(data) or (isinstance(data, str) and not os.path.exists(data) and ":" in data):
-        _refuse("a factory", labels=labels, batch=wanted, images=images, skip_broken=skip)
-        return Stream(data, inputs, shuffle)
-    if not isinstance(data, str | os.PathLike):
-        _refuse("arrays", labels=labels, images=images, skip_broken=skip)
-        arrays, target = _named(_pair(data), inputs)
-        arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        target = None if target is None else np.asarray(target)
-        return Arrays(
-            arrays,
-            target,
-            inputs,
-            size,
-            shuffle,
-            "the arrays",
-            lambda: [digest(b"".join(map(_described, [*arrays.values(), target])))],
-        )
-    path = Path(data)
-    kind = path.suffix.lower()
-    rank = len(inputs[0].shape or ())
-    if path.is_dir() or (kind == ".csv" and rank == 4):
-        from .images import Images
-
-        return Images(path, inputs, labels, size, shuffle, images, skip)
-    _refuse(f"{path}, no folder of images", images=images, skip_broken=skip)
-    if kind == ".csv":
-        return Table(path, inputs, labels, size, shuffle)
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
-    if kind == ".npz":
-        archive = Archive(path)
-        held, name = _split(archive, inputs, labels)
-        target = None if name is None else archive.rows(name)
-        source = Arrays(
-            *(held, target, inputs, size, shuffle, path),
-            *(lambda: [*stamp(path), labels], archive.folder),
-        )
-        if name not in (None, labels, *LABELS):
-            source.notes = [f"{path}: took {name!r} for the labels"]
-        return source
-    if kind == ".npy":
-        target = None if labels is None else Rows(labels)
-        held = {_only(inputs, path).name: Rows(path)}
-        return Arrays(
-            *(held, target, inputs, size, shuffle, path),
-            lambda: [stamp(each) for each in (path, labels) if each],
-        )
-    raise UsageError(f"{path}: expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY")
-
+from .. import user_code
+from ..errors import InputFileError, UsageError
+from .batches import Batch, conform, label_column, names_of
+from .rows import Lines
 
 # Behind the last batch.
 _END = object()
@@ -104,7 +30,7 @@ class Indexed:
 
     def __init__(self, count, inputs, size, shuffle, name, identified):
         if not count:
-            raise ModelError(f"{name}: holds no samples")
+            raise InputFileError(f"{name}: holds no samples")
         self._count, self.inputs, self._size = count, inputs, size
         self._shuffle, self._name, self._identified = shuffle, name, identified
         self._order = np.random.default_rng(0).permutation(count) if shuffle else None
@@ -156,7 +82,7 @@ class Table(Indexed):
             self._columns = {name: [header.index(name)] for name in names}
         else:
             rest = [c for c in range(len(header)) if c != self._label]
-            self._columns = {_only(inputs, path).name: rest}
+            self._columns = {only(inputs, path).name: rest}
         super().__init__(
             *(len(self._lines), inputs, size, shuffle, path), lambda: [*stamp(path), labels]
         )
@@ -181,7 +107,7 @@ class Table(Indexed):
         try:
             return np.array([[float(row[column]) for column in columns] for row in rows])
         except ValueError as error:
-            raise ModelError(f"{self._lines.path}: {error}") from None
+            raise InputFileError(f"{self._lines.path}: {error}") from None
 
 
 class Stream:
@@ -191,7 +117,7 @@ class Stream:
     notes = ()
 
     def __init__(self, factory, inputs, shuffle=False):
-        self._factory = objects.load(factory) if isinstance(factory, str) else factory
+        self._factory = user_code.load(factory) if isinstance(factory, str) else factory
         self._name = getattr(factory, "__name__", type(factory).__name__)
         if isinstance(factory, str):
             self._name = factory
@@ -206,7 +132,7 @@ class Stream:
             self._order = np.random.default_rng(0).permutation(len(self._batches)).tolist()
 
     def _call(self, function, *arguments):
-        return objects.call(function, self._name, *arguments)
+        return user_code.call(function, self._name, *arguments)
 
     def _made(self):
         made = self._call(self._factory)
@@ -241,36 +167,8 @@ class Stream:
             given = given, None
         if len(given) != 2:
             raise UsageError(f"{self._name}: gave {len(given)} values, expected inputs and labels")
-        arrays, labels = _named(given, self.inputs)
+        arrays, labels = named(given, self.inputs)
         return conform(Batch(arrays, labels), self.inputs)
-
-
-def _pair(data):
-    """Inputs, an array or dict, and labels or None, from either shape they are given in."""
-    if _is_array(data) or isinstance(data, dict):
-        return data, None
-    pair = isinstance(data, tuple | list) and len(data) == 2
-    if not pair or not (_is_array(data[0]) or isinstance(data[0], dict)):
-        raise UsageError(
-            f"expected a path, PKG:FACTORY, (inputs, labels) as arrays, or a function that gives "
-            f"batches, got a {type(data).__name__}"
-        )
-    return data
-
-
-def _is_array(data):
-    return hasattr(data, "__array__")
-
-
-_OF_IMAGES = "preparing images (preset, resize, crop, mean, std)"
-
-
-def _refuse(what, **options):
-    """Raise where an option was given that has no meaning for `what`."""
-    for name, value in options.items():
-        if value not in (None, False):
-            shown = _OF_IMAGES if name == "images" else f"the option {name.replace('_', '-')}"
-            raise UsageError(f"{shown} is not for {what}: leave it out")
 
 
 def digest(data):
@@ -278,33 +176,15 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _split(archive, inputs, labels):
-    """The arrays that are inputs, and the name of the labels among the others or None."""
-    path, arrays = archive.path, archive.names
-    names = [i.name for i in inputs]
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise UsageError(
-            f"{path}: holds no array {missing[0]!r}, an input of the model, but {names_of(arrays)}"
-        )
-    if labels is None:
-        rest = [name for name in arrays if name not in names]
-        found = rest if len(rest) == 1 else [name for name in LABELS if name in rest][:1]
-        labels = found[0] if found else None
-    elif labels not in arrays:
-        raise UsageError(f"{path}: holds no array {labels!r}: it holds {names_of(arrays)}")
-    return {name: archive.rows(name) for name in names}, labels
-
-
-def _named(given, inputs):
+def named(given, inputs):
     """Inputs as a dict, and labels."""
     arrays, labels = given
     if not isinstance(arrays, dict):
-        arrays = {_only(inputs, "the data").name: arrays}
+        arrays = {only(inputs, "the data").name: arrays}
     return arrays, labels
 
 
-def _only(inputs, what):
+def only(inputs, what):
     if len(inputs) > 1:
         names = names_of(i.name for i in inputs)
         raise UsageError(
@@ -313,26 +193,7 @@ def _only(inputs, what):
     return inputs[0]
 
 
-def _batch_size(size, inputs):
-    """The number of samples per batch: the model may have it fixed."""
-    fixed = {i.shape[0] for i in inputs if i.shape} - {None}
-    if size is not None and size < 1:
-        raise UsageError(f"the batch size must be at least 1, got {size}")
-    if not fixed:
-        return size or 32
-    if size not in (None, *fixed):
-        raise UsageError(f"the model takes batches of {max(fixed)}, got a batch size of {size}")
-    return max(fixed)
-
-
 def stamp(path):
     """What tells a file from another, or from itself before a change."""
     held = os.stat(path)
     return [str(path), held.st_size, held.st_mtime_ns]
-
-
-def _described(array):
-    """Bytes of an array with its kind, or of None."""
-    if array is None:
-        return b"none"
-    return f"{array.dtype}{array.shape}".encode() + array.tobytes()

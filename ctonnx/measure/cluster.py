@@ -11,7 +11,8 @@ import os
 import sys
 from contextlib import suppress
 
-from ..errors import CtonnxError, EnvironmentLacks, UsageError, first_line
+from ..errors import CtonnxError, MissingDependency, UsageError, first_line
+from ..optional import require
 from .engine import Runner, measure
 
 # Points of a task: its batch is decoded once for all of them.
@@ -44,12 +45,12 @@ class Cluster:
         providers, steerable, metric, points: as for engine.Runner and run_local.
 
     Raises:
-        EnvironmentLacks: ray is not installed, or there is no cluster.
+        MissingDependency: ray is not installed, or there is no cluster.
         UsageError: this process is connected to another cluster; no node has as many GPUs.
     """
 
     def __init__(self, address, gpus, opening, providers, steerable, metric, points):
-        self._ray = ray = _import_ray()
+        self._ray = ray = require("ray")
         if ray.is_initialized():
             here = ray.get_runtime_context().gcs_address
             if address not in (None, "auto", here, *_connected):
@@ -60,7 +61,7 @@ class Cluster:
                 ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
             except (ConnectionError, ValueError, RuntimeError) as error:
                 line = first_line(error)
-                raise EnvironmentLacks(f"no Ray cluster to connect to: {line}") from None
+                raise MissingDependency(f"no Ray cluster to connect to: {line}") from None
             _connected.add(address)
         held = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
         if gpus > max(held, default=0):
@@ -97,7 +98,7 @@ class Cluster:
                         raise error.cause from None
                     raise
                 except ray.exceptions.RayError as error:
-                    raise EnvironmentLacks(
+                    raise MissingDependency(
                         f"batch {batch} ends its worker {_RETRIES + 1} times, for lack of memory? "
                         f"{type(error).__name__}: {first_line(error)}"
                     ) from None
@@ -127,11 +128,3 @@ def _work(key, folder, held, batch, chosen):
     runner, source, metric, points = _opened[key]
     given = source.batch(batch)
     return measure(runner, given, metric, points, chosen), given.broken
-
-
-def _import_ray():
-    try:
-        import ray
-    except ImportError:
-        raise EnvironmentLacks("ray is not installed: pip install 'ctonnx[ray]'") from None
-    return ray

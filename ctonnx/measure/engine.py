@@ -13,8 +13,9 @@ from ..data.batches import Input
 from ..data.source import digest, stamp
 from ..errors import CtonnxError, ModelError, UsageError, first_line
 from ..model import files
-from ..ort import library as runtime
+from ..ort import library
 from ..ort.runs import beside
+from ..ort.session import session
 from ..rewriting import rewrite
 
 # The point that is the original network, in every list of points the first.
@@ -54,13 +55,13 @@ class Steerable:
         Raises:
             ModelError: ONNX Runtime does not load the model.
         """
-        ort = runtime.import_onnxruntime()
+        ort = library.import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         with self._beside_its_data() as model:
             try:
-                return runtime.session(model, providers, options)
+                return session(model, providers, options)
             except CtonnxError:
                 raise
             except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
@@ -151,7 +152,7 @@ class Runner:
     """A session whose inputs and outputs stay bound to its device.
 
     On CUDA a batch is copied there once for all points, and only outputs come back; tests run on
-    the CPU alone. One session runs all points. On the CPU `runtime.session` may open others first
+    the CPU alone. One session runs all points. On the CPU `library.session` may open others first
     to compare layouts, and keeps one: their number does not grow with the points.
     """
 
@@ -165,7 +166,7 @@ class Runner:
         self._device = "cpu", 0
         # A plug-in need not tell its options.
         for name, held in self._session.get_provider_options().items():
-            if name in runtime.CUDA_PROVIDERS:
+            if name in library.CUDA_PROVIDERS:
                 self._device = "cuda", int(held.get("device_id", 0))
 
     def measure(self, batch, points, metric):
@@ -188,7 +189,7 @@ class Runner:
 
     def outputs(self, batch, points, names):
         """Yield output name -> array of the outputs `names` at each point: see `measure`."""
-        ort = runtime.import_onnxruntime()
+        ort = library.import_onnxruntime()
         given = filled(batch, self._model.inputs)
         rows = len(next(iter(given.values())))
         values = {

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..errors import EnvironmentLacks
+from ..optional import require
 
 # Of the intervals that are reported.
 LEVEL = 0.95
@@ -33,7 +33,7 @@ def gain(metric, one, other):
     ends of its interval: NaN where the samples cannot tell, the gain itself of one and the same.
 
     Raises:
-        EnvironmentLacks: scipy is not installed.
+        MissingDependency: scipy is not installed.
     """
     difference, error, dof = compare(metric, one, other)
     half = quantile((1 + LEVEL) / 2, dof) * error if dof else float("nan")
@@ -45,15 +45,12 @@ def quantile(probability, dof):
     """The quantile of Student's t.
 
     Raises:
-        EnvironmentLacks: scipy is not installed.
+        MissingDependency: scipy is not installed.
     """
     if dof < 1:
         return float("inf")
-    try:
-        from scipy.special import stdtrit  # scipy.stats takes seconds to import.
-    except ImportError:
-        raise EnvironmentLacks("scipy is not installed: pip install 'ctonnx[sweep]'") from None
-    return float(stdtrit(dof, probability))
+    # scipy.stats takes seconds to import.
+    return float(require("scipy.special").stdtrit(dof, probability))
 
 
 def _spread(metric, sides):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ModelError, UsageError
+from ..errors import InputFileError, UsageError
 
 
 class Journal:
@@ -30,7 +30,7 @@ class Journal:
     Raises:
         UsageError: the file is there and is not to be resumed, or is of another sweep; when
             adding, it cannot be written.
-        ModelError: it is damaged.
+        InputFileError: it is damaged.
     """
 
     def __init__(self, path, header, resume=False):
@@ -58,7 +58,7 @@ class Journal:
                     if end:
                         self._hold(*_decoded(entry))
                 except (ValueError, KeyError, TypeError):
-                    raise ModelError(f"{path}: is damaged: remove it to start anew") from None
+                    raise InputFileError(f"{path}: is damaged: remove it to start anew") from None
                 if not end and entry != header:
                     raise UsageError(
                         f"{path}: {_difference(entry, header)}: remove it to start anew"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import user_code as objects
-from ..errors import EnvironmentLacks, UsageError
+from .. import user_code
+from ..errors import UsageError
+from ..optional import require
 
 # Bins of the calibration error: Guo et al., arXiv 1706.04599, section 2.
 _BINS = 15
@@ -267,11 +268,11 @@ def _kl(scores, _, original):
 
 
 def _custom(spec):
-    function = objects.load(spec) if isinstance(spec, str) else spec
+    function = user_code.load(spec) if isinstance(spec, str) else spec
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", "metric")
 
     def statistics(outputs, labels, _):
-        given = np.asarray(objects.call(function, name, outputs, labels))
+        given = np.asarray(user_code.call(function, name, outputs, labels))
         count = len(next(iter(outputs.values())))
         if given.shape != (count,) or given.dtype.kind not in "iubf":
             raise UsageError(
@@ -290,13 +291,7 @@ def _text(array):
 
 
 def _sklearn():
-    try:
-        from sklearn import metrics
-    except ImportError:
-        raise EnvironmentLacks(
-            "scikit-learn is not installed: pip install 'ctonnx[sweep]'"
-        ) from None
-    return metrics
+    return require("sklearn.metrics")
 
 
 _free = {"needs_labels": False}

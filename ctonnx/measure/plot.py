@@ -7,8 +7,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..errors import EnvironmentLacks, UsageError
+from ..errors import UsageError
 from ..model import files
+from ..optional import require
 from .intervals import LEVEL
 
 FORMATS = (".png", ".svg")
@@ -22,7 +23,7 @@ def draw(result, path=None):
 
     Raises:
         UsageError: another suffix, or it cannot be written.
-        EnvironmentLacks: the package that draws is not installed.
+        MissingDependency: the package that draws is not installed.
     """
     check(path)
     if path is None:
@@ -37,13 +38,7 @@ def check(path):
     """Raise what `draw` would raise before there is a result."""
     if path is not None and Path(path).suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: drawings go to {' or '.join(FORMATS)}")
-    try:
-        if path is None:
-            import plotext  # noqa: F401
-        else:
-            import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise EnvironmentLacks(f"{error.name} is missing: pip install 'ctonnx[sweep]'") from None
+    require("plotext" if path is None else "matplotlib")
 
 
 def _curves(result):

@@ -1,7 +1,6 @@
 """The result of a sweep: its points, the best of them, and how they are written."""
 
 import csv
-import importlib.util
 import io
 import json
 import math
@@ -10,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import EnvironmentLacks, ModelError, UsageError
+from ..errors import InputFileError, UsageError
 from ..model import files
+from ..optional import check
 from . import intervals, racing
 from .engine import ORIGINAL
 
@@ -56,7 +56,7 @@ class Table:
 
         Raises:
             UsageError: another suffix, or it cannot be written.
-            EnvironmentLacks: pyarrow is not installed.
+            MissingDependency: pyarrow is not installed.
         """
         kind = check_format(path)
         if kind == ".csv":
@@ -119,11 +119,11 @@ def result_of(metric, points, book, outcome, notes):
 
     Raises:
         UsageError: the metric is NaN everywhere.
-        ModelError: there was no sample.
+        InputFileError: there was no sample.
     """
     held = {i: book.statistics(i) for i in range(len(points))}
     if not len(held[ORIGINAL]):
-        raise ModelError("the data hold no sample that can be read")
+        raise InputFileError("the data hold no sample that can be read")
     measured = [_point(metric, *points[i], held[i], held[ORIGINAL]) for i in held]
     notes = list(notes)
     values = {point.value for point in measured if not math.isnan(point.value)}
@@ -166,13 +166,13 @@ def check_format(path):
 
     Raises:
         UsageError: it is none of FORMATS.
-        EnvironmentLacks: Parquet needs pyarrow.
+        MissingDependency: Parquet needs pyarrow.
     """
     kind = Path(path).suffix.lower()
     if kind not in FORMATS:
         raise UsageError(f"{path}: results go to {', '.join(FORMATS)}")
-    if kind == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise EnvironmentLacks("pyarrow is not installed: pip install 'ctonnx[parquet]'")
+    if kind == ".parquet":
+        check("pyarrow")
     return kind
 
 

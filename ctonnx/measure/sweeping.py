@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import ctu
-from ..data import source as data
+from ..data.open import open_source
+from ..data.source import Stream
 from ..errors import UsageError
 from ..model import files
 from ..rewriting import rewrite
@@ -78,8 +79,9 @@ def sweep(
     Raises:
         UsageError: a wrong argument; data, metric and model do not fit together.
         NothingToDo: no activation to steer.
-        ModelError: model or data cannot be read.
-        EnvironmentLacks: a package is missing.
+        ModelError: the model cannot be read.
+        InputFileError: the data, or the progress file, cannot be read.
+        MissingDependency: a package is missing.
     """
     _check_choices(search, engine)
     if not 0.5 <= confidence < 1:
@@ -99,7 +101,7 @@ def sweep(
     if engine == "ray":  # Its workers may be in another folder.
         dataset, labels = map(_absolute, (dataset, labels))
     opening = partial(
-        data.open_source,
+        open_source,
         dataset,
         steerable.inputs,
         labels=labels,
@@ -150,7 +152,7 @@ def sweep(
                 )
                 if not source.random:
                     outcome = replace(outcome, within=float("nan"), confidence=None)
-                elif isinstance(source, data.Stream) and outcome.passes < outcome.grid_passes:
+                elif isinstance(source, Stream) and outcome.passes < outcome.grid_passes:
                     # A batch's samples may be alike, and count as fewer.
                     outcome = replace(outcome, approximate=True)
             else:

@@ -27,6 +27,9 @@ _INFERENCE_ERRORS = (
     ValueError,
 )
 
+# The two names of the domain of the standard ops.
+DEFAULT_DOMAINS = ("", "ai.onnx")
+
 # How deep functions may call each other, which is onnx's own limit, and how often.
 _MAX_DEPTH = 100
 _MAX_CALLS = 1_000_000
@@ -175,40 +178,6 @@ def functions_of(model):
     if len(functions) != len(model.functions):
         raise ModelError("the model holds two functions of one name")
     return functions
-
-
-def names(model):
-    """Every name of a tensor anywhere in the model."""
-    found = set()
-    for scope in scopes(model):
-        body = scope.body
-        if isinstance(body, FunctionProto):
-            found.update(body.input, body.output)
-        else:
-            for values in (body.input, body.output, body.value_info, body.initializer):
-                found.update(value.name for value in values)
-            found.update(tensor.values.name for tensor in body.sparse_initializer)
-        for node in body.node:
-            found.update(node.input, node.output)
-    return found
-
-
-def unique_name(base, taken):
-    """`base`, or `base` with a number that makes it differ from all of `taken`: the first such
-    number where those before it are taken in order."""
-    if base not in taken:
-        return base
-    # Doubling, then halving: one by one, thousands of names would take quadratic time.
-    used, free = 0, 1
-    while f"{base}_{free}" in taken:
-        used, free = free, 2 * free
-    while free - used > 1:
-        middle = (used + free) // 2
-        if f"{base}_{middle}" in taken:
-            used = middle
-        else:
-            free = middle
-    return f"{base}_{free}"
 
 
 def _check_calls(by_function):

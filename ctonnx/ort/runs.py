@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.batches import cast
 from ..errors import (
     CheckFailed,
-    EnvironmentLacks,
+    InputFileError,
+    MissingDependency,
     ModelError,
     UsageError,
     first_line,
 )
 from ..model import files
-from . import library as runtime
+from ..model.values import arrays, cast
+from .library import import_onnxruntime, open_session, register
 
 CPU = "CPUExecutionProvider"
 
@@ -39,26 +40,26 @@ class Model:
         provider: the execution provider; what it does not take runs on the CPU.
 
     Raises:
-        EnvironmentLacks: the provider is not available, or does not start.
+        MissingDependency: the provider is not available, or does not start.
         ModelError: ONNX Runtime does not load the model.
     """
 
     def __init__(self, path, library=False, provider=CPU):
-        ort = runtime.import_onnxruntime()
+        ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 4
         if library:
-            runtime.register(options)
+            register(options)
         try:
             given = [(provider, _OPTIONS.get(provider, {}))]
-            session = runtime.open_session(path, options, given)
-        except EnvironmentLacks:
+            session = open_session(path, options, given)
+        except MissingDependency:
             raise
         except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
             raise ModelError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
         if provider not in session.get_providers():
-            raise EnvironmentLacks(f"{provider} does not start here, `ctonnx doctor` tells more")
+            raise MissingDependency(f"{provider} does not start here, `ctonnx doctor` tells more")
         self._use(session)
 
     def _use(self, session):
@@ -86,25 +87,6 @@ class Model:
         except Exception as error:  # As above.
             raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
         return arrays(zip(names, values, strict=True))
-
-
-def arrays(outputs):
-    """Pairs of an output's name and value as a dict of arrays: those that a sequence or map holds
-    have names with their index or key."""
-    return {name: array for pair in outputs for name, array in _arrays(*pair)}
-
-
-def _arrays(name, value):
-    if isinstance(value, list):
-        if not value:
-            yield name, np.empty(0)
-        for i, element in enumerate(value):
-            yield from _arrays(f"{name}[{i}]", element)
-    elif isinstance(value, dict):
-        for key, element in value.items():
-            yield f"{name}[{key!r}]", np.asarray(element)
-    else:
-        yield name, value
 
 
 def variant(path, model):
@@ -141,16 +123,18 @@ def load_inputs(path, model, known, notes):
     those whose names are `known`. What else the file holds is passed over, with a line in `notes`.
 
     Raises:
-        ModelError: the file cannot be read.
+        InputFileError: the file cannot be read.
         UsageError: an input is missing, unknown, or of another kind of numbers.
     """
     try:
         with np.load(path, allow_pickle=False) as held:
             given = {name: held[name] for name in held}
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
+        raise InputFileError(f"{path}: no such file") from None
     except Exception:  # Whatever the parser raises for a damaged file.
-        raise ModelError(f"{path}: cannot be read as an .npz file, as numpy.savez writes") from None
+        raise InputFileError(
+            f"{path}: cannot be read as an .npz file, as numpy.savez writes"
+        ) from None
     kinds = {i.name: i.type for i in (*model.inputs, *model.optional_inputs)}
     wanted = ", ".join(f"{i.name} {_by_x(i.shape)}" for i in model.inputs)
     for name in sorted(model.names - given.keys() - set(known)):

@@ -21,8 +21,7 @@ import numpy as np
 from onnx import AttributeProto, TensorProto, helper
 
 from .. import ctu
-
-DEFAULT_DOMAINS = ("", "ai.onnx")
+from ..model.graph import DEFAULT_DOMAINS
 
 # Ops that ONNX Runtime's optimiser writes with an activation in their attributes.
 FUSED = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from ..errors import ModelError, UsageError
+from ..errors import InputFileError, UsageError
 
 _NAMES = ("beta", "coeff")
 
@@ -26,26 +26,26 @@ def load(path):
         state dict.
 
     Raises:
-        ModelError: the file cannot be read, or is not of that form.
+        InputFileError: the file cannot be read, or is not of that form.
         UsageError: a state dict is not that of a T-CT model.
-        EnvironmentLacks: a state dict is given, and PyTorch is not installed.
+        MissingDependency: a state dict is given, and PyTorch is not installed.
     """
     path = Path(path)
     if path.suffix in (".pth", ".pt"):
-        from ..torch import tct
+        from . import checkpoint
 
-        state = tct.read_checkpoint(path)
-        return Trained(tct.pairs(state), tct.arrays(state))
+        state = checkpoint.read_checkpoint(path)
+        return Trained(checkpoint.pairs(state), checkpoint.arrays(state))
     try:
         if path.suffix == ".npz":
             return _from_arrays(path)
         document = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
+        raise InputFileError(f"{path}: no such file") from None
     except Exception as error:  # Whatever the parsers raise for a damaged file.
-        raise ModelError(f"{path}: cannot be read as parameters: {error}") from None
+        raise InputFileError(f"{path}: cannot be read as parameters: {error}") from None
     if not isinstance(document, dict):
-        raise ModelError(f"{path}: expected a JSON object from name to parameters")
+        raise InputFileError(f"{path}: expected a JSON object from name to parameters")
     return document
 
 
@@ -120,7 +120,9 @@ def _from_arrays(path):
         for name in arrays:
             key, _, which = name.rpartition(".")
             if which not in _NAMES:
-                raise ModelError(f"{path}: expected arrays named NAME.beta and NAME.coeff: {name}")
+                raise InputFileError(
+                    f"{path}: expected arrays named NAME.beta and NAME.coeff: {name}"
+                )
             params.setdefault(key, {})[which] = arrays[name]
     return params
 

@@ -28,16 +28,16 @@ from onnx import (
 from .. import ctu
 from ..errors import ModelError, NothingToDo, UsageError
 from ..model.graph import (
+    DEFAULT_DOMAINS,
     Scope,
     check_names,
     functions_of,
     key_of,
-    names,
     node_label,
     scopes,
     typed_scopes,
-    unique_name,
 )
+from ..model.names import FreshNames
 from . import activations, params
 
 ORIGINAL = "ctonnx.original"
@@ -535,7 +535,7 @@ def _check_unsteered(model):
     nodes = [node for scope in scopes(model) for node in scope.body.node]
     if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions, *nodes)):
         raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
-    if any(function.domain in activations.DEFAULT_DOMAINS for function in model.functions):
+    if any(function.domain in DEFAULT_DOMAINS for function in model.functions):
         # Its Relu need not be a ReLU, and would end up inside the CTU's own function.
         raise ModelError("the model defines functions in the domain of the standard ops")
 
@@ -670,7 +670,7 @@ def _check_choice(name, value, choices):
 
 def _opset(model):
     def version(owner):
-        domains = activations.DEFAULT_DOMAINS
+        domains = DEFAULT_DOMAINS
         return max((e.version for e in owner.opset_import if e.domain in domains), default=0)
 
     # A graph of function calls alone need not import the default domain.
@@ -844,15 +844,13 @@ class _Parameters:
 
     def __init__(self, model):
         self._model = model
-        self._taken = names(model)
+        self._fresh = FreshNames(model)
         self._held = {}
         self.names = []
 
     def free_name(self, base):
         """A name like `base` that nothing in the model has."""
-        name = unique_name(base, self._taken)
-        self._taken.add(name)
-        return name
+        return self._fresh(base)
 
     def _parameter(self, base):
         name = self.free_name(base)

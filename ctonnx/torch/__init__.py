@@ -7,15 +7,13 @@ restore    a model from the state dict of a trained one
 export     a model with CT units as ONNX
 """
 
-from ..errors import EnvironmentLacks
+from ..optional import require
 
-try:
-    import torch  # noqa: F401
-except ImportError:
-    raise EnvironmentLacks("PyTorch is not installed: pip install 'ctonnx[torch]'") from None
+require("torch")
 
 from .export import export
+from .steering import steer
 from .tct import restore, trainable
-from .unit import CTU, steer
+from .unit import CTU
 
 __all__ = ["CTU", "export", "restore", "steer", "trainable"]

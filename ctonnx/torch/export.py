@@ -15,8 +15,9 @@ from onnx import GraphProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from .. import ctu
-from ..errors import EnvironmentLacks, ModelError, NothingToDo, UsageError
+from ..errors import ModelError, NothingToDo, UsageError
 from ..model import files, graph
+from ..optional import require
 from ..rewriting import rewrite
 
 # Where Clip has its bounds as inputs.
@@ -43,7 +44,7 @@ def export(model, args=(), path=None, *, dynamo=True, force=False, **options):
             does not take.
         NothingToDo: the model holds no CT unit.
         ModelError: it is too large for one file.
-        EnvironmentLacks: onnxscript is missing, which the newer exporter needs.
+        MissingDependency: onnxscript is missing, which the newer exporter needs.
     """
     if path is not None:
         path = files.check_output(path, force)
@@ -59,12 +60,7 @@ def exported(model, args, dynamo, options):
     if options.get("opset_version", _MIN_OPSET) < _MIN_OPSET:
         raise UsageError(f"opset_version must be {_MIN_OPSET} or newer")
     if dynamo:
-        try:
-            import onnxscript  # noqa: F401
-        except ImportError:
-            raise EnvironmentLacks(
-                "onnxscript is not installed, which PyTorch needs: pip install 'ctonnx[torch]'"
-            ) from None
+        require("onnxscript")
         table = {torch.ops.ctonnx.ctu.default: _translation()}
         table |= options.pop("custom_translation_table", None) or {}
         options = {"verbose": False, **options}

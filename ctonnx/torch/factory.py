@@ -8,16 +8,18 @@ from contextlib import nullcontext, redirect_stdout
 
 import torch
 
-from .. import user_code as objects
+from .. import user_code
 from ..errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
 from ..model import files
-from ..ort.runs import arrays
+from ..model.values import arrays
 from ..rewriting import rewrite
+from ..rewriting.checkpoint import arrays as weights_of
+from ..rewriting.checkpoint import pairs, read_checkpoint
 from ..rewriting.params import differing as differing_from
 from .export import exported, resteer
-from .tct import arrays as weights_of
-from .tct import pairs, read_checkpoint, restore
-from .unit import CTU, is_steered, steer
+from .steering import is_steered, steer
+from .tct import restore
+from .unit import CTU
 
 
 def load(target):
@@ -42,8 +44,8 @@ def _made(target):
     module, _, name = target.partition(":")
     if not module or not name:
         raise UsageError(f"{target}: expected PKG:FACTORY, or a .pt2 file of torch.export.save")
-    factory = objects.load(target)
-    model = objects.call(factory, target)
+    factory = user_code.load(target)
+    model = user_code.call(factory, target)
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{target}: gives a {type(model).__name__}, expected an nn.Module")
     return model.eval()
@@ -155,7 +157,7 @@ def export(target, shapes, output, *, beta=None, coeff=0.5, checkpoint=None, for
         UsageError: a wrong argument, or as for `load`, `steer` and `restore`.
         ModelError: the model cannot be read or exported.
         NothingToDo: there is nothing to steer.
-        EnvironmentLacks: onnxscript is missing.
+        MissingDependency: onnxscript is missing.
     """
     output = files.check_output(output, force)
     with redirect_stdout(sys.stderr):  # What the user's code prints is no result.

@@ -7,8 +7,10 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from ..errors import ModelError, UsageError
-from .unit import CTU, check_plain, read_call
+from ..errors import UsageError
+from ..rewriting.checkpoint import raw_pairs
+from .steering import check_plain, read_call
+from .unit import CTU
 
 # Where the authors' code starts training: beta 0.8, c 0.5.
 RAW_BETA, RAW_COEFF = 1.386, 0.0
@@ -163,7 +165,7 @@ def restore(model, state_dict):
     """
     check_plain(model)
     modules, new = dict(model.named_modules(remove_duplicate=False)), {}
-    for path, raw in _raw_pairs(state_dict).items():
+    for path, raw in raw_pairs(state_dict).items():
         module = modules.get(path)
         if isinstance(module, CTU):
             continue
@@ -177,67 +179,3 @@ def restore(model, state_dict):
         lines = [line.strip() for line in str(error).splitlines()]
         raise UsageError(f"the checkpoint does not fit the model: {' '.join(lines[1:3])}") from None
     return model
-
-
-def read_checkpoint(path):
-    """The state dict in a file; weights only, no code is run.
-
-    Raises:
-        ModelError: the file cannot be read, or holds no state dict.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
-    except Exception:  # Whatever the reader raises for a damaged file, or one with code in it.
-        raise ModelError(
-            f"{path}: cannot be read as weights alone: save model.state_dict()"
-        ) from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        raise ModelError(f"{path}: holds no state dict: save model.state_dict()")
-    return {key: value.detach() for key, value in state.items()}
-
-
-def arrays(state_dict):
-    """Name -> array of what has dimensions in a state dict; NumPy has no bfloat16."""
-    return {
-        key: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-        for key, value in state_dict.items()
-        if value.dim()
-    }
-
-
-def pairs(state_dict):
-    """Module -> {"beta" and "coeff": float32 array} of the CTUs in a state dict.
-
-    Raises:
-        UsageError: there is none, or a pair is not complete.
-    """
-    found = _raw_pairs(state_dict)
-    if not found:
-        raise UsageError("the checkpoint holds no _raw_beta: it is not of a T-CT model")
-    return {
-        path: {key: torch.sigmoid(value.float()).numpy() for key, value in raw.items()}
-        for path, raw in found.items()
-    }
-
-
-def _raw_pairs(state_dict):
-    """Module -> {"beta" and "coeff": tensor} as the state dict has them, before the sigmoid.
-
-    Raises:
-        UsageError: a pair is not complete.
-    """
-    found = {}
-    for key, value in state_dict.items():
-        path, _, last = key.rpartition(".")
-        if last in ("_raw_beta", "_raw_coeff"):
-            found.setdefault(path, {})[last.removeprefix("_raw_")] = value
-    for path, raw in found.items():
-        if len(raw) < 2 or not all(value.numel() for value in raw.values()):
-            raise UsageError(f"the pair of {path!r} in the checkpoint is not complete")
-    return found

@@ -9,8 +9,8 @@ from onnx import helper, numpy_helper
 
 from ..errors import UsageError
 from ..model.flow import Flow
-from ..model.graph import names, node_label, unique_name
-from ..rewriting.activations import DEFAULT_DOMAINS
+from ..model.graph import DEFAULT_DOMAINS, node_label
+from ..model.names import FreshNames
 from ..rewriting.rewrite import CLASSES, drop_recorded_inputs, keep, original_op
 
 # What stands between a linear layer and the class scores as they are given out.
@@ -139,13 +139,7 @@ def replace(model, head, weight, bias, dtype, flatten, classes):
     _take_out(model, flow, hung, head.features, {*dropped, head.output})
     keep(graph.output, lambda value: value.name not in dropped)
 
-    taken = names(model)
-
-    def new(base):
-        name = unique_name(base, taken)
-        taken.add(name)
-        return name
-
+    fresh = FreshNames(model)
     kind = output.type.tensor_type.elem_type
     rows, last = "batch", head.features
     shape = output.type.tensor_type.shape.dim
@@ -160,15 +154,15 @@ def replace(model, head, weight, bias, dtype, flatten, classes):
     exact = helper.tensor_dtype_to_np_dtype(kind)
     for i, (op, attributes) in enumerate(steps):
         inputs = [last]
-        last = head.output if i == len(steps) - 1 else new(f"head_{op.lower()}")
+        last = head.output if i == len(steps) - 1 else fresh(f"head_{op.lower()}")
         if op == "Gemm":
             for base, array in ("head_weight", weight), ("head_bias", bias):
-                inputs.append(new(base))
+                inputs.append(fresh(base))
                 graph.initializer.append(numpy_helper.from_array(array.astype(exact), inputs[-1]))
                 if model.ir_version < 4:  # Until then initializers were inputs too.
                     value = helper.make_tensor_value_info(inputs[-1], kind, array.shape)
                     graph.input.append(value)
-        graph.node.append(helper.make_node(op, inputs, [last], new(f"node_{op}"), **attributes))
+        graph.node.append(helper.make_node(op, inputs, [last], fresh(f"node_{op}"), **attributes))
     output.CopyFrom(helper.make_tensor_value_info(head.output, kind, [rows, len(classes)]))
     keep(graph.value_info, lambda value: value.name != head.output)
     if head.ending == "Sigmoid":

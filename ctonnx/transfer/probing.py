@@ -22,13 +22,14 @@ import numpy as np
 from onnx import ModelProto
 
 from .. import ctu
-from ..data import source as data
-from ..errors import CtonnxError, EnvironmentLacks, ModelError, UsageError
+from ..data.open import open_source
+from ..errors import CtonnxError, InputFileError, ModelError, UsageError
 from ..measure import engine, intervals, metrics
 from ..measure.results import Table, without_nan
 from ..measure.sweeping import grid
 from ..model import files, flow
-from ..ort import runs, library as runtime
+from ..optional import require
+from ..ort import library, runs
 from ..rewriting import rewrite
 from . import heads
 
@@ -160,8 +161,9 @@ def probe(
         UsageError: a wrong argument; no linear layer is found, or no steered activation is in
             front of it; data, labels and model do not fit together.
         NothingToDo: no activation to steer.
-        ModelError: model or data cannot be read.
-        EnvironmentLacks: a package is missing.
+        ModelError: the model cannot be read.
+        InputFileError: the data cannot be read.
+        MissingDependency: a package is missing.
     """
     seeds = _seeds(seeds)
     if not 0 < validation < 1:
@@ -186,7 +188,7 @@ def probe(
     steerable = engine.prepare(model, coeff is not None)
     head, original, steered = _runners(model, steerable, features, providers)
     sources = [
-        data.open_source(
+        open_source(
             *(each, steerable.inputs),
             **{"labels": names, "size": batch_size, "images": images, "skip": skip_broken},
         )
@@ -284,12 +286,7 @@ def _is_npy(data):
 
 
 def _check_packages():
-    try:
-        import sklearn.linear_model  # noqa: F401
-    except ImportError:
-        raise EnvironmentLacks(
-            "scikit-learn is not installed: pip install 'ctonnx[sweep]'"
-        ) from None
+    require("sklearn.linear_model")
     intervals.quantile(intervals.LEVEL, 1)  # What is missing is better said now than in the end.
 
 
@@ -370,7 +367,7 @@ def _read(runner, source, head, points):
             _check_features(value, kinds, head, beta)
             held.append(value.reshape(len(value), -1))
     if not labels:
-        raise ModelError("the data hold no sample that can be read")
+        raise InputFileError("the data hold no sample that can be read")
     features = []
     while rows:  # One by one, for each is in memory twice meanwhile.
         features.append(np.concatenate(rows.pop(0)))
@@ -527,7 +524,7 @@ def _classifier(rows, target):
 def _measure(opened, source, output, classes):
     """The test accuracy of a model, a path or bytes, in plain ONNX Runtime; and notes."""
     notes, models = [], []
-    if runtime.has_library():
+    if library.has_library():
         models.append(runs.Model(opened, library=True))
     try:
         models.insert(0, runs.Model(opened))

@@ -33,9 +33,10 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 from .. import ctu
 from ..errors import CtonnxError
 from ..model import files
-from ..model.graph import names, node_label, scopes, unique_name
+from ..model.graph import DEFAULT_DOMAINS, node_label, scopes
+from ..model.names import FreshNames
 from ..rewriting import activations
-from . import library as runtime
+from . import library
 from .compare import compare
 from .runs import Model, random_inputs
 
@@ -81,7 +82,7 @@ def open_session(path, providers, options):
 
 
 def _open(path, providers, options):
-    level = runtime.import_onnxruntime().GraphOptimizationLevel
+    level = library.import_onnxruntime().GraphOptimizationLevel
     _check(providers, options, level)
     model = _read(path)
     parameters, count = _put_stand_ins(model)
@@ -93,16 +94,16 @@ def _open(path, providers, options):
     del model, optimised
     # At BASIC nothing is laid out a second time.
     with _changed(options, graph_optimization_level=level.ORT_ENABLE_BASIC):
-        session = runtime.open_session(baked, options, providers)
+        session = library.open_session(baked, options, providers)
     with _changed(options, **_QUIET):
-        plain = runtime.open_session(path, options, providers)
+        plain = library.open_session(path, options, providers)
     _verify(plain, session, {name for group in parameters.values() for name in group})
     return session
 
 
 def _check(providers, options, level):
     """Refuse what was asked for and the blocked layout cannot give."""
-    if runtime.hold_providers(options):
+    if library.hold_providers(options):
         raise _Refused("the session options hold providers")
     others = {p if isinstance(p, str) else p[0] for p in providers} - _CPU
     if others:
@@ -186,7 +187,7 @@ def _optimise(model, providers, options):
     with tempfile.TemporaryDirectory(prefix="ctonnx-") as folder:
         file = Path(folder, "model.onnx")
         with _changed(options, optimized_model_filepath=str(file), **_QUIET):
-            runtime.open_session(model.SerializeToString(), options, providers)
+            library.open_session(model.SerializeToString(), options, providers)
         # Weights that nodes make are in the file now.
         _check_size(file.stat().st_size)
         optimised = files.load(file)
@@ -206,24 +207,19 @@ def bake(optimised, model, parameters):
     Returns:
         Counter of the CTUs by the op type of their stand-in.
     """
-    graph, taken, count = optimised.graph, names(optimised), Counter()
+    graph, fresh, count = optimised.graph, FreshNames(optimised), Counter()
     used = {name for group in parameters.values() for name in group}
     # ONNX Runtime dropped the parameters, as nothing used them.
     held = {tensor.name for tensor in graph.initializer}
     graph.initializer.extend(t for t in model.graph.initializer if t.name in used - held)
 
-    def new_name(base):
-        name = unique_name(base, taken)
-        taken.add(name)
-        return name
-
     # ONNX Runtime lets a value of any shape be fed where a scalar is declared. One per channel
     # would be wrong in this layout, so that is made an error.
     scalar = {name: name for name in used}
     guards = []
-    one = new_name("one")
+    one = fresh("one")
     for name in sorted(used.intersection(value.name for value in graph.input)):
-        scalar[name] = new_name(f"{name}_scalar")
+        scalar[name] = fresh(f"{name}_scalar")
         guards.append(helper.make_node("Reshape", [name, one], [scalar[name]]))
     if guards:
         graph.initializer.append(helper.make_tensor(one, TensorProto.INT64, [1], [1]))
@@ -239,7 +235,7 @@ def bake(optimised, model, parameters):
             count[op] += 1
             if (node.domain, node.op_type) in activations.FUSED:
                 node, fused = NodeProto(output=node.output), node
-                activations.take_out(fused, new_name(f"{node.output[0]}_before_ctu"))
+                activations.take_out(fused, fresh(f"{node.output[0]}_before_ctu"))
                 node.input.append(fused.output[0])
                 nodes.append(node)
             node.op_type, node.domain = ctu.OP_TYPE, ctu.DOMAIN
@@ -253,7 +249,7 @@ def _activation(node):
     """The standard op that a node is, or that is fused into it as its activation."""
     if (node.domain, node.op_type) in activations.FUSED:
         return activations.attribute(node, "activation", None, AttributeProto.STRING)
-    return node.op_type if node.domain in activations.DEFAULT_DOMAINS else None
+    return node.op_type if node.domain in DEFAULT_DOMAINS else None
 
 
 def _verify(plain, session, parameters):
