@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import ctonnx
-from ctonnx.data.open import open_source
+from ctonnx.data.open import DataOptions, open_source
 from ctonnx.measure import engine
 
 SIZE = 32
@@ -74,7 +74,7 @@ def main():
         folder = Path(folder)
         write_images(folder, args.images)
         opening, (model, session) = timed(lambda: opened(args.model))
-        source = open_source(folder, model.inputs, size=SIZE)
+        source = open_source(folder, model.inputs, DataOptions(batch_size=SIZE))
         batches = [source.batch(i) for i in range(len(source))]
         labels = np.concatenate([batch.labels for batch in batches])
         inputs = [batch.inputs for batch in batches]

@@ -9,7 +9,7 @@ import pytest
 from ctonnx.data import open as opening
 from ctonnx.data import rows
 from ctonnx.data.batches import Input
-from ctonnx.data.open import open_source
+from ctonnx.data.open import DataOptions, open_source
 from ctonnx.errors import CtonnxError, InputFileError, UsageError
 
 FLOAT, IMAGE = np.dtype(np.float32), (None, 3, 8, 8)
@@ -46,7 +46,7 @@ def test_every_source_gives_the_same(tmp_path, monkeypatch, arrays, kind):
         **{"csv": ("d.csv", None), "tuple": ((x, y), None)},
         "factory": (lambda: ((x[i : i + 32], y[i : i + 32]) for i in range(0, 70, 32)), None),
     }[kind]
-    source = open_source(spec, X, labels=labels)
+    source = open_source(spec, X, DataOptions(labels=labels))
     if kind == "factory":
         batches = [source.batch(i) for i in (2, 0, 1)]
         assert source.batch(3) is None
@@ -59,7 +59,7 @@ def test_every_source_gives_the_same(tmp_path, monkeypatch, arrays, kind):
     assert (held["x"].dtype, count) == (FLOAT, 3)
     # Shuffled: the same rows in another order, the same each time, with their labels.
     first, second = (
-        everything(open_source(spec, X, labels=labels, shuffle=True, size=7)) for _ in range(2)
+        everything(open_source(spec, X, DataOptions(labels, 7), shuffle=True)) for _ in range(2)
     )
     np.testing.assert_array_equal(first[0]["x"], second[0]["x"])
     order = np.lexsort(first[0]["x"].T)
@@ -72,7 +72,7 @@ def test_the_shapes_python_data_come_in(arrays):
     """Pairs as lists, as a DataLoader makes them, inputs alone, and by name."""
     x, y = arrays
     for given in ((x, y), [x, y], {"x": x}, x, ({"x": x}, None), lambda: [[x, y]], lambda: [x]):
-        source = open_source(given, X, size=None if callable(given) else 70)
+        source = open_source(given, X, DataOptions(batch_size=None if callable(given) else 70))
         batch = source.batch(0)
         np.testing.assert_array_equal(batch.inputs["x"], x)
         assert source.batch(1) is None
@@ -146,14 +146,14 @@ def test_a_folder_of_images(folder):
     np.testing.assert_array_equal(other["x"].transpose(0, 3, 1, 2), held["x"])
     # The shorter side to 8, the middle 8 by 8 of it: as torchvision's imagenet transform does.
     given = transform("imagenet", resize=8, crop=8)
-    held, _, _ = everything(open_source(folder, nchw, images=given))
+    held, _, _ = everything(open_source(folder, nchw, DataOptions(images=given)))
     middle = picture(0).resize((9, 8), Image.Resampling.BILINEAR).crop((0, 0, 8, 8))
     mean, std = np.float32(given.mean), np.float32(given.std)
     expected = (np.asarray(middle) / np.float32(255) - mean) / std
     np.testing.assert_allclose(held["x"][0], expected.transpose(2, 0, 1), rtol=1e-6)
     # Caffe's: blue first, 0 to 255 less the mean.
     given = transform("caffe", resize=8, crop=8)
-    held, _, _ = everything(open_source(folder, nchw, images=given))
+    held, _, _ = everything(open_source(folder, nchw, DataOptions(images=given)))
     expected = (np.asarray(middle, np.float32) - [123, 117, 104])[:, :, ::-1]
     np.testing.assert_allclose(held["x"][0], expected.transpose(2, 0, 1), atol=1e-4)
     gray, _, _ = everything(open_source(folder, [Input("x", np.dtype(np.uint8), (2, 1, 8, 8))]))
@@ -206,7 +206,9 @@ def test_numbers_become_no_others(array, kind):
 def test_images_from_a_csv_file_and_without_labels(folder):
     inputs = [Input("x", FLOAT, IMAGE)]
     (folder.parent / "list.csv").write_text("path,class\nimages/dog/b.png,5\nimages/cat/a.png,6\n")
-    held, labels, _ = everything(open_source(folder.parent / "list.csv", inputs, labels="class"))
+    held, labels, _ = everything(
+        open_source(folder.parent / "list.csv", inputs, DataOptions(labels="class"))
+    )
     assert labels.tolist() == [5, 6]
     whole, _, _ = everything(open_source(folder, inputs))
     np.testing.assert_array_equal(held["x"], whole["x"][[4, 0]])
@@ -221,11 +223,15 @@ def test_broken_images_are_skipped_and_counted(folder):
     (folder / "dog" / "a.png").write_bytes(b"no image")
     with pytest.raises(InputFileError, match=r"b\.png: cannot be read as an image.*--skip-broken"):
         open_source(folder, inputs).batch(0)
-    source = open_source(folder, inputs, skip=True, size=3)
+    source = open_source(folder, inputs, DataOptions(batch_size=3, skip_broken=True))
     batches = [source.batch(i) for i in range(len(source))]
     assert [(len(b), b.broken) for b in batches] == [(2, 1), (1, 1)]
     assert np.concatenate([b.labels for b in batches]).tolist() == [0, 0, 1]
-    assert open_source(folder, inputs, skip=True).batch(0).labels.tolist() == [0, 0, 1]
+    assert open_source(folder, inputs, DataOptions(skip_broken=True)).batch(0).labels.tolist() == [
+        0,
+        0,
+        1,
+    ]
 
 
 def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
@@ -262,8 +268,8 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
         ("wide.npz", X, {}, "x: the data are float32[N,2], the model takes float32[N,3]"),
         ("d.npz", [Input("x", np.dtype(np.int64), (None, 3))], {}, "the model takes int64[N,3]"),
         ("d.npz", X, {"labels": "truth"}, "holds no array 'truth': it holds x, label"),
-        ("d.npz", X, {"size": 0}, "batch size must be at least 1"),
-        ("d.npz", [Input("x", FLOAT, (4, 3))], {"size": 5}, "takes batches of 4"),
+        ("d.npz", X, {"batch_size": 0}, "batch size must be at least 1"),
+        ("d.npz", [Input("x", FLOAT, (4, 3))], {"batch_size": 5}, "takes batches of 4"),
         (
             "d.npz",
             X,
@@ -271,14 +277,19 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
             "preparing images (preset, resize, crop, mean, std) is not for d.npz, no folder of",
         ),
         ("d.npz", X, {"labels": np.zeros(70)}, "labels is a name or a path: give arrays as"),
-        ("d.npz", X, {"skip": True}, "the option skip-broken is not for d.npz"),
+        ("d.npz", X, {"skip_broken": True}, "the option skip-broken is not for d.npz"),
         (
             lambda: [(x, y)],
             X,
             {"labels": "y"},
             "the option labels is not for a factory: leave it out",
         ),
-        (lambda: [(x, y)], X, {"size": 3}, "the option batch is not for a factory: leave it out"),
+        (
+            lambda: [(x, y)],
+            X,
+            {"batch_size": 3},
+            "the option batch is not for a factory: leave it out",
+        ),
         ((x, y), X, {"labels": "y"}, "the option labels is not for arrays: leave it out"),
         ("objects.npz", X, {}, "holds objects"),
         ("none.npz", X, {}, "none.npz: holds no samples"),
@@ -315,7 +326,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
         if line == "images differ in size":
             picture(0, (9, 9)).save(folder / "cat" / "other.png")
         with pytest.raises((InputFileError, UsageError)) as caught:
-            open_source(spec, inputs, **options).batch(0)
+            open_source(spec, inputs, DataOptions(**options)).batch(0)
         assert line in str(caught.value), spec
         assert "\n" not in str(caught.value)
         assert isinstance(caught.value, CtonnxError)

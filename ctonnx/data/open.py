@@ -1,20 +1,37 @@
 """Opening data sets: what a source is made from, by the kind of data that is given."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputFileError, UsageError
 from .batches import LABELS, names_of
-from .images import Images
+from .images import Images, Transform
 from .rows import Archive, Rows
 from .source import Arrays, Stream, Table, digest, named, only, stamp
 
 _OF_IMAGES = "preparing images (preset, resize, crop, mean, std)"
 
 
-def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=None, skip=False):
+@dataclass(frozen=True)
+class DataOptions:
+    """How data become batches.
+
+    `labels` is the name of the labels' array or column, or the path of an .npy file; found where
+    None. `batch_size` is the number of samples per batch: the model's own where it is fixed, 32
+    where None. `images` prepares images, by the defaults of Transform where None, and
+    `skip_broken` leaves out those that cannot be read, and counts them.
+    """
+
+    labels: str | os.PathLike | None = None
+    batch_size: int | None = None
+    images: Transform | None = None
+    skip_broken: bool = False
+
+
+def open_source(data, inputs, options=None, *, shuffle=False):
     """The source of a data set.
 
     Args:
@@ -23,19 +40,18 @@ def open_source(data, inputs, *, labels=None, size=None, shuffle=False, images=N
             inputs alone; inputs are an array, or a dict from input name to array, with a row per
             sample.
         inputs: the model's Inputs.
-        labels: name of the labels' array or column, or a path of an .npy file; found where None.
-        size: samples per batch; the model's own where it is fixed, 32 where None.
+        options: DataOptions; the defaults where None.
         shuffle: give the samples, or a factory's batches, in a random order, always the same.
-        images: images.Transform for images; its defaults where None.
-        skip: leave unreadable images out, and count them.
 
     Raises:
         UsageError: the data do not fit the model.
         InputFileError: the data cannot be read.
     """
+    options = options or DataOptions()
+    labels, images, skip = options.labels, options.images, options.skip_broken
     if not isinstance(labels, str | os.PathLike | None):
         raise UsageError("labels is a name or a path: give arrays as (inputs, labels)")
-    wanted, size = size, _batch_size(size, inputs)
+    wanted, size = options.batch_size, _batch_size(options.batch_size, inputs)
     if callable(data) or (isinstance(data, str) and not os.path.exists(data) and ":" in data):
         _refuse("a factory", labels=labels, batch=wanted, images=images, skip_broken=skip)
         return Stream(data, inputs, shuffle)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import ctu
-from ..data.open import open_source
+from ..data.open import DataOptions, open_source
 from ..data.source import Stream
 from ..errors import UsageError
 from ..model import files
@@ -104,11 +104,8 @@ def sweep(
         open_source,
         dataset,
         steerable.inputs,
-        labels=labels,
-        size=batch_size,
+        DataOptions(labels, batch_size, images, skip_broken),
         shuffle=search == "racing",
-        images=images,
-        skip=skip_broken,
     )
     source = opening()
     steerable.notes.extend(source.notes)

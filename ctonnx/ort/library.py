@@ -1,4 +1,4 @@
-"""The op library, and ONNX Runtime with it: where it is, registering it, opening a plain session."""
+"""The op library: finding it, registering it, and opening plain ONNX Runtime sessions."""
 
 import re
 from importlib import metadata

@@ -30,8 +30,8 @@ def session(path, providers=None, session_options=None, *, layout=True):
         session_options: options to use; the library is registered with them.
         layout: on the CPU, keep ONNX Runtime's blocked layout of convolutional networks around the
             CTUs, where that is sound: faster runs of the same outputs, for a slower start. The
-            rule is in ctonnx.ort.blocked; the logger "ctonnx.runtime" tells at level DEBUG why a model
-            does without.
+            rule is in ctonnx.ort.blocked; the logger "ctonnx.runtime" tells at level DEBUG why a
+            model does without.
 
     Raises:
         MissingDependency: onnxruntime is not installed, too old or without one of `providers`; or

@@ -22,7 +22,7 @@ import numpy as np
 from onnx import ModelProto
 
 from .. import ctu
-from ..data.open import open_source
+from ..data.open import DataOptions, open_source
 from ..errors import CtonnxError, InputFileError, ModelError, UsageError
 from ..measure import engine, intervals, metrics
 from ..measure.results import Table, without_nan
@@ -188,10 +188,7 @@ def probe(
     steerable = engine.prepare(model, coeff is not None)
     head, original, steered = _runners(model, steerable, features, providers)
     sources = [
-        open_source(
-            *(each, steerable.inputs),
-            **{"labels": names, "size": batch_size, "images": images, "skip": skip_broken},
-        )
+        open_source(each, steerable.inputs, DataOptions(names, batch_size, images, skip_broken))
         for each, names in ((train, labels), (test, test_labels or labels))
     ]
     for source in sources:
