@@ -3,7 +3,7 @@ op at its C boundary; and the threads of the CUDA kernels, on the host.
 
 `kernels_test.cc`, `op_test.cc` and `cuda_test.cc` need no ONNX Runtime; `contract.h` has the rows
 of the numeric contract. To see them fail, break what they test: set k_lo to 0 in ctu_math.h; lower
-kWideDegree in ctu_table.h; end the loop of for_each_vector an element early in ctu_kernels.cc; begin
+kCoarseDegree in ctu_table.h; end the loop of for_each_vector an element early in ctu_kernels.cc; begin
 a packet elsewhere in ctu_thread.h; add 1 to next_point, origin or whole_count in ctu_launch.h; lower
 kFastFromBeta in ctu_math.h; remove a `catch` of ctu_op.cc, or share one OrtApi there.
 """
