@@ -1,4 +1,4 @@
-// The choice of the CPU kernels at run time.
+// The choice of an instruction set at run time.
 #include "ctu_cpu.h"
 
 #include <cstdlib>
@@ -27,7 +27,7 @@ extern const Level level;
 namespace {
 
 #if defined(CTONNX_X86)
-// __builtin_cpu_supports asks the operating system too, but not every compiler's knows F16C.
+// F16C needs a check of its own: not every compiler's __builtin_cpu_supports knows it.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -48,7 +48,7 @@ struct Candidate {
   bool (*supported)();
 };
 
-// The best first.
+// Best first.
 const Candidate kCandidates[] = {
 #if defined(CTONNX_X86)
     {&avx512::level, has_avx512},

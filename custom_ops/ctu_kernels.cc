@@ -1,5 +1,5 @@
-// The CPU kernels for one instruction set. CMake compiles this file once for each, with the flags of
-// the instruction set and its name as CTONNX_LEVEL.
+// The CPU kernels for one instruction set. CMake compiles this file once for each, with its
+// compiler flags and its name as CTONNX_LEVEL.
 //
 // A machine without the instruction set must not run this code. So the linker may merge nothing of
 // it with other files: here and in ctu_vector.h and ctu_table.h every function is in an anonymous

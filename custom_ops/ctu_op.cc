@@ -6,8 +6,8 @@
 //            slope   optional, type of X, broadcastable to X
 //   output   Y       type and shape of X
 //
-// On the CPU, a beta or coeff outside [0, 1], or NaN, is an error. On CUDA it gives NaN, because the
-// host does not read the values back.
+// On the CPU, a beta or coeff outside [0, 1], or NaN, is an error. On CUDA it gives NaN, because
+// the host does not read the values.
 //
 // Two ONNX Runtimes can share a process, such as one linked into an application and the one of a
 // Python wheel. So no global holds an OrtApi: each op and each kernel has that of its ONNX Runtime.
@@ -281,7 +281,7 @@ void infer_shape(ort::Api api, ort::ShapeInferContext* context) {
   ort::TensorInfo* info = nullptr;
   check(api.ShapeInferContext_GetInputTypeShape(context, 0, &info));
   const std::vector<int64_t> dims = dims_of(api, info);
-  // ONNX Runtime reports an unknown rank as 0, and would copy an unknown dimension as the number -1.
+  // ONNX Runtime reports an unknown rank as 0, and would copy an unknown dimension as a plain -1.
   if (dims.empty()) return;
   std::vector<const char*> symbols(dims.size());
   check(api.GetSymbolicDimensions(info, symbols.data(), symbols.size()));
@@ -392,8 +392,8 @@ class Domain {
   Owned<ort::OpDomain> domain_;
 };
 
-// The domain of the ONNX Runtime that has this OrtApi table. It lives as long as the process, because
-// sessions keep pointers to it.
+// The domain of the ONNX Runtime that has this OrtApi table. It is never freed, because sessions
+// keep pointers to it.
 ort::OpDomain* domain_of(void* const* table) {
   static std::mutex mutex;
   static auto& domains = *new std::map<void* const*, Domain>;
@@ -404,8 +404,8 @@ ort::OpDomain* domain_of(void* const* table) {
 }  // namespace
 }  // namespace ctonnx
 
-// Adds the domain `ctonnx` to session options. Returns null, or a status that says what is wrong: an
-// ONNX Runtime older than 1.18, or a CTONNX_CPU that this machine does not support.
+// Adds the op to session options. Returns null, or a status that says what is wrong: an ONNX
+// Runtime older than 1.18, or a CTONNX_CPU that this machine does not support.
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(
     ort::SessionOptions* options, const ort::ApiBase* base) noexcept {
   using namespace ctonnx;
@@ -422,8 +422,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   });
 }
 
-// The name of the instruction set whose kernels run, or null if this machine does not support the one
-// that CTONNX_CPU names.
+// The name of the instruction set of the CPU kernels (avx512, avx2 or portable), or null if this
+// machine does not support the one that CTONNX_CPU names.
 extern "C" __attribute__((visibility("default"))) const char* ctonnx_cpu_level() noexcept {
   try {
     return ctonnx::cpu_level().name;

@@ -125,7 +125,7 @@ void store(Half* p, Floats v) {
   const Words bits = bits_as<Words>(v);
   const Words sign = (bits >> 16) & 0x8000;
   const Words magnitude = bits & 0x7fffffff;
-  // Below 2^-14 the result is denormal: adding 0.5 rounds, and the low bits of the sum are the result.
+  // Below 2^-14 the result is denormal: adding 0.5 rounds it into the low bits of the sum.
   const Words denormal = bits_as<Words>(bits_as<Floats>(magnitude) + 0.5f) - 0x3f000000;
   const Words normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const Words finite = magnitude < 0x38800000 ? denormal : normal;

@@ -1,9 +1,9 @@
 // The part of ONNX Runtime's C ABI that this library uses.
 //
-// ONNX Runtime's wheels ship no C headers, but the ABI is append-only: OrtApi is a table of function
-// pointers whose positions never change, and OrtCustomOp is a struct that only grows. Declaring the
-// few slots in use keeps the build free of dependencies, and the library works with every ONNX
-// Runtime from 1.18 on.
+// ONNX Runtime's wheels ship no C headers, but the ABI is append-only: OrtApi is a table of
+// function pointers whose positions never change, and OrtCustomOp is a struct that only grows.
+// Declaring the few slots in use keeps the build free of dependencies, and the library works with
+// every ONNX Runtime from 1.18 on.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,7 @@
 
 namespace ort {
 
-// The oldest API version that has everything below. GetApi returns null in an ONNX Runtime that does
-// not know it.
+// The oldest API version that has everything below. An older ONNX Runtime returns null for it.
 constexpr uint32_t kApiVersion = 18;
 
 struct Status;  // null means success
@@ -63,8 +62,8 @@ struct CustomOp {
 };
 static_assert(sizeof(CustomOp) == 26 * sizeof(void*), "OrtCustomOp of API 18 is 26 words");
 
-// Typed access to an OrtApi table; the numbers are positions in it. Two ONNX Runtimes in one process
-// have two tables, and an object of one must not reach a function of the other.
+// Typed access to an OrtApi table; the numbers are positions in it. Each ONNX Runtime in a process
+// has its own table, and its objects must only reach functions of that table.
 class Api {
  public:
   explicit Api(void* const* table) : table_(table) {}

@@ -1,5 +1,5 @@
 // Tests of the op at its C boundary, with fakes in place of ONNX Runtime: two ONNX Runtimes in one
-// process, and calls and allocations that fail. Prints what fails; exits with 1 if anything does.
+// process, and calls and allocations that fail. Prints failures; exits with 1 if there are any.
 #include <array>
 #include <atomic>
 #include <cmath>
@@ -326,8 +326,8 @@ void test_old_runtime() {
           "message for an old ONNX Runtime", 0);
 }
 
-// Runs `call` with a failure of its first call or allocation, then of its second, until it succeeds.
-// Each failure is a status with a message, and nothing stays behind.
+// Runs `call` with a failure of its first step (a call or an allocation), then of its second, and
+// so on until it succeeds. Each failure must give a status with a message, and leak nothing.
 template <int kFake, class Call>
 void fail_everywhere(const char* what, Failure kind, Call call) {
   const std::string expected = kind == kCall       ? "refused"

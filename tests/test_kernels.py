@@ -3,9 +3,9 @@ op at its C boundary; and the threads of the CUDA kernels, on the host.
 
 `kernels_test.cc`, `op_test.cc` and `cuda_test.cc` need no ONNX Runtime; `contract.h` has the rows
 of the numeric contract. To see them fail, break what they test: set k_lo to 0 in ctu_math.h; lower
-kCoarseDegree in ctu_table.h; end the loop of for_each_vector an element early in ctu_kernels.cc; begin
-a packet elsewhere in ctu_thread.h; add 1 to next_point, origin or whole_count in ctu_launch.h; lower
-kFastFromBeta in ctu_math.h; remove a `catch` of ctu_op.cc, or share one OrtApi there.
+kCoarseDegree in ctu_table.h; end the loop of for_each_vector an element early in ctu_kernels.cc;
+begin a packet elsewhere in ctu_thread.h; add 1 to next_point, origin or whole_count in
+ctu_launch.h; lower kFastFromBeta in ctu_math.h; remove a `catch` of ctu_op.cc.
 """
 
 import ctypes
@@ -115,7 +115,7 @@ def test_cuda_threads_on_the_host(programs, sanitizer, program):
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_op_at_its_c_boundary(programs, sanitizer):
-    """Two ONNX Runtimes in one process keep apart, and failures leave nothing behind."""
+    """Two ONNX Runtimes in one process stay apart, and failures leak nothing."""
     done = subprocess.run([programs(sanitizer) / "op_test"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "0 failures\n"
