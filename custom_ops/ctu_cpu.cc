@@ -58,23 +58,23 @@ const Candidate kCandidates[] = {
 };
 
 const Level& choose_level() {
-  const char* wanted = std::getenv("CTONNX_CPU");
-  const bool any = wanted == nullptr || *wanted == '\0';
-  std::string usable;
+  const char* requested = std::getenv("CTONNX_CPU");
+  const bool any = requested == nullptr || *requested == '\0';
+  std::string supported_names;
   for (const Candidate& candidate : kCandidates) {
     if (!candidate.supported()) continue;
-    if (any || std::strcmp(wanted, candidate.level->name) == 0) return *candidate.level;
-    usable += std::string(usable.empty() ? "" : ", ") + candidate.level->name;
+    if (any || std::strcmp(requested, candidate.level->name) == 0) return *candidate.level;
+    supported_names += std::string(supported_names.empty() ? "" : ", ") + candidate.level->name;
   }
-  throw std::runtime_error("CTONNX_CPU is \"" + std::string(wanted) +
-                           "\"; this machine can use: " + usable);
+  throw std::runtime_error("CTONNX_CPU is \"" + std::string(requested) +
+                           "\"; this machine can use: " + supported_names);
 }
 
 }  // namespace
 
 const Level& cpu_level() {
-  static const Level& chosen = choose_level();
-  return chosen;
+  static const Level& level = choose_level();
+  return level;
 }
 
 }  // namespace ctonnx

@@ -25,10 +25,10 @@ string(REPLACE ";" " " nvcc_shown "${nvcc}")
 
 # Code for each architecture that this nvcc knows. A driver makes code for the other GPUs from PTX:
 # of the newest architecture for later GPUs, of the oldest for those in between.
-execute_process(COMMAND ${nvcc} --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
+execute_process(COMMAND ${nvcc} --list-gpu-arch OUTPUT_VARIABLE nvcc_architectures ERROR_QUIET)
 list(SORT CTONNX_CUDA_ARCHITECTURES COMPARE NATURAL)
 foreach(architecture ${CTONNX_CUDA_ARCHITECTURES})
-  if(known MATCHES "compute_${architecture}[^0-9a-z]")
+  if(nvcc_architectures MATCHES "compute_${architecture}[^0-9a-z]")
     list(APPEND architectures ${architecture}-real)
     if(NOT oldest)
       set(oldest ${architecture})
@@ -62,11 +62,11 @@ int main() {
 ]])
 execute_process(
   COMMAND ${nvcc} -std=c++17 -cudart static ${options} ${arch} ${host} -o ${probe} ${probe}.cu
-  RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
-if(failed)
+  RESULT_VARIABLE error OUTPUT_VARIABLE output ERROR_VARIABLE output)
+if(error)
   string(STRIP "${output}" output)
   if(NOT output)
-    set(output "${failed}")
+    set(output "${error}")
   endif()
   message(WARNING "${nvcc_shown} does not work, so the library is built without CUDA kernels "
                   "(CTONNX_CUDA=OFF turns them off): ${output}")
