@@ -1,4 +1,4 @@
-// The choice of the CPU kernels at run time.
+// The choice of an instruction set at run time.
 #include "ctu_cpu.h"
 
 #include <cstdlib>
@@ -27,7 +27,7 @@ extern const Level level;
 namespace {
 
 #if defined(CTONNX_X86)
-// __builtin_cpu_supports asks the operating system too, but not every compiler's knows F16C.
+// F16C needs a check of its own: not every compiler's __builtin_cpu_supports knows it.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -48,7 +48,7 @@ struct Candidate {
   bool (*supported)();
 };
 
-// The best first.
+// Best first.
 const Candidate kCandidates[] = {
 #if defined(CTONNX_X86)
     {&avx512::level, has_avx512},
@@ -58,23 +58,23 @@ const Candidate kCandidates[] = {
 };
 
 const Level& choose_level() {
-  const char* wanted = std::getenv("CTONNX_CPU");
-  const bool any = wanted == nullptr || *wanted == '\0';
-  std::string usable;
+  const char* requested = std::getenv("CTONNX_CPU");
+  const bool any = requested == nullptr || *requested == '\0';
+  std::string supported_names;
   for (const Candidate& candidate : kCandidates) {
     if (!candidate.supported()) continue;
-    if (any || std::strcmp(wanted, candidate.level->name) == 0) return *candidate.level;
-    usable += std::string(usable.empty() ? "" : ", ") + candidate.level->name;
+    if (any || std::strcmp(requested, candidate.level->name) == 0) return *candidate.level;
+    supported_names += std::string(supported_names.empty() ? "" : ", ") + candidate.level->name;
   }
-  throw std::runtime_error("CTONNX_CPU is \"" + std::string(wanted) +
-                           "\"; this machine can use: " + usable);
+  throw std::runtime_error("CTONNX_CPU is \"" + std::string(requested) +
+                           "\"; this machine can use: " + supported_names);
 }
 
 }  // namespace
 
 const Level& cpu_level() {
-  static const Level& chosen = choose_level();
-  return chosen;
+  static const Level& level = choose_level();
+  return level;
 }
 
 }  // namespace ctonnx

@@ -1,4 +1,4 @@
-// CTU kernels for the CPU. Plain pointers only: no vector type leaks from here.
+// The CPU kernels. The interface has plain pointers only, as vector types differ between levels.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type a kernel for elements of type T computes in.
+// The type in which a kernel for elements of type T computes.
 template <class T>
 struct Arithmetic {
   using type = float;
@@ -28,8 +28,8 @@ struct Parameters {
   double slope;
 };
 
-// The fields of Unit (ctu_math.h) in its order, for many units: field f of unit i is
-// data[f * stride + i], so that neighbouring units load as vectors.
+// Many Units (ctu_math.h) as an array for each field, in the order of Unit: field f of unit i is
+// data[f * stride + i]. So neighbouring units load as vectors.
 template <class A>
 struct Units {
   const A* data;
@@ -37,22 +37,22 @@ struct Units {
 };
 constexpr size_t kUnitFields = 7;
 
-// A vector of units may be loaded that starts at the last one: leave so many behind it.
+// Elements to allocate after the last unit of a field: a vector load may start at the last unit.
 constexpr size_t kUnitPadding = 15;
 
-// A table replaces the formula where it is accurate enough: from this beta on.
+// The beta from which a table is accurate enough to replace the formula.
 constexpr float kTableFromBeta = 0.15f;
 
-// Kernels for one element type: y[i] = CTU(x[i]) for i < n. x and y are equal or do not overlap; no
-// alignment is needed.
+// Kernels for one element type: y[i] = CTU(x[i]) for i < n. x and y are equal or do not overlap.
+// They need no alignment.
 template <class T>
 struct Kernels {
   using A = typename Arithmetic<T>::type;
 
-  // All elements by one unit, through its table where that is not null (never for double).
+  // All elements with unit number `unit`, and with its table unless that is null. Double has none.
   void (*run)(const T* x, T* y, size_t n, Units<A> units, size_t unit, const float* table);
 
-  // Element i by unit first + i.
+  // Element i with unit number first + i.
   void (*run_each)(const T* x, T* y, size_t n, Units<A> units, size_t first);
 };
 
@@ -61,7 +61,7 @@ struct Level {
   const char* name;
 
   size_t table_floats;  // size of a table
-  size_t table_from;    // the number of elements from which reading a ready table pays
+  size_t table_from;    // elements of a point from which a table is faster than the formula
   void (*make_table)(const Parameters&, float* table);
 
   Kernels<float> float32;
@@ -76,7 +76,7 @@ struct Level {
 };
 
 // The best level of this machine, or the one that the environment variable CTONNX_CPU names
-// (avx512, avx2 or portable). Throws std::runtime_error where that is unknown or not supported.
+// (avx512, avx2 or portable). Throws std::runtime_error if that is unknown or not supported.
 const Level& cpu_level();
 
 double to_double(Half value);

@@ -1,15 +1,15 @@
-// The CUDA kernels: the threads of ctu_thread.h with the GPU's functions and types.
+// The CUDA kernels: the threads of ctu_thread.h with the functions and conversions of a GPU.
 #include <cuda_runtime.h>
 
 #include "ctu_cuda.h"
 
-// For `ctonnx doctor`, which looks for this text in the library.
+// `ctonnx doctor` looks for this text in the library.
 extern "C" __attribute__((used)) const char ctonnx_cuda_kernels[];
 const char ctonnx_cuda_kernels[] = "ctonnx CUDA kernels: " CTONNX_CUDA_KERNELS;
 
 namespace ctonnx {
 
-// The errors that FastUnit allows for are those of these instructions.
+// FastUnit (ctu_math.h) allows for the errors of these instructions.
 struct Approximate {
   static __device__ __forceinline__ float exp2(float x) {
     float y;
@@ -38,7 +38,7 @@ __device__ __forceinline__ float widen(BFloat16 value) {
   return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
 }
 
-// Both round to nearest, ties to even; NaN stays NaN.
+// Both round to nearest, ties to even. NaN stays NaN.
 __device__ __forceinline__ void narrow(float from, Half* to) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(from));
 }
@@ -59,7 +59,7 @@ __device__ __forceinline__ void narrow(const float (&from)[kLanes], T (&to)[kLan
 
 namespace {
 
-// Null for success. Some say that the library was built for others than this GPU and its driver.
+// Null for success. Three errors mean that the library was built for other GPUs or drivers.
 const char* message_of(cudaError_t error) {
   switch (error) {
     case cudaSuccess:

@@ -1,4 +1,4 @@
-// The CTU kernels for CUDA, present where the library was built with nvcc.
+// The CUDA kernels. A library that was built without nvcc has none.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace ctonnx {
 
-// Starts the work on a cudaStream_t, with so many blocks, and waits for nothing. Returns null, or
-// what went wrong.
+// Launches `blocks` blocks on a cudaStream_t without waiting for them. Returns null, or an error
+// message.
 const char* launch(const Work<float>& work, uint64_t blocks, void* stream);
 const char* launch(const Work<Half>& work, uint64_t blocks, void* stream);
 const char* launch(const Work<BFloat16>& work, uint64_t blocks, void* stream);

@@ -1,4 +1,4 @@
-// The work that a launch on a GPU hands to its threads.
+// The arguments of a kernel launch on a GPU, computed on the host.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +10,13 @@
 
 namespace ctonnx {
 
-constexpr uint64_t kEnoughBlocks = 1024;     // for every multiprocessor to be busy
-constexpr uint64_t kMaxPerThread = 8;        // packets: those of one point share its parameters
+constexpr uint64_t kEnoughBlocks = 1024;     // to keep every multiprocessor busy
+constexpr uint64_t kMaxPerThread = 8;        // packets; those of one point share a unit
 constexpr uint64_t kMaxBlocks = 0x7fffffff;  // CUDA's limit
 
-// The work of y = CTU(x) for `count` > 0 elements, x and y aligned to their type, equal or apart;
-// nothing is read from memory. False where the grid has more than kMaxAxes dimensions.
+// Computes the work of y = CTU(x) for `count` > 0 elements. x and y are aligned to their type, and
+// equal or without overlap. All pointers are the GPU's: the host dereferences none. Returns false if
+// the grid has more than kMaxAxes dimensions after merging.
 template <class T>
 bool make_work(const T* x, T* y, uint64_t count, const Grid<T>& grid, Work<T>* work) {
   *work = Work<T>();

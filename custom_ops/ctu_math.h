@@ -32,11 +32,11 @@
 #define CTONNX_DEVICE __device__ __forceinline__
 #else
 #define CTONNX_HOST_DEVICE
-#define CTONNX_DEVICE inline  // what runs on the GPU, compiled for the host's tests
+#define CTONNX_DEVICE inline  // GPU code, compiled for the tests on the host
 #endif
 
-// Code compiled for one instruction set must not be merged with the same code compiled for another,
-// as the linker does with inline functions of one name: each such build sets a name of its own.
+// The linker merges inline functions of the same name. Code for different instruction sets must
+// stay apart, so each build for one sets a CTONNX_LEVEL of its own.
 #ifndef CTONNX_LEVEL
 #define CTONNX_LEVEL baseline
 #endif
@@ -44,8 +44,8 @@
 namespace ctonnx {
 inline namespace CTONNX_LEVEL {
 
-// The formula below is written once for F = float, double and vectors of them. These name the
-// floating-point type of one lane, and the integer of the same layout as F.
+// The code below is written once for F = float, double and vectors of them. LaneOf<F> is the
+// floating-point type of one lane, IntegerOf<F> the integer type with the layout of F.
 template <class F>
 struct Lane {
   using type = decltype(F{}[0] + F{}[0]);
@@ -74,7 +74,7 @@ CTONNX_HOST_DEVICE inline To bits_as(From from) {
   return to;
 }
 
-// The polynomial in t with these coefficients, the highest power's first.
+// The polynomial in t with these coefficients, the highest power first.
 template <class F, class S, class... Rest>
 CTONNX_HOST_DEVICE inline F horner(F t, S highest, Rest... rest) {
   F p = F{} + highest;
@@ -82,8 +82,8 @@ CTONNX_HOST_DEVICE inline F horner(F t, S highest, Rest... rest) {
   return p;
 }
 
-// What the elementary functions need for each precision. The coefficients interpolate at Chebyshev
-// nodes: exp on [-ln 2 / 2, ln 2 / 2], log1p on [0, 1].
+// Constants and polynomials of the elementary functions, for each precision. The polynomials
+// interpolate at Chebyshev nodes: exp on [-ln 2 / 2, ln 2 / 2], log1p on [0, 1].
 template <class S>
 struct Elementary;
 
@@ -97,17 +97,17 @@ struct Elementary<float> {
   static constexpr float kMagic = 12582912.f;  // 1.5 * 2^23
   static constexpr float kExpLimit = 87.f;     // beyond, exp(-v) is denormal
   static constexpr float kLog2e = 1.44269504f;
-  static constexpr float kLn2High = 0.693359375f;  // short: its product with an exponent is exact
+  static constexpr float kLn2High = 0.693359375f;  // few bits: exact times an exponent
   static constexpr float kLn2Low = -2.12194440e-4f;
 
-  // 1.2e-7 relative, by rounding; the polynomial itself, 1 + t + t^2 * R(t), is good to 1e-8.
+  // Relative error 1.2e-7, by rounding; that of the polynomial, 1 + t + t^2 * R(t), is 1e-8.
   template <class F>
   CTONNX_HOST_DEVICE static F exp_reduced(F t) {
     return horner(t, 1.392617612e-3f, 8.363173075e-3f, 4.166655466e-2f, 1.666657703e-1f, 0.5f, 1.f,
                   1.f);
   }
 
-  // 5e-9 absolute.
+  // Absolute error 5e-9.
   template <class F>
   CTONNX_HOST_DEVICE static F log1p_unit(F z) {
     return z * horner(z, 3.942134538e-3f, -2.390944840e-2f, 6.818918278e-2f, -1.270185487e-1f,
@@ -129,7 +129,7 @@ struct Elementary<double> {
   static constexpr double kLn2High = 0.6931471805592082;
   static constexpr double kLn2Low = 7.371002565167799e-13;
 
-  // 3e-16 relative.
+  // Relative error 3e-16.
   template <class F>
   CTONNX_HOST_DEVICE static F exp_reduced(F t) {
     return horner(t, 2.5110037605963777e-08, 2.763263963904103e-07, 2.755724091857897e-06,
@@ -138,7 +138,7 @@ struct Elementary<double> {
                   1.0, 1.0);
   }
 
-  // 3e-16 absolute: log1p(z) = 2 atanh(w) with w = z / (2 + z), a polynomial in w^2 times w.
+  // Absolute error 3e-16: log1p(z) = 2 atanh(w) with w = z / (2 + z), w times a polynomial in w^2.
   template <class F>
   CTONNX_HOST_DEVICE static F log1p_unit(F z) {
     const F w = z / (2 + z);
@@ -149,7 +149,7 @@ struct Elementary<double> {
   }
 };
 
-// Bits may fall off the top, which is undefined for a signed scalar.
+// A left shift that may drop bits, which is undefined for a signed scalar.
 template <class I>
 CTONNX_HOST_DEVICE inline I shifted_left(I value, int bits) {
   return value << bits;
@@ -168,7 +168,7 @@ template <class F>
 CTONNX_HOST_DEVICE inline F exponential(F v, F low) {
   using E = Elementary<LaneOf<F>>;
   using I = IntegerOf<F>;
-  const F magic = F{} + E::kMagic;  // adding it rounds to an integer, in the low bits of the sum
+  const F magic = F{} + E::kMagic;  // the sum rounds to an integer, in its low bits
   const F shifted = v * E::kLog2e + magic;
   const F n = shifted - magic;
   const F t = (v - n * E::kLn2High) + (low - n * E::kLn2Low);
@@ -188,16 +188,16 @@ CTONNX_HOST_DEVICE inline F absolute(F x) {
   return bits_as<F>(bits_as<I>(x) & Elementary<LaneOf<F>>::kAbs);
 }
 
-// The leading half of the mantissa: the product of two such numbers is exact, with or without a
-// fused multiply-add, so every instruction set can multiply to twice the precision.
+// x with the leading half of its mantissa. The product of two such numbers is exact, with or
+// without a fused multiply-add, so every instruction set can multiply with twice the precision.
 template <class F>
 CTONNX_HOST_DEVICE inline F leading_half(F x) {
   using I = IntegerOf<F>;
   return bits_as<F>(bits_as<I>(x) & Elementary<LaneOf<F>>::kShort);
 }
 
-// What one (beta, c, slope) needs, computed once. P is a scalar, or a vector that holds another unit
-// in each lane.
+// The constants of one (beta, c, slope), computed once. P is a scalar, or a vector with a different
+// unit in each lane.
 template <class P>
 struct Unit {
   P slope;
@@ -207,7 +207,7 @@ struct Unit {
 
   Unit() = default;
 
-  // For scalar P.
+  // Scalar P only.
   CTONNX_HOST_DEVICE Unit(float beta, float coeff, double a) {
     const double s = 1.0 - static_cast<double>(beta) + 1e-6;
     const double gap = std::fabs(1 - a);
@@ -220,8 +220,8 @@ struct Unit {
     split(sign * coeff * gap, &gate_hi, &gate_lo);
   }
 
-  // sgn(1 - a) * s * (1 - c) * log1p(exp(-u)) with u = |1 - a| * ax / s, for ax = |x|. NaN gives 0,
-  // as in the gate's term below: the original carries it.
+  // sgn(1 - a) * s * (1 - c) * log1p(exp(-u)) with u = |1 - a| * ax / s, for ax = |x|. For NaN it
+  // is 0, and so is gate_term: above_zero passes NaN on.
   template <class F>
   CTONNX_HOST_DEVICE F log_term(F ax) const {
     const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
@@ -230,8 +230,8 @@ struct Unit {
     return u < limit ? log_scale * log1p_unit(z) : F{};
   }
 
-  // sgn(1 - a) * c * |1 - a| * ax / (1 + exp(k * ax)). Both factors of ax are in two parts: exp
-  // amplifies an error of its argument by the argument, and the numerator would round twice.
+  // sgn(1 - a) * c * |1 - a| * ax / (1 + exp(k * ax)). Both factors of ax are in two parts, because
+  // exp amplifies an error of its argument by the argument, and the numerator would round twice.
   template <class F>
   CTONNX_HOST_DEVICE F gate_term(F ax) const {
     const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
@@ -249,7 +249,7 @@ struct Unit {
   }
 };
 
-// The two halves of the piecewise-linear original. NaN < 0 is false, so NaN passes through.
+// The two halves of the piecewise-linear original. NaN < 0 is false, so above_zero passes NaN on.
 template <class F>
 CTONNX_HOST_DEVICE inline F above_zero(F x) {
   return x < F{} ? F{} : x;
@@ -257,30 +257,31 @@ CTONNX_HOST_DEVICE inline F above_zero(F x) {
 
 template <class F, class P>
 CTONNX_HOST_DEVICE inline F below_zero(F x, P slope) {
-  // Not x * slope for slope 0: 0 * -inf would give NaN where the original gives 0.
+  // 0 * -inf would be NaN, where the original is 0.
   return x < F{} ? (slope == P{} ? F{} : x * slope) : F{};
 }
 
-// The CT unit. kSloped = false is for slopes that are all 0.
+// The CT unit. With kSloped = false, every slope must be 0.
 template <bool kSloped, class F, class P>
 CTONNX_HOST_DEVICE inline F ctu(F x, const Unit<P>& unit) {
   const F ax = absolute(x);
-  // x itself comes last: rounded least when it is the largest, and 0 where the gate's term is.
+  // The order matters for rounding: small terms first, x last.
   F small = unit.log_term(ax);
   if (kSloped) small += below_zero(x, unit.slope);
   return above_zero(x) + (small - unit.gate_term(ax));
 }
 
-// ---- With a GPU's approximate functions --------------------------------------------------------
+// ---- With the approximate functions of a GPU ---------------------------------------------------
 
-// Below this beta the errors of those functions add up to more than the contract allows. From it on
-// the largest found is 2.1e-7, by random search and hill climbing over beta, c, slope, X and the
-// signs of the errors, with and without contraction; from 0.5 on it is 2.9e-7.
+// Below this beta the errors of the approximate functions can add up to more than the contract
+// allows. The largest error is 2.1e-7 from this beta on, and 2.9e-7 from 0.5 on, by random search
+// and hill climbing over beta, c, slope, X and the signs of the errors, with and without
+// contraction.
 constexpr float kFastFromBeta = 0.75f;
 
-// The CT unit in float32 by functions `M` that may err: exp2 and reciprocal by a factor of
-// 1 +- 2^-22 and 1 +- 2^-23, log2 of [1, 2] by 2^-22, which is what PTX's .approx.ftz instructions
-// may. tests/cuda_test.cc holds it to the contract with functions that err so much.
+// The CT unit in float32, with functions `M` as accurate as PTX's .approx.ftz instructions: exp2 to
+// a factor of 1 +- 2^-22, reciprocal to a factor of 1 +- 2^-23, log2 of [1, 2] to 2^-22 absolute.
+// tests/cuda_test.cc checks the contract with functions that have exactly these errors.
 template <class M>
 struct FastUnit {
   float slope;
@@ -303,13 +304,14 @@ struct FastUnit {
   }
 
   CTONNX_DEVICE float operator()(float x) const {
-    // Beyond the limit both terms are 0. NaN gives 0 too: the original carries it.
+    // Beyond the limit both terms are 0. They are 0 for NaN too: above_zero passes NaN on.
     constexpr float limit = 126;
     const float ax = absolute(x), u = ax * u_scale, v = ax * v_scale;
     const float log_term = log_scale * M::log2(1 + M::exp2(-u));
     const float gate_term = ax * gate * M::reciprocal(1 + M::exp2(v));
     float small = u < limit ? log_term : 0;
-    // For slopes near 1 the product's own rounding would be most of the error; 0 as in below_zero.
+    // fmaf: for slopes near 1 the rounding of the product would be most of the error. Slope 0 is a
+    // case of its own as in below_zero.
     if (x < 0 && slope != 0) small = fmaf(x, slope, small);
     return above_zero(x) + (small - (v < limit ? gate_term : 0));
   }

@@ -6,13 +6,18 @@
 //            slope   optional, type of X, broadcastable to X
 //   output   Y       type and shape of X
 //
-// A beta or coeff outside [0, 1], or NaN, is an error on the CPU. On CUDA, where they are not read
-// back, it gives NaN.
+// On the CPU, a beta or coeff outside [0, 1], or NaN, is an error. On CUDA it gives NaN, because
+// the host does not read the values.
+//
+// Two ONNX Runtimes can share a process, such as one linked into an application and the one of a
+// Python wheel. So no global holds an OrtApi: each op and each kernel has that of its ONNX Runtime.
 #include <algorithm>
-#include <deque>
 #include <exception>
 #include <limits>
+#include <map>
 #include <memory>
+#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -28,20 +33,18 @@
 namespace ctonnx {
 namespace {
 
-ort::Api api;
-
 constexpr const char* kCpuProvider = "CPUExecutionProvider";
 
 #if defined(CTONNX_CUDA)
-// What NVIDIA's provider is called: the one built into ONNX Runtime, and the plug-in. Ops for
-// providers that a session does not have are passed over.
+// NVIDIA's execution provider: the one built into ONNX Runtime, and the plug-in. A session passes
+// over the ops of providers that it does not have.
 constexpr const char* kCudaProviders[] = {"CUDAExecutionProvider", "CudaPluginExecutionProvider"};
 #endif
 
-// Elements of a task for the thread pool: enough to outweigh handing it to a thread.
+// Elements of a task for the thread pool: enough to outweigh the cost of a task.
 constexpr size_t kTask = 16384;
 
-// Carries an OrtStatus, ours or ONNX Runtime's, up to the C boundary.
+// Carries an error of ONNX Runtime up to the C boundary.
 struct StatusError {
   ort::Status* status;
 };
@@ -51,49 +54,54 @@ void check(ort::Status* status) {
 }
 
 [[noreturn]] void invalid(const std::string& message) {
-  throw StatusError{api.CreateStatus(ort::kInvalidArgument, ("ctonnx::CTU: " + message).c_str())};
+  throw std::invalid_argument("ctonnx::CTU: " + message);
 }
 
-// Runs `body` and turns whatever it throws into a status.
+// Runs `body` at the C boundary and returns what it throws as a status: an exception that reached
+// ONNX Runtime could end the process.
 template <class Body>
-ort::Status* guarded(Body body) {
+ort::Status* guarded(ort::Api api, Body body) noexcept {
   try {
     body();
     return nullptr;
   } catch (const StatusError& error) {
     return error.status;
+  } catch (const std::invalid_argument& error) {
+    return api.CreateStatus(ort::kInvalidArgument, error.what());
+  } catch (const std::bad_alloc&) {
+    return api.CreateStatus(ort::kFail, "ctonnx::CTU: out of memory");
   } catch (const std::exception& error) {
     return api.CreateStatus(ort::kFail, error.what());
+  } catch (...) {
+    return api.CreateStatus(ort::kFail, "ctonnx::CTU: unknown exception");
   }
 }
 
-std::vector<int64_t> shape_of(const ort::Value* value) {
+// Owns an object that ONNX Runtime created.
+struct Release {
+  ort::Api api;
+  void operator()(ort::TensorInfo* info) const { api.ReleaseTensorTypeAndShapeInfo(info); }
+  void operator()(ort::OpDomain* domain) const { api.ReleaseCustomOpDomain(domain); }
+};
+template <class Object>
+using Owned = std::unique_ptr<Object, Release>;
+
+Owned<ort::TensorInfo> info_of(ort::Api api, const ort::Value* value) {
   ort::TensorInfo* info = nullptr;
   check(api.GetTensorTypeAndShape(value, &info));
+  return {info, Release{api}};
+}
+
+std::vector<int64_t> dims_of(ort::Api api, const ort::TensorInfo* info) {
   size_t rank = 0;
-  std::vector<int64_t> dims;
-  ort::Status* status = api.GetDimensionsCount(info, &rank);
-  if (status == nullptr) {
-    dims.resize(rank);
-    status = api.GetDimensions(info, dims.data(), rank);
-  }
-  api.ReleaseTensorTypeAndShapeInfo(info);
-  check(status);
+  check(api.GetDimensionsCount(info, &rank));
+  std::vector<int64_t> dims(rank);
+  check(api.GetDimensions(info, dims.data(), rank));
   return dims;
 }
 
-size_t element_count(const ort::Value* value) {
-  ort::TensorInfo* info = nullptr;
-  check(api.GetTensorTypeAndShape(value, &info));
-  size_t count = 0;
-  ort::Status* const status = api.GetTensorShapeElementCount(info, &count);
-  api.ReleaseTensorTypeAndShapeInfo(info);
-  check(status);
-  return count;
-}
-
 template <class T>
-T* data_of(const ort::Value* value) {
+T* data_of(ort::Api api, const ort::Value* value) {
   void* data = nullptr;
   check(api.GetTensorMutableData(value, &data));
   return static_cast<T*>(data);
@@ -105,16 +113,18 @@ size_t product(const int64_t* begin, const int64_t* end) {
   return count;
 }
 
-// The values of beta, coeff or slope, with steps along each dimension of X.
+// The values of beta, coeff or slope, with steps along each dimension of X. Throws
+// std::invalid_argument if they do not broadcast to X.
 template <class T>
-Parameter<T> read_parameter(const char* name, const ort::Value* value,
+Parameter<T> read_parameter(ort::Api api, const char* name, const ort::Value* value,
                             const std::vector<int64_t>& x_dims) {
+  const Owned<ort::TensorInfo> info = info_of(api, value);
   Parameter<T> parameter;
-  parameter.data = data_of<const T>(value);
-  parameter.count = element_count(value);
-  // A single value, which most models have, fits any X and needs no more.
+  parameter.data = data_of<const T>(api, value);
+  check(api.GetTensorShapeElementCount(info.get(), &parameter.count));
+  // A single value, as in most models, fits every X and needs no steps.
   if (parameter.count == 1) return parameter;
-  std::vector<int64_t> dims = shape_of(value);
+  std::vector<int64_t> dims = dims_of(api, info.get());
   while (dims.size() > x_dims.size() && dims.front() == 1) dims.erase(dims.begin());
   parameter.steps.assign(x_dims.size(), 0);
   size_t step = 1;
@@ -140,8 +150,8 @@ void check_unit_interval(const char* name, const Parameter<float>& parameter) {
   }
 }
 
-// Narrows `grid`, whose steps are along every dimension of X, to those between the first and the
-// last along which a parameter varies.
+// Narrows `grid`, which has steps along every dimension of X, to the dimensions from the first to
+// the last along which a parameter varies.
 template <class T>
 void set_dims(const std::vector<int64_t>& x_dims, Grid<T>* grid) {
   std::vector<size_t>* const all_steps[] = {&grid->beta.steps, &grid->coeff.steps,
@@ -165,44 +175,48 @@ void set_dims(const std::vector<int64_t>& x_dims, Grid<T>* grid) {
   grid->inner = product(x_dims.data() + end, x_dims.data() + x_dims.size());
 }
 
-// A node's inputs, with beta, coeff and slope wherever the provider keeps them.
+// The inputs of a node. The values of X, beta, coeff and slope are in the provider's memory.
 template <class T>
 struct Inputs {
   const T* x;
   std::vector<int64_t> dims;
   Grid<T> grid;  // along every dimension of X
 
-  explicit Inputs(ort::KernelContext* context) {
-    size_t inputs = 0;
-    check(api.KernelContext_GetInputCount(context, &inputs));
+  Inputs(ort::Api api, ort::KernelContext* context) {
+    size_t count = 0;
+    check(api.KernelContext_GetInputCount(context, &count));
     const ort::Value* values[4] = {};
-    for (size_t i = 0; i < std::min<size_t>(inputs, 4); ++i) {
+    for (size_t i = 0; i < std::min<size_t>(count, 4); ++i) {
       check(api.KernelContext_GetInput(context, i, &values[i]));
     }
-    x = data_of<const T>(values[0]);
-    dims = shape_of(values[0]);
-    grid.beta = read_parameter<float>("beta", values[1], dims);
-    grid.coeff = read_parameter<float>("coeff", values[2], dims);
-    if (values[3] != nullptr) grid.slope = read_parameter<T>("slope", values[3], dims);
+    x = data_of<const T>(api, values[0]);
+    dims = dims_of(api, info_of(api, values[0]).get());
+    grid.beta = read_parameter<float>(api, "beta", values[1], dims);
+    grid.coeff = read_parameter<float>(api, "coeff", values[2], dims);
+    if (values[3] != nullptr) grid.slope = read_parameter<T>(api, "slope", values[3], dims);
   }
 
   size_t count() const { return product(dims.data(), dims.data() + dims.size()); }
 
-  T* output(ort::KernelContext* context) const {
+  T* output(ort::Api api, ort::KernelContext* context) const {
     ort::Value* value = nullptr;
     check(api.KernelContext_GetOutput(context, 0, dims.data(), dims.size(), &value));
-    return data_of<T>(value);
+    return data_of<T>(api, value);
   }
 };
 
 template <class T>
 class CpuKernel {
  public:
+  const ort::Api api;
+
+  explicit CpuKernel(ort::Api api) : api(api) {}
+
   void compute(ort::KernelContext* context) {
-    Inputs<T> inputs(context);
+    Inputs<T> inputs(api, context);
     check_unit_interval("beta", inputs.grid.beta);
     check_unit_interval("coeff", inputs.grid.coeff);
-    T* const y = inputs.output(context);
+    T* const y = inputs.output(api, context);
     const size_t count = inputs.count();
     if (count == 0) return;
     set_dims(inputs.dims, &inputs.grid);
@@ -213,7 +227,7 @@ class CpuKernel {
       T* y;
       size_t count, inner;
 
-      void run(size_t task) const {
+      void run(size_t task) const noexcept {
         plan->run(x, y, task * kTask, std::min((task + 1) * kTask, count), inner);
       }
     };
@@ -222,7 +236,9 @@ class CpuKernel {
     if (tasks == 1) {
       job.run(0);
     } else {
-      const auto task = [](void* user, size_t index) { static_cast<Job*>(user)->run(index); };
+      const auto task = [](void* user, size_t index) noexcept {
+        static_cast<Job*>(user)->run(index);
+      };
       check(api.KernelContext_ParallelFor(context, task, tasks, 0, &job));
     }
   }
@@ -232,13 +248,18 @@ class CpuKernel {
 };
 
 #if defined(CTONNX_CUDA)
-// Reads no parameter and keeps nothing: a captured CUDA graph replays with what they then hold.
+// The host neither reads nor keeps a parameter, so a captured CUDA graph replays with the values
+// that the parameters have then.
 template <class T>
 class CudaKernel {
  public:
+  const ort::Api api;
+
+  explicit CudaKernel(ort::Api api) : api(api) {}
+
   void compute(ort::KernelContext* context) {
-    Inputs<T> inputs(context);
-    T* const y = inputs.output(context);
+    Inputs<T> inputs(api, context);
+    T* const y = inputs.output(api, context);
     const size_t count = inputs.count();
     if (count == 0) return;
     set_dims(inputs.dims, &inputs.grid);
@@ -255,19 +276,16 @@ class CudaKernel {
 };
 #endif
 
-// Y has the shape of X, as far as that is known.
-void infer_shape(ort::ShapeInferContext* context) {
+// Sets the shape of Y to that of X if it is known.
+void infer_shape(ort::Api api, ort::ShapeInferContext* context) {
   ort::TensorInfo* info = nullptr;
   check(api.ShapeInferContext_GetInputTypeShape(context, 0, &info));
-  size_t rank = 0;
-  check(api.GetDimensionsCount(info, &rank));
-  // ONNX Runtime reports an unknown rank as 0, and would copy an unknown dimension as the number -1.
-  if (rank == 0) return;
-  std::vector<int64_t> dims(rank);
-  std::vector<const char*> symbols(rank);
-  check(api.GetDimensions(info, dims.data(), rank));
-  check(api.GetSymbolicDimensions(info, symbols.data(), rank));
-  for (size_t i = 0; i < rank; ++i) {
+  const std::vector<int64_t> dims = dims_of(api, info);
+  // ONNX Runtime reports an unknown rank as 0, and would copy an unknown dimension as a plain -1.
+  if (dims.empty()) return;
+  std::vector<const char*> symbols(dims.size());
+  check(api.GetSymbolicDimensions(info, symbols.data(), symbols.size()));
+  for (size_t i = 0; i < dims.size(); ++i) {
     if (dims[i] < 0 && *symbols[i] == '\0') return;
   }
   check(api.ShapeInferContext_SetOutputTypeShape(context, 0, info));
@@ -293,107 +311,123 @@ constexpr ort::ElementType element_type<BFloat16>() {
 }
 
 struct Op : ort::CustomOp {
+  ort::Api api;
   const char* provider;
+
+  Op(ort::Api api, const char* provider) : ort::CustomOp{}, api(api), provider(provider) {}
 };
 
-// The op for elements of type T, run by a Kernel on a provider. All inputs are where the provider
-// has its memory.
-template <class T, class Kernel>
-Op make_op(const char* provider) {
-  Op ctu{};
-  ctu.provider = provider;
-  ctu.version = ort::kApiVersion;
-  ctu.GetName = [](const ort::CustomOp*) { return "CTU"; };
-  ctu.GetExecutionProviderType = [](const ort::CustomOp* op) {
-    return static_cast<const Op*>(op)->provider;
-  };
-  ctu.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return 4; };
-  ctu.GetInputType = [](const ort::CustomOp*, size_t index) {
+const Op& self(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
+
+// The op for elements of type T. Its inputs are in the memory of `provider`, which runs Kernel<T>.
+template <template <class> class Kernel, class T>
+Op make_op(ort::Api api, const char* provider) {
+  Op op(api, provider);
+  op.version = ort::kApiVersion;
+  op.GetName = [](const ort::CustomOp*) noexcept { return "CTU"; };
+  op.GetExecutionProviderType = [](const ort::CustomOp* op) noexcept { return self(op).provider; };
+  op.GetInputTypeCount = [](const ort::CustomOp*) noexcept -> size_t { return 4; };
+  op.GetInputType = [](const ort::CustomOp*, size_t index) noexcept {
     return index == 1 || index == 2 ? ort::kFloat : element_type<T>();
   };
-  ctu.GetInputCharacteristic = [](const ort::CustomOp*, size_t index) {
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t index) noexcept {
     return index == 3 ? ort::kOptional : ort::kRequired;
   };
-  ctu.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
-  ctu.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
-  ctu.GetOutputType = [](const ort::CustomOp*, size_t) { return element_type<T>(); };
-  ctu.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
-  ctu.CreateKernelV2 = [](const ort::CustomOp*, const void*, const void*,
-                          void** kernel) -> ort::Status* {
-    return guarded([&] { *kernel = new Kernel; });
+  op.GetInputMemoryType = [](const ort::CustomOp*, size_t) noexcept { return 0; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) noexcept -> size_t { return 1; };
+  op.GetOutputType = [](const ort::CustomOp*, size_t) noexcept { return element_type<T>(); };
+  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) noexcept { return ort::kRequired; };
+  op.CreateKernelV2 = [](const ort::CustomOp* op, const void*, const void*,
+                         void** kernel) noexcept {
+    const ort::Api api = self(op).api;
+    return guarded(api, [&] { *kernel = new Kernel<T>(api); });
   };
-  ctu.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  ctu.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
-    return guarded([&] { static_cast<Kernel*>(kernel)->compute(context); });
+  op.KernelDestroy = [](void* kernel) noexcept { delete static_cast<Kernel<T>*>(kernel); };
+  op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) noexcept {
+    Kernel<T>* const typed = static_cast<Kernel<T>*>(kernel);
+    return guarded(typed->api, [&] { typed->compute(context); });
   };
-  ctu.InferOutputShape = [](const ort::CustomOp*, ort::ShapeInferContext* context) {
-    return guarded([&] { infer_shape(context); });
+  op.InferOutputShape = [](const ort::CustomOp* op, ort::ShapeInferContext* context) noexcept {
+    const ort::Api api = self(op).api;
+    return guarded(api, [&] { infer_shape(api, context); });
   };
-  ctu.GetStartVersion = [](const ort::CustomOp*) { return 1; };
-  ctu.GetEndVersion = [](const ort::CustomOp*) { return std::numeric_limits<int>::max(); };
+  op.GetStartVersion = [](const ort::CustomOp*) noexcept { return 1; };
+  op.GetEndVersion = [](const ort::CustomOp*) noexcept { return std::numeric_limits<int>::max(); };
   // Y may overwrite X.
-  ctu.GetMayInplace = [](int** inputs, int** outputs) -> size_t {
+  op.GetMayInplace = [](int** inputs, int** outputs) noexcept -> size_t {
     static int first = 0;
     *inputs = *outputs = &first;
     return 1;
   };
-  ctu.ReleaseMayInplace = [](int*, int*) {};
-  return ctu;
+  op.ReleaseMayInplace = [](int*, int*) noexcept {};
+  return op;
 }
 
-template <template <class> class Kernel>
-void add_ops(ort::OpDomain* domain, const char* provider) {
-  // For the life of the process, as the domain: ONNX Runtime keeps pointers to them in sessions.
-  static std::deque<Op>& ops = *new std::deque<Op>;
-  for (const Op& op : {make_op<float, Kernel<float>>(provider),
-                       make_op<Half, Kernel<Half>>(provider),
-                       make_op<BFloat16, Kernel<BFloat16>>(provider),
-                       make_op<double, Kernel<double>>(provider)}) {
-    ops.push_back(op);
-    check(api.CustomOpDomain_Add(domain, &ops.back()));
-  }
-}
-
-ort::OpDomain* domain() {
-  static ort::OpDomain* const made = [] {
+// The op domain of one ONNX Runtime, with the ops for every provider and element type.
+class Domain {
+ public:
+  explicit Domain(ort::Api api) : domain_(nullptr, Release{api}) {
+    add_ops<CpuKernel>(api, kCpuProvider);
+#if defined(CTONNX_CUDA)
+    for (const char* provider : kCudaProviders) add_ops<CudaKernel>(api, provider);
+#endif
     ort::OpDomain* domain = nullptr;
     check(api.CreateCustomOpDomain("ctonnx", &domain));
-    add_ops<CpuKernel>(domain, kCpuProvider);
-#if defined(CTONNX_CUDA)
-    for (const char* provider : kCudaProviders) add_ops<CudaKernel>(domain, provider);
-#endif
-    return domain;
-  }();
-  return made;
+    domain_.reset(domain);
+    for (const Op& op : ops_) check(api.CustomOpDomain_Add(domain, &op));
+  }
+
+  ort::OpDomain* get() const { return domain_.get(); }
+
+ private:
+  template <template <class> class Kernel>
+  void add_ops(ort::Api api, const char* provider) {
+    ops_.push_back(make_op<Kernel, float>(api, provider));
+    ops_.push_back(make_op<Kernel, Half>(api, provider));
+    ops_.push_back(make_op<Kernel, BFloat16>(api, provider));
+    ops_.push_back(make_op<Kernel, double>(api, provider));
+  }
+
+  std::vector<Op> ops_;  // ONNX Runtime keeps pointers to them
+  Owned<ort::OpDomain> domain_;
+};
+
+// The domain of the ONNX Runtime that has this OrtApi table. It is never freed, because sessions
+// keep pointers to it.
+ort::OpDomain* domain_of(void* const* table) {
+  static std::mutex mutex;
+  static auto& domains = *new std::map<void* const*, Domain>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  return domains.try_emplace(table, ort::Api(table)).first->second.get();
 }
 
 }  // namespace
 }  // namespace ctonnx
 
+// Adds the op to session options. Returns null, or a status that says what is wrong: an ONNX
+// Runtime older than 1.18, or a CTONNX_CPU that this machine does not support.
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(
-    ort::SessionOptions* options, const ort::ApiBase* base) {
+    ort::SessionOptions* options, const ort::ApiBase* base) noexcept {
   using namespace ctonnx;
-  void* const* table = base->GetApi(ort::kApiVersion);
-  if (table == nullptr) {
-    // Version 1 is in every ONNX Runtime and can make the status that says so.
-    const std::string message = std::string("ctonnx needs ONNX Runtime 1.18 or newer, this is ") +
-                                base->GetVersionString();
-    return ort::Api(base->GetApi(1)).CreateStatus(ort::kFail, message.c_str());
-  }
-  // Every registration in a process comes from the same ONNX Runtime; set once, as threads may race.
-  static const bool ready = (api = ort::Api(table), true);
-  static_cast<void>(ready);
-  return guarded([&] {
-    cpu_level();  // fails here rather than in the first run
-    check(api.AddCustomOpDomain(options, domain()));
+  void* const* const table = base->GetApi(ort::kApiVersion);
+  // Every ONNX Runtime has version 1, which can create a status.
+  const ort::Api api(table != nullptr ? table : base->GetApi(1));
+  return guarded(api, [&] {
+    if (table == nullptr) {
+      throw std::runtime_error(std::string("ctonnx needs ONNX Runtime 1.18 or newer, this is ") +
+                               base->GetVersionString());
+    }
+    cpu_level();  // an unsupported CTONNX_CPU fails here rather than in the first run
+    check(api.AddCustomOpDomain(options, domain_of(table)));
   });
 }
 
-// The instruction set whose kernels run, or null where CTONNX_CPU names none that can.
-extern "C" __attribute__((visibility("default"))) const char* ctonnx_cpu_level() {
+// The name of the instruction set of the CPU kernels (avx512, avx2 or portable), or null if this
+// machine does not support the one that CTONNX_CPU names.
+extern "C" __attribute__((visibility("default"))) const char* ctonnx_cpu_level() noexcept {
   try {
     return ctonnx::cpu_level().name;
-  } catch (const std::exception&) {
+  } catch (...) {  // an exception may not reach a caller in C
     return nullptr;
   }
 }

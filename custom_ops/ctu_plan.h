@@ -1,4 +1,5 @@
-// What the kernels need of beta, coeff and slope: made once, and kept while those stay the same.
+// The constants that the CPU kernels need for a grid of (beta, coeff, slope): computed once, and
+// reused while the values stay the same.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +14,8 @@
 
 namespace ctonnx {
 
-// beta, coeff or slope: its values, and its step along each dimension of Grid::dims, 0 where it is
-// broadcast. A single value needs no steps.
+// beta, coeff or slope: `count` values, and the step along each dimension of Grid::dims, which is 0
+// along a dimension that it is broadcast over. A single value needs no steps.
 template <class T>
 struct Parameter {
   const T* data = nullptr;
@@ -28,20 +29,20 @@ struct Parameter {
   }
 
   bool operator==(const Parameter& other) const {
-    // Compared as bytes, as a NaN is not equal to itself.
+    // Compares bytes, because NaN is not equal to itself.
     return count == other.count && steps == other.steps &&
            (count == 0 || std::memcmp(data, other.data, count * sizeof(T)) == 0);
   }
 };
 
-// How (beta, coeff, slope) lie over X: a grid of points with one such triple each, repeated to the
-// end of X, where each point is `inner` neighbouring elements.
+// The layout of (beta, coeff, slope) over X: a grid of points with one triple each. A point is
+// `inner` neighbouring elements, and the grid repeats to the end of X.
 template <class T>
 struct Grid {
-  std::vector<size_t> dims;  // none for one triple
+  std::vector<size_t> dims;  // empty for a single triple
   size_t inner = 1;
   Parameter<float> beta, coeff;
-  Parameter<T> slope;  // no data where it is 0
+  Parameter<T> slope;  // null data for slope 0
 
   size_t points() const {
     size_t product = 1;
@@ -50,24 +51,27 @@ struct Grid {
   }
 
   Parameters at(const std::vector<size_t>& place) const {
-    return {beta.at(place), coeff.at(place), slope.data != nullptr ? to_double(slope.at(place)) : 0};
+    const double a = slope.data != nullptr ? to_double(slope.at(place)) : 0;
+    return {beta.at(place), coeff.at(place), a};
   }
 };
 
-// The units of a grid, and their tables where those pay.
+// The units of a grid, with tables where they are faster. A plan has copies of the grid's values
+// and never changes.
 template <class T>
 class Plan {
  public:
   Plan(const Grid<T>& grid, const Level& level)
       : level_(level), grid_(grid), form_(form_of(grid, level)) {
-    grid_.beta.data = keep(grid.beta, &beta_);
-    grid_.coeff.data = keep(grid.coeff, &coeff_);
-    grid_.slope.data = keep(grid.slope, &slope_);
+    grid_.beta.data = copy_of(grid.beta, &beta_);
+    grid_.coeff.data = copy_of(grid.coeff, &coeff_);
+    grid_.slope.data = copy_of(grid.slope, &slope_);
 
-    // Spelled out at least so far that the kernel runs over a few vectors at a time.
+    // With a unit for each element, the grid repeats in units_, so that a run of the kernel is
+    // several vectors long.
     const size_t points = grid.points();
-    const size_t spelled = points * form_.spell;
-    period_ = spelled == 0 ? points : (kSpelled + spelled - 1) / spelled * spelled;
+    const size_t elements = points * form_.copies;
+    period_ = elements == 0 ? points : (kMinPeriod + elements - 1) / elements * elements;
     stride_ = period_ + kUnitPadding;
     units_.resize(kUnitFields * stride_);
     tables_.resize(form_.tables ? points * lines() : 0);
@@ -80,24 +84,25 @@ class Plan {
         place[axis] = 0;
       }
     }
-    for (size_t i = spelled; i < period_ && spelled > 0; ++i) copy_unit(i - spelled, i);
+    for (size_t i = elements; i < period_ && elements > 0; ++i) copy_unit(i - elements, i);
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // Whether this is the plan for `grid` too.
+  // Whether a plan for `grid` would be equal to this one.
   bool fits(const Grid<T>& grid) const {
     const Form form = form_of(grid, level_);
-    return form.spell == form_.spell && form.tables == form_.tables && grid.dims == grid_.dims &&
+    return form.copies == form_.copies && form.tables == form_.tables && grid.dims == grid_.dims &&
            grid.beta == grid_.beta && grid.coeff == grid_.coeff && grid.slope == grid_.slope;
   }
 
-  // y[i] = CTU(x[i]) for i in [begin, end), where the grid begins at i = 0; `inner` is the grid's.
+  // y[i] = CTU(x[i]) for begin <= i < end. The grid begins at i = 0, with points of `inner`
+  // elements.
   void run(const T* x, T* y, size_t begin, size_t end, size_t inner) const {
     const Kernels<T>& kernels = level_.kernels(T());
     const Units<A> units = {units_.data(), stride_};
     for (size_t i = begin, next; i < end; i = next) {
-      if (form_.spell > 0) {
+      if (form_.copies > 0) {
         const size_t unit = i % period_;
         next = std::min(end, i + period_ - unit);
         kernels.run_each(x + i, y + i, next - i, units, unit);
@@ -112,18 +117,18 @@ class Plan {
  private:
   using A = typename Arithmetic<T>::type;
 
-  static constexpr size_t kShort = 32;     // points so small would leave vectors half empty
-  static constexpr size_t kSpelled = 256;  // see the constructor
+  static constexpr size_t kShort = 32;       // shorter points would leave vectors half empty
+  static constexpr size_t kMinPeriod = 256;  // see the constructor
 
-  // Tables begin at cache lines, and follow each other in the order they are read in.
+  // Tables begin at cache lines, in the order of the points.
   struct alignas(64) Line {
     float floats[16];
   };
   size_t lines() const { return (level_.table_floats + 15) / 16; }
 
-  // How the units are kept, which depends on how many elements they are for.
+  // The form of the units, which depends on the number of elements of a point.
   struct Form {
-    size_t spell;  // one unit for each element of a point, so many; 0: one unit for a point
+    size_t copies;  // of the unit of a point, one for each of its elements; 0: a single unit
     bool tables;
   };
 
@@ -133,7 +138,7 @@ class Plan {
   }
 
   template <class V>
-  static const V* keep(const Parameter<V>& parameter, std::vector<V>* copy) {
+  static const V* copy_of(const Parameter<V>& parameter, std::vector<V>* copy) {
     if (parameter.data == nullptr) return nullptr;
     copy->assign(parameter.data, parameter.data + parameter.count);
     return copy->data();
@@ -144,7 +149,7 @@ class Plan {
     static_assert(sizeof unit == kUnitFields * sizeof(A), "Units holds every field");
     A fields[kUnitFields];
     std::memcpy(fields, &unit, sizeof unit);
-    const size_t copies = std::max<size_t>(1, form_.spell);
+    const size_t copies = std::max<size_t>(1, form_.copies);
     for (size_t field = 0; field < kUnitFields; ++field) {
       std::fill_n(units_.begin() + static_cast<ptrdiff_t>(field * stride_ + point * copies), copies,
                   fields[field]);
@@ -163,32 +168,32 @@ class Plan {
   }
 
   const Level& level_;
-  Grid<T> grid_;  // its data are the copies below
+  Grid<T> grid_;  // with pointers into the copies below
   std::vector<float> beta_, coeff_;
   std::vector<T> slope_;
   const Form form_;
-  size_t period_ = 0, stride_ = 0;  // units, and their number with padding
+  size_t period_ = 0, stride_ = 0;  // number of units, without and with padding
   std::vector<A> units_;            // see Units
   std::vector<Line> tables_;
-  std::vector<const float*> table_of_;  // a point's, or null
+  std::vector<const float*> table_of_;  // for each point, null if it has no table
 };
 
-// The last plan made. Runs of one session may come from several threads with different parameters:
-// a plan never changes, and each run holds on to its own.
+// The plan of the latest run. Threads may run one session with different parameters at the same
+// time, so each run shares ownership of its plan.
 template <class T>
 class PlanCache {
  public:
   std::shared_ptr<const Plan<T>> get(const Grid<T>& grid, const Level& level) {
-    std::shared_ptr<const Plan<T>> plan = swap_in(nullptr);
+    std::shared_ptr<const Plan<T>> plan = exchange(nullptr);
     if (plan != nullptr && plan->fits(grid)) return plan;
     plan = std::make_shared<const Plan<T>>(grid, level);
-    swap_in(plan);
+    exchange(plan);
     return plan;
   }
 
  private:
-  // The latest plan; replaced first by `plan` unless that is null.
-  std::shared_ptr<const Plan<T>> swap_in(std::shared_ptr<const Plan<T>> plan) {
+  // Makes `plan` the latest plan unless it is null; returns the latest plan.
+  std::shared_ptr<const Plan<T>> exchange(std::shared_ptr<const Plan<T>> plan) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (plan != nullptr) latest_ = std::move(plan);
     return latest_;

@@ -1,12 +1,12 @@
-// What the threads of a GPU do: which elements each handles, and by which unit. Nothing here needs
-// CUDA, so that tests/cuda_test.cc runs the same code on the host, thread by thread.
+// The code of one GPU thread: the elements that it handles, and the unit of each. Nothing here
+// needs CUDA, so tests/cuda_test.cc runs the same code on the host, thread by thread.
 //
-// The tensor is cut into packets of 16 bytes that begin where Y is aligned, so that the first and
-// the last may be partial; a thread handles every kThreads-th packet of a tile. Where parameters
-// change within 16 bytes a packet is a single element instead.
+// The tensor consists of packets of 16 bytes that begin where Y is aligned, so the first and the
+// last packet may be partial. A thread handles every kThreads-th packet of a tile. Where parameters
+// change within 16 bytes, a packet is a single element instead.
 //
-// cub::DeviceTransform was considered and left: with the index that per-channel parameters need, it
-// gives up 16-byte accesses, and its own arithmetic cannot be tested without a GPU.
+// cub::DeviceTransform is no alternative: with the index that per-channel parameters need, it gives
+// up 16-byte accesses, and its arithmetic cannot be tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -33,29 +33,28 @@ struct Work {
   int lanes;       // elements of a packet: kPacketLanes or 1
   uint64_t shift;  // lanes of the first packet that lie before Y
   uint64_t packets;
-  uint64_t whole_begin, whole_count;  // the packets that lie in Y with all lanes
+  uint64_t whole_begin, whole_count;  // the packets with all lanes in Y
   uint64_t per_thread;                // packets of a thread in a tile
-  bool aligned;                       // X lies as Y does, so that its packets are aligned too
+  bool aligned;                       // whether the packets of X are aligned too
 
   const float* beta;
   const float* coeff;
-  const T* slope;  // null where it is 0
+  const T* slope;  // null for slope 0
 
-  // As Grid (ctu_plan.h), neighbouring dimensions merged where every parameter allows. One point
-  // for one unit throughout.
+  // As in Grid (ctu_plan.h), with neighbouring dimensions merged where every parameter allows it. A
+  // single point means a single unit.
   uint64_t points, inner;
   size_t axes;
   uint64_t dims[kMaxAxes], beta_steps[kMaxAxes], coeff_steps[kMaxAxes], slope_steps[kMaxAxes];
 
-  // Where on the grid the first packet begins, and how far a thread's next packet is from its last:
-  // a point, and elements into it.
-  uint64_t origin, next_point, next_rest;
+  uint64_t origin;                 // where on the grid the first packet begins
+  uint64_t next_point, next_rest;  // points and elements from a packet of a thread to its next
 
   CTONNX_HOST_DEVICE uint64_t tile() const { return per_thread * kThreads; }  // packets
 };
 
-// The unit of a point, in the form that its beta asks for. A beta or c outside [0, 1], or NaN,
-// gives NaN: it is known on the GPU alone, where no error can be raised.
+// The unit of a point, in the form that its beta requires. A beta or c outside [0, 1], or NaN,
+// gives NaN, because a GPU cannot raise an error.
 template <class A, class M>
 class AnyUnit {
  public:
@@ -89,7 +88,7 @@ class AnyUnit {
   Unit<A> exact_;
 };
 
-// As many bits as a packet has, moved by one access.
+// The type that moves a packet of kBytes with one memory access.
 template <size_t kBytes>
 struct Bits;
 template <>
@@ -121,7 +120,7 @@ CTONNX_DEVICE void store_bits(Chunk* to, Chunk bits) {
 }
 #ifdef __CUDACC__
 CTONNX_DEVICE void store_bits(uint4* to, uint4 bits) {
-  // An assignment would become four stores.
+  // The compiler would split an assignment into four stores.
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y),
                "r"(bits.z), "r"(bits.w)
                : "memory");
@@ -151,8 +150,8 @@ CTONNX_DEVICE void narrow(const double (&from)[kLanes], double (&to)[kLanes]) {
   std::memcpy(to, from, sizeof to);
 }
 
-// A packet of X: the elements from `begin` on, which wraps for a first packet that begins before X.
-// What lies outside is 0 in it.
+// The packet of X from element `begin` on, with 0 outside X. For a first packet that begins before
+// X, `begin` wraps around below 0.
 template <int kLanes, class T>
 CTONNX_DEVICE Packet<T, kLanes> load_packet(const Work<T>& work, uint64_t begin, bool whole) {
   if (whole && work.aligned) {
@@ -188,7 +187,7 @@ template <class A, class M, class T>
 CTONNX_DEVICE AnyUnit<A, M> unit_at(const Work<T>& work, uint64_t point) {
   uint64_t beta = 0, coeff = 0, slope = 0, rest = point;
   for (size_t axis = work.axes; axis-- > 0;) {
-    // The first axis needs no division: the common case has one.
+    // The first axis needs no division, and mostly it is the only one.
     const uint64_t place = axis > 0 ? rest % work.dims[axis] : rest;
     if (axis > 0) rest /= work.dims[axis];
     beta += place * work.beta_steps[axis];
@@ -199,7 +198,7 @@ CTONNX_DEVICE AnyUnit<A, M> unit_at(const Work<T>& work, uint64_t point) {
                        work.slope != nullptr ? widen(work.slope[slope]) : A{});
 }
 
-// What one thread does. kGrid is for more than one point.
+// Runs one thread. kGrid is for grids of more than one point.
 template <int kLanes, bool kGrid, class M, class T>
 CTONNX_DEVICE void run_thread(const Work<T>& work, uint64_t block, uint64_t blocks,
                               unsigned thread) {
@@ -212,7 +211,8 @@ CTONNX_DEVICE void run_thread(const Work<T>& work, uint64_t block, uint64_t bloc
     const auto is_whole = [&](uint64_t p) { return p - work.whole_begin < work.whole_count; };
     uint64_t begin = packet * kLanes - work.shift;
     bool whole = is_whole(packet);
-    // On its way while the parameters are read, as below the next one is while this is computed.
+    // Loads early, so that the load overlaps with the reads of the parameters. Below, the load of
+    // the next packet overlaps with the computation of this one.
     Packet<T, kLanes> next = load_packet<kLanes>(work, begin, whole);
 
     uint64_t point = 0, rest = 0;
@@ -222,7 +222,7 @@ CTONNX_DEVICE void run_thread(const Work<T>& work, uint64_t block, uint64_t bloc
       rest = place % work.inner;
     }
     AnyUnit<A, M> unit;
-    uint64_t unit_of = work.points;  // the point that `unit` is of: none yet
+    uint64_t unit_point = work.points;  // the point of `unit`; work.points: none
     if (!kGrid) unit = unit_at<A, M>(work, 0);
 #pragma unroll 1
     while (true) {
@@ -239,22 +239,24 @@ CTONNX_DEVICE void run_thread(const Work<T>& work, uint64_t block, uint64_t bloc
         next = load_packet<kLanes>(work, begin, whole);
       }
 
-      int done = 0;  // lanes; those up to `left` are of the unit
-      uint64_t left = work.inner - rest, place = point;
+      // The lanes of the packet may belong to several points: those from `begin_lane` up to
+      // `end_lane` belong to the point `lane_point`.
+      int begin_lane = 0;
+      uint64_t end_lane = work.inner - rest, lane_point = point;
 #pragma unroll 1
       while (true) {
-        if (kGrid && place != unit_of) {
-          unit = unit_at<A, M>(work, place);
-          unit_of = place;
+        if (kGrid && lane_point != unit_point) {
+          unit = unit_at<A, M>(work, lane_point);
+          unit_point = lane_point;
         }
         A values[kLanes];
         unit.apply(x, values);
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) y[i] = i < done ? y[i] : values[i];
-        if (!kGrid || left >= kLanes) break;
-        done = static_cast<int>(left);
-        left += work.inner;
-        place = place + 1 == work.points ? 0 : place + 1;
+        for (int i = 0; i < kLanes; ++i) y[i] = i < begin_lane ? y[i] : values[i];
+        if (!kGrid || end_lane >= kLanes) break;
+        begin_lane = static_cast<int>(end_lane);
+        end_lane += work.inner;
+        lane_point = lane_point + 1 == work.points ? 0 : lane_point + 1;
       }
       Packet<T, kLanes> result;
       narrow(y, result.lanes);

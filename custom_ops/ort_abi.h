@@ -1,9 +1,9 @@
 // The part of ONNX Runtime's C ABI that this library uses.
 //
-// ONNX Runtime's wheels ship no C headers, but the ABI is append-only: OrtApi is a table of function
-// pointers whose positions never change, and OrtCustomOp is a struct that only grows. Declaring the
-// few slots used keeps the build free of any dependency and the library valid for every ONNX Runtime
-// from 1.18 on.
+// ONNX Runtime's wheels ship no C headers, but the ABI is append-only: OrtApi is a table of
+// function pointers whose positions never change, and OrtCustomOp is a struct that only grows.
+// Declaring the few slots in use keeps the build free of dependencies, and the library works with
+// every ONNX Runtime from 1.18 on.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,7 @@
 
 namespace ort {
 
-// The API version asked for: the oldest that has everything below. An ONNX Runtime that does not
-// know it answers GetApi with null.
+// The oldest API version that has everything below. An older ONNX Runtime returns null for it.
 constexpr uint32_t kApiVersion = 18;
 
 struct Status;  // null means success
@@ -34,37 +33,40 @@ struct ApiBase {
   const char* (*GetVersionString)();
 };
 
-// Field order and types are the ABI; unused fields are left null.
+// Field order and types are the ABI; unused fields are null. ONNX Runtime may not see an exception
+// from these functions: `noexcept` in their types makes the compiler reject one that could throw.
 struct CustomOp {
   uint32_t version;
   void* CreateKernel;
-  const char* (*GetName)(const CustomOp*);
-  const char* (*GetExecutionProviderType)(const CustomOp*);
-  ElementType (*GetInputType)(const CustomOp*, size_t index);
-  size_t (*GetInputTypeCount)(const CustomOp*);
-  ElementType (*GetOutputType)(const CustomOp*, size_t index);
-  size_t (*GetOutputTypeCount)(const CustomOp*);
+  const char* (*GetName)(const CustomOp*) noexcept;
+  const char* (*GetExecutionProviderType)(const CustomOp*) noexcept;
+  ElementType (*GetInputType)(const CustomOp*, size_t index) noexcept;
+  size_t (*GetInputTypeCount)(const CustomOp*) noexcept;
+  ElementType (*GetOutputType)(const CustomOp*, size_t index) noexcept;
+  size_t (*GetOutputTypeCount)(const CustomOp*) noexcept;
   void* KernelCompute;
-  void (*KernelDestroy)(void* kernel);
-  Characteristic (*GetInputCharacteristic)(const CustomOp*, size_t index);
-  Characteristic (*GetOutputCharacteristic)(const CustomOp*, size_t index);
-  int (*GetInputMemoryType)(const CustomOp*, size_t index);
+  void (*KernelDestroy)(void* kernel) noexcept;
+  Characteristic (*GetInputCharacteristic)(const CustomOp*, size_t index) noexcept;
+  Characteristic (*GetOutputCharacteristic)(const CustomOp*, size_t index) noexcept;
+  int (*GetInputMemoryType)(const CustomOp*, size_t index) noexcept;
   void* variadic[4];
-  Status* (*CreateKernelV2)(const CustomOp*, const void* api, const void* info, void** kernel);
-  Status* (*KernelComputeV2)(void* kernel, KernelContext*);
-  Status* (*InferOutputShape)(const CustomOp*, ShapeInferContext*);
-  int (*GetStartVersion)(const CustomOp*);
-  int (*GetEndVersion)(const CustomOp*);
-  size_t (*GetMayInplace)(int** inputs, int** outputs);
-  void (*ReleaseMayInplace)(int* inputs, int* outputs);
+  Status* (*CreateKernelV2)(const CustomOp*, const void* api, const void* info,
+                            void** kernel) noexcept;
+  Status* (*KernelComputeV2)(void* kernel, KernelContext*) noexcept;
+  Status* (*InferOutputShape)(const CustomOp*, ShapeInferContext*) noexcept;
+  int (*GetStartVersion)(const CustomOp*) noexcept;
+  int (*GetEndVersion)(const CustomOp*) noexcept;
+  size_t (*GetMayInplace)(int** inputs, int** outputs) noexcept;
+  void (*ReleaseMayInplace)(int* inputs, int* outputs) noexcept;
   void* alias[2];
 };
 static_assert(sizeof(CustomOp) == 26 * sizeof(void*), "OrtCustomOp of API 18 is 26 words");
 
-// Typed access to the OrtApi table; the numbers are positions in it.
+// Typed access to an OrtApi table; the numbers are positions in it. Each ONNX Runtime in a process
+// has its own table, and its objects must only reach functions of that table.
 class Api {
  public:
-  explicit Api(void* const* table = nullptr) : table_(table) {}
+  explicit Api(void* const* table) : table_(table) {}
 
   Status* CreateStatus(StatusCode code, const char* message) const {
     return call<Status*>(0, static_cast<int>(code), message);
@@ -87,7 +89,7 @@ class Api {
   Status* GetDimensions(const TensorInfo* info, int64_t* dims, size_t rank) const {
     return call<Status*>(62, info, dims, rank);
   }
-  // The names of symbolic dimensions, "" where a dimension has none.
+  // The names of symbolic dimensions; "" for a dimension without a name.
   Status* GetSymbolicDimensions(const TensorInfo* info, const char** names, size_t rank) const {
     return call<Status*>(63, info, names, rank);
   }
@@ -109,10 +111,12 @@ class Api {
     return call<Status*>(91, context, index, dims, rank, value);
   }
   void ReleaseTensorTypeAndShapeInfo(TensorInfo* info) const { call<void>(99, info); }
-  // The cudaStream_t that a CUDA provider runs the node on.
+  void ReleaseCustomOpDomain(OpDomain* domain) const { call<void>(101, domain); }
+  // The cudaStream_t on which a CUDA provider runs the node.
   Status* KernelContext_GetGPUComputeStream(const KernelContext* context, void** stream) const {
     return call<Status*>(193, context, stream);
   }
+  // The context owns `info`.
   Status* ShapeInferContext_GetInputTypeShape(const ShapeInferContext* context, size_t index,
                                               TensorInfo** info) const {
     return call<Status*>(268, context, index, info);
@@ -121,9 +125,10 @@ class Api {
                                                const TensorInfo* info) const {
     return call<Status*>(270, context, index, info);
   }
-  // Runs task(user, 0 .. count-1) on the session's own thread pool; `batches` 0 lets it choose.
-  Status* KernelContext_ParallelFor(const KernelContext* context, void (*task)(void*, size_t),
-                                    size_t count, size_t batches, void* user) const {
+  // Runs task(user, 0 .. count-1) on the session's thread pool; `batches` 0 lets the pool choose.
+  Status* KernelContext_ParallelFor(const KernelContext* context,
+                                    void (*task)(void*, size_t) noexcept, size_t count,
+                                    size_t batches, void* user) const {
     return call<Status*>(274, context, task, count, batches, user);
   }
 

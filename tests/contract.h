@@ -1,5 +1,5 @@
-// What kernels_test.cc and cuda_test.cc share: the numeric contract's rows, the exact formula, test
-// data, and the comparison that prints what fails.
+// Shared by kernels_test.cc and cuda_test.cc: the rows of the numeric contract, the exact formula,
+// test data, and a comparison that prints failures.
 #pragma once
 
 #include <cmath>
@@ -13,8 +13,8 @@ using namespace ctonnx;
 
 namespace {
 
-// The numeric contract of ctu_math.h, row by row. `step` is half the distance of neighbouring
-// numbers relative to them, for the types that round once more.
+// The numeric contract of ctu_math.h, row by row. `step` is for the types that round once more:
+// half the relative distance of neighbouring numbers.
 template <class T>
 struct Row;
 template <>
@@ -56,7 +56,7 @@ void require(bool ok, const char* what, const char* type, size_t n) {
   if (!ok && ++failures <= 20) std::printf("%s: %s, length %zu\n", what, type, n);
 }
 
-// The paper's formula where that is stable, in extended precision.
+// The formula of ctu_math.h in extended precision.
 double exact_ctu(double x, Parameters p) {
   if (std::isnan(x)) return x;
   const double negative = p.slope == 0 ? 0 : p.slope * x;
@@ -72,7 +72,7 @@ template <class T>
 T from_double(double value) {
   return static_cast<T>(value);
 }
-// Truncation is enough to make test data.
+// Truncation is good enough for test data.
 template <>
 BFloat16 from_double(double value) {
   return {static_cast<uint16_t>(bits_as<uint32_t>(static_cast<float>(value)) >> 16)};
@@ -86,7 +86,7 @@ Half from_double(double value) {
   return {static_cast<uint16_t>(sign | exponent << 10 | ((bits >> 13) & 0x3ff))};
 }
 
-// Whether y, an output for x, keeps the contract.
+// Whether the output y for x keeps the contract.
 template <class T>
 bool keeps_contract(double x, double y, double exact, double slope) {
   double scale = std::max(1.0, std::fabs(exact));
@@ -106,7 +106,8 @@ void check(const char* what, const T* x, const T* y, size_t n, Parameters p) {
   }
 }
 
-// Numbers of both signs and every magnitude up to 1e4, most of them where s makes the curve bend.
+// Numbers of both signs and every magnitude up to 1e4. Most are of magnitude s, where the curve
+// bends.
 template <class T>
 std::vector<T> samples(size_t n, double s, uint32_t seed = 1) {
   std::vector<T> x;
@@ -119,7 +120,7 @@ std::vector<T> samples(size_t n, double s, uint32_t seed = 1) {
   return x;
 }
 
-// The comparison can fail.
+// The comparison must be able to fail.
 void test_comparison() {
   const Parameters right = {0.85f, 0.3f, 0}, wrong = {0.85f, 0.7f, 0};
   const double x = -0.3, exact = exact_ctu(x, right);
@@ -130,7 +131,7 @@ void test_comparison() {
   require(keeps_contract<float>(x, exact + 2e-7, exact, 0), "rejects 2e-7", "", 1);
 }
 
-// Zeros, denormals, infinities and NaN; every number of a 16-bit type that the contract is for.
+// Zeros, denormals, infinities and NaN. For 16-bit types, every number that the contract covers.
 template <class T>
 std::vector<T> special_values() {
   const double infinity = std::numeric_limits<double>::infinity();

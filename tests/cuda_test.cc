@@ -1,6 +1,6 @@
-// Tests of what the CUDA kernels' threads do, run on the host one thread after another: the numeric
-// contract with functions as wrong as a GPU's may be, and which elements a thread reads and writes
-// by which unit. Prints what fails; exits with 1 if anything does.
+// Tests of the threads of the CUDA kernels, which run one after another on the host: the numeric
+// contract, with functions as inaccurate as those of a GPU may be, and the elements that a thread
+// reads and writes, with which unit. Prints failures; exits with 1 if there are any.
 #include <sys/mman.h>
 
 #include <limits>
@@ -11,8 +11,8 @@
 
 namespace ctonnx {
 
-// What PTX allows its .approx.ftz instructions to err by, in the direction that each sign gives.
-// The two exponentials of FastUnit have arguments of different sign.
+// Functions with the largest errors of PTX's .approx.ftz instructions; the variables are the signs
+// of the errors. The two exponentials of FastUnit have arguments of different sign.
 struct Approximate {
   static int falling, rising, log, reciprocals;
 
@@ -32,7 +32,7 @@ struct Approximate {
 int Approximate::falling = 0, Approximate::rising = 0, Approximate::log = 0,
     Approximate::reciprocals = 0;
 
-size_t widened = 0;  // values: all of X, and the slope of each unit that is made
+size_t widened = 0;  // calls of widen: one for each element of X and for the slope of each new unit
 template <class T>
 float widen(T value) {
   ++widened;
@@ -41,7 +41,7 @@ float widen(T value) {
 
 void narrow(float from, BFloat16* to) { to->bits = nearest_bfloat16(from); }
 
-// To nearest, ties to even, by trying: the candidates are the truncated value and the one above.
+// Rounds to nearest, ties to even.
 void narrow(float from, Half* to) {
   const uint16_t sign = std::signbit(from) ? 0x8000 : 0;
   const double value = std::fabs(static_cast<double>(from));
@@ -73,7 +73,7 @@ namespace {
 
 template <class T>
 void run_block(const Work<T>& work, uint64_t block, uint64_t blocks) {
-  // Threads run in any order; a wrong one shows in either if they are not independent.
+  // Threads are independent, so every second block runs them backwards.
   for (unsigned i = 0; i < kThreads; ++i) {
     const unsigned thread = block % 2 == 0 ? i : kThreads - 1 - i;
     if (work.points == 1) {
@@ -126,7 +126,7 @@ void test_contract() {
   for (int signs = 0; signs < (sizeof(T) == sizeof(float) ? 16 : 1); ++signs) {
     set_signs(signs);
     for (float beta : kBetas) {
-      if (signs > 0 && beta < kFastFromBeta) continue;  // uses none of the functions
+      if (signs > 0 && beta < kFastFromBeta) continue;  // does not call the functions
       const std::vector<T> x = samples<T>(300, 1 - beta + 1e-6);
       std::vector<T> y(x.size());
       for (float coeff : kCoeffs) {
@@ -140,8 +140,9 @@ void test_contract() {
   }
 }
 
-// Where the approximate functions' errors add up most, which fixed numbers miss: the worst of random
-// ones, improved by small steps, for betas just above the limit and slopes of every kind.
+// Searches for the point at which the errors of the approximate functions add up most, which fixed
+// points miss: starts at random points with a beta just above the limit, then improves the worst of
+// them by small steps.
 void test_worst_case() {
   struct Point {
     float beta, coeff, slope, x;
@@ -209,8 +210,9 @@ void test_special_values() {
   }
 }
 
-// Every length and every two alignments write exactly their elements, in place too. The buffers end
-// where the data does, for a sanitizer to notice reads beyond and accesses out of line.
+// For every length and every pair of alignments, in place or not, the threads write exactly their
+// elements. The buffers end with the data, so that a sanitizer sees reads beyond and unaligned
+// accesses.
 template <class T>
 void test_lengths() {
   constexpr size_t longest = 67;
@@ -238,7 +240,7 @@ void test_lengths() {
   }
 }
 
-// Tiles of every shape, fewer blocks than tiles included.
+// Tiles of many shapes, also with fewer blocks than tiles.
 template <class T>
 void test_tiles() {
   const One<T> one({0.85f, 0.5f, 0.25});
@@ -258,7 +260,7 @@ void test_tiles() {
   }
 }
 
-// Points of every size, from every alignment, in tiles of every size.
+// Points of many sizes, with many alignments, in tiles of many sizes.
 template <class T>
 void test_grids() {
   for (size_t points : {2, 3, 16, 67, 300}) {
@@ -293,10 +295,10 @@ void test_grids() {
   }
 }
 
-// A thread makes a unit where the point changes alone, not for each of its packets.
+// A thread computes a unit only when the point changes, not for each packet.
 void test_units() {
   constexpr size_t points = 3, packets = 8, inner = packets * kThreads * kPacketLanes<Half>;
-  for (size_t repeat : {1, 4}) {  // threads whose packets are of one point, and of four
+  for (size_t repeat : {1, 4}) {  // the number of points that the packets of a thread belong to
     const std::vector<float> beta(points * repeat, 0.9f);
     const std::vector<Half> slope(points * repeat, from_double<Half>(0.25));
     Grid<Half> grid;
@@ -312,15 +314,15 @@ void test_units() {
     work.per_thread = packets;
     widened = 0;
     run_all(work, blocks_of(work));
-    require(widened - x.size() == points * repeat * kThreads, "units made", "float16", inner);
+    require(widened - x.size() == points * repeat * kThreads, "units", "float16", inner);
   }
 }
 
-// Parameters along different dimensions, some of which merge.
+// Parameters that vary along different dimensions, some of which merge.
 void test_broadcast() {
   const std::vector<size_t> dims = {2, 3, 1, 4, 5};
   const std::vector<std::vector<size_t>> steps[] = {
-      // As read_parameter makes them: of the whole shape, [3,1,1,1], [2,1,1,4,1], [5], [3,1,4,1].
+      // As from read_parameter, for the whole shape, [3,1,1,1], [2,1,1,4,1], [5] and [3,1,4,1].
       {{60, 20, 0, 5, 1}, {0, 1, 0, 0, 0}},
       {{4, 0, 0, 1, 0}, {0, 0, 0, 0, 1}},
       {{0, 4, 0, 1, 0}, {}},
@@ -359,7 +361,7 @@ void test_broadcast() {
   require(!make_work<float>(nullptr, nullptr, 512, many, &work), "too many axes", "", kMaxAxes);
 }
 
-// More elements than 32 bits can count: only the pages touched take memory.
+// More elements than 32 bits can count. Only the pages that are touched take memory.
 void test_large() {
   const uint64_t inner = (1ull << 31) + 13, n = 3 * inner;
   const size_t bytes = (n + 8) * sizeof(Half);

@@ -1,5 +1,5 @@
-// Tests of the CPU kernels without ONNX Runtime, so that sanitizers can watch them. The level under
-// test is what CTONNX_CPU names. Prints what fails; exits with 1 if anything does.
+// Tests of the CPU kernels without ONNX Runtime, for sanitizers. They test the level that
+// CTONNX_CPU names. Prints failures; exits with 1 if there are any.
 #include <limits>
 #include <thread>
 
@@ -7,7 +7,8 @@
 
 namespace {
 
-// A grid of one triple for long runs (the table, where beta allows it) or for one element each.
+// A grid of one triple: for long runs, which use a table where beta allows it, or with inner == 1
+// for a unit per element.
 template <class T>
 struct One {
   Parameters parameters;
@@ -64,8 +65,9 @@ void test_special_values() {
   }
 }
 
-// Every length and alignment writes exactly its elements, the same numbers as a long run, in place
-// too. The buffers end where the data does, for a sanitizer to notice reads beyond.
+// For every length and alignment, in place or not, the kernels write exactly their elements, and
+// the same numbers as in a long run. The buffers end with the data, so that a sanitizer sees reads
+// beyond.
 template <class T>
 void test_lengths() {
   constexpr size_t longest = 67;
@@ -99,7 +101,7 @@ void test_lengths() {
   }
 }
 
-// Grids whose points are of every size, in tasks that cut them anywhere.
+// Grids with points of many sizes, in tasks that may begin and end within a point.
 template <class T>
 void test_grids() {
   for (size_t points : {2, 3, 16, 67, 300}) {
@@ -131,7 +133,7 @@ void test_grids() {
   }
 }
 
-// One cache, many threads, parameters that change from run to run.
+// Many threads share a cache, with parameters that change from run to run.
 void test_threads() {
   PlanCache<float> cache;
   const std::vector<float> x = samples<float>(2000, 0.5);
@@ -165,7 +167,7 @@ void test_type() {
 
 }  // namespace
 
-// With an argument only what threads share.
+// With an argument, runs only test_threads.
 int main(int argc, char**) {
   test_threads();
   if (argc > 1) return failures > 0;

@@ -1,11 +1,11 @@
-"""The CPU kernels of every instruction set: alone, under sanitizers, and inside ONNX Runtime; and
-what the CUDA kernels' threads do, on the host.
+"""The CPU kernels of every instruction set: alone, under sanitizers, and inside ONNX Runtime; the
+op at its C boundary; and the threads of the CUDA kernels, on the host.
 
-`kernels_test.cc` and `cuda_test.cc` hold all that needs no ONNX Runtime, `contract.h` the numeric
-contract's rows. That they fail for a wrong kernel is seen by spoiling one: set k_lo to 0 in
-ctu_math.h, or lower kDegree, or end the loop of for_each_vector an element early in ctu_kernels.cc;
-let a packet begin elsewhere in ctu_thread.h, or let next_point, origin or whole_count be off by one
-in ctu_launch.h, or lower kFastFromBeta in ctu_math.h.
+`kernels_test.cc`, `op_test.cc` and `cuda_test.cc` need no ONNX Runtime; `contract.h` has the rows
+of the numeric contract. To see them fail, break what they test: set k_lo to 0 in ctu_math.h; lower
+kCoarseDegree in ctu_table.h; end the loop of for_each_vector an element early in ctu_kernels.cc;
+begin a packet elsewhere in ctu_thread.h; add 1 to next_point, origin or whole_count in
+ctu_launch.h; lower kFastFromBeta in ctu_math.h; remove a `catch` of ctu_op.cc.
 """
 
 import ctypes
@@ -36,8 +36,8 @@ SANITIZERS = {
 }
 PROGRAMS = {
     "plain": ["kernels_test", "cuda_test_fma"],
-    "address": ["kernels_test", "cuda_test"],
-    "thread": ["kernels_test"],
+    "address": ["kernels_test", "cuda_test", "op_test"],
+    "thread": ["kernels_test", "op_test"],
 }
 
 
@@ -110,6 +110,14 @@ def test_cuda_threads_on_the_host(programs, sanitizer, program):
     if program.endswith("fma") and "fma" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this machine has no fused multiply-add")
     done = subprocess.run([programs(sanitizer) / program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "0 failures\n"
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_op_at_its_c_boundary(programs, sanitizer):
+    """Two ONNX Runtimes in one process stay apart, and failures leak nothing."""
+    done = subprocess.run([programs(sanitizer) / "op_test"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "0 failures\n"
 
