@@ -159,9 +159,9 @@ def wrong_library(tmp_path_factory):
 
 SWAPPED = {
     "ctu_math.h": ("    const double s = ", "    coeff = 1 - coeff;\n    const double s = "),
-    "ctu_kernels.cc": ("coeff = parameters.coeff", "coeff = 1 - parameters.coeff"),
+    "ctu_table.h": ("coeff = parameters.coeff", "coeff = 1 - parameters.coeff"),
 }
-NO_EPSILON = {"ctu_math.h": (" + 1e-6;", ";"), "ctu_kernels.cc": (" + 1e-6)", ")")}
+NO_EPSILON = {"ctu_math.h": (" + 1e-6;", ";"), "ctu_table.h": (" + 1e-6)", ")")}
 
 
 @pytest.mark.parametrize(
