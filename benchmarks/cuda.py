@@ -257,7 +257,7 @@ def open_sessions(original, graphs):
 
     import ctonnx
     from ctonnx.ort import library
-    from ctonnx.rewriting import rewrite
+    from ctonnx.rewriting import steer as rewrite
 
     steered = ModelProto()
     steered.CopyFrom(original)

@@ -21,7 +21,7 @@ from onnx import ModelProto
 import ctonnx
 from ctonnx import ctu
 from ctonnx.check import validate
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 DIGITS = Path(__file__).parent.parent / "samples" / "digits" / "digits.onnx"
 BETA = 0.85

@@ -6,7 +6,7 @@ from onnx import ModelProto
 
 from .errors import UsageError
 from .model import files
-from .rewriting import rewrite
+from .rewriting import steer as rewrite
 from .rewriting.params import load as load_params
 
 

@@ -19,7 +19,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ctonnx import ctu
 from ctonnx.model.graph import scopes
-from ctonnx.rewriting import activations, rewrite
+from ctonnx.rewriting import activations, steer as rewrite
 
 # The tests run in several processes, where PyTorch's threads would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -18,7 +18,7 @@ from ctonnx.check.reference import Evaluator, Reference
 from ctonnx.check.validate import Model, compare, random_inputs
 from ctonnx.errors import ModelError, NothingToDo
 from ctonnx.model.graph import node_label, scopes
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 pytest.importorskip("torch")
 

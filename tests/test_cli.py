@@ -17,7 +17,7 @@ from conftest import DIGITS, parsed
 import ctonnx
 from ctonnx import ctu
 from ctonnx.cli import main as cli
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 NO_ACTIVATION = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[4] x) => (float[4] y) { y = Neg(x) }"""
@@ -652,7 +652,7 @@ def test_a_failing_check_writes_nothing(run, monkeypatch):
 
 
 def test_a_bug_shows_its_traceback(run, monkeypatch):
-    from ctonnx.rewriting import rewrite
+    from ctonnx.rewriting import steer as rewrite
 
     def bug(model):
         raise ZeroDivisionError
@@ -664,7 +664,7 @@ def test_a_bug_shows_its_traceback(run, monkeypatch):
 
 
 def test_interruption(run, monkeypatch):
-    from ctonnx.rewriting import rewrite
+    from ctonnx.rewriting import steer as rewrite
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from torch import nn
 
 import ctonnx
 from ctonnx import ctu
-from ctonnx.rewriting import params, rewrite
+from ctonnx.rewriting import params, steer as rewrite
 from ctonnx.rewriting.checkpoint import pairs
 from ctonnx.torch import CTU, export, factory, restore, steer, trainable
 from ctonnx.torch.export import exported

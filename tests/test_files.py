@@ -498,7 +498,7 @@ from itertools import count
 from pathlib import Path
 from ctonnx import api
 from ctonnx.model import files
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 source, work, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 data = (source.parent / "weights.bin").read_bytes()

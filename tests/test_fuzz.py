@@ -38,7 +38,7 @@ from test_rewrite import MIXED, MODELS
 import ctonnx
 from ctonnx.cli import main as cli
 from ctonnx.errors import CtonnxError, UsageError
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 FACTOR = int(os.environ.get("CTONNX_FUZZ", "1"))
 MUTANTS, STRUCTURES = 18_500 * FACTOR, 1_500 * FACTOR

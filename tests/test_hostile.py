@@ -10,7 +10,7 @@ import ctonnx
 from ctonnx.check.validate import Model
 from ctonnx.errors import ModelError, NothingToDo, UsageError
 from ctonnx.model import files
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 RELU = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[4] x) => (float[4] y) { y = Relu(x) }"""

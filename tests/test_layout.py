@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 import ctonnx
 from ctonnx import ctu
 from ctonnx.ort import blocked, library
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 CPU = ["CPUExecutionProvider"]
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 16, 8, 8] x'

@@ -12,7 +12,7 @@ from onnx import ModelProto
 from ctonnx import ctu
 from ctonnx.check.validate import Model, check_steered
 from ctonnx.errors import InputFileError, NothingToDo, UsageError
-from ctonnx.rewriting import params, rewrite
+from ctonnx.rewriting import params, steer as rewrite
 
 MODEL = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 3, 2, 2] x) => (float[N, 3, 2, 2] a, float[N, 12] b, float[N, 12] c, float[N, 2, 6] d)

@@ -17,7 +17,7 @@ from ctonnx.cli import main as cli
 from ctonnx.errors import MissingDependency, UsageError
 from ctonnx.measure import engine
 from ctonnx.model import flow
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 from ctonnx.transfer import probing
 
 pytest.importorskip("sklearn")

@@ -15,7 +15,7 @@ from ctonnx.check.reference import Reference
 from ctonnx.errors import NothingToDo
 from ctonnx.model.graph import node_label, scopes
 from ctonnx.ort import blocked
-from ctonnx.rewriting import activations, rewrite
+from ctonnx.rewriting import activations, steer as rewrite
 
 SILERO_MODELS = [
     *("silero_vad", "silero_vad_16k_op15", "silero_vad_16k_sequence", "silero_vad_half"),

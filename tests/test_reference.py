@@ -18,7 +18,7 @@ from ctonnx.check.reference import Evaluator, Reference
 from ctonnx.check.validate import Model, compare
 from ctonnx.errors import MissingDependency, ModelError, UsageError
 from ctonnx.model.values import arrays
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 pytest.importorskip("torch")
 

@@ -12,7 +12,7 @@ from ctonnx import ctu
 from ctonnx.check.validate import Model, compare
 from ctonnx.errors import ModelError, NothingToDo, UsageError
 from ctonnx.model.graph import node_label, scopes
-from ctonnx.rewriting import activations, rewrite
+from ctonnx.rewriting import activations, steer as rewrite
 
 PLAIN = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 4] x) => (float[N, 4] y) <float[4] a = {0.1, 0.2, -0.3, 1.5}>

@@ -19,7 +19,7 @@ from ctonnx.errors import (
 )
 from ctonnx.model import files
 from ctonnx.ort import library
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 ORIGINAL = DIGITS / "digits.onnx"
 

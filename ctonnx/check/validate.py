@@ -15,7 +15,7 @@ from ..model.graph import key_of, node_label
 from ..ort import blocked, library
 from ..ort.compare import Comparison, compare
 from ..ort.runs import CPU, Model, load_inputs, random_inputs, variant
-from ..rewriting import rewrite
+from ..rewriting import steer as rewrite
 from .units import Units
 
 

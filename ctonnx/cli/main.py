@@ -99,7 +99,7 @@ def patch(model, beta, coeff, params_file, output, check, dry_run, force, as_jso
     from ..measure import results
     from ..model import files
     from ..ort import library
-    from ..rewriting import params, rewrite
+    from ..rewriting import params, steer as rewrite
 
     if beta is None and params_file is None:
         raise click.UsageError("Missing option '--beta', or '--params'")
@@ -226,7 +226,7 @@ def set_(model, beta, output, force, as_json):
     MODEL is a file, or - for standard input. Written is --output, or else MODEL itself.
     """
     from ..model import files
-    from ..rewriting import rewrite
+    from ..rewriting import steer as rewrite
 
     held, written = files.edit(
         model,
@@ -256,7 +256,7 @@ def unpatch(model, output, force, as_json):
     """
     from .. import api
     from ..model import files
-    from ..rewriting import rewrite
+    from ..rewriting import steer as rewrite
 
     _, written = files.edit(
         model,

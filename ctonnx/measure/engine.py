@@ -16,7 +16,7 @@ from ..model import files
 from ..ort import library
 from ..ort.runs import beside
 from ..ort.session import session
-from ..rewriting import rewrite
+from ..rewriting import steer as rewrite
 
 # The point that is the original network, in every list of points the first.
 ORIGINAL = 0

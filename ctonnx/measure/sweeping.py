@@ -14,7 +14,7 @@ from ..data.open import DataOptions, open_source
 from ..data.source import Stream
 from ..errors import UsageError
 from ..model import files
-from ..rewriting import rewrite
+from ..rewriting import steer as rewrite
 from . import engine as runner
 from . import intervals, journal, metrics, racing
 from .results import check_format, result_of

@@ -18,7 +18,7 @@ from .. import ctu
 from ..errors import ModelError, NothingToDo, UsageError
 from ..model import files, graph
 from ..optional import require
-from ..rewriting import rewrite
+from ..rewriting import steer as rewrite
 
 # Where Clip has its bounds as inputs.
 _MIN_OPSET = 11

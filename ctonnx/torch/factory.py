@@ -12,7 +12,7 @@ from .. import user_code
 from ..errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
 from ..model import files
 from ..model.values import arrays
-from ..rewriting import rewrite
+from ..rewriting import steer as rewrite
 from ..rewriting.checkpoint import arrays as weights_of
 from ..rewriting.checkpoint import pairs, read_checkpoint
 from ..rewriting.params import differing as differing_from

@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..model.flow import Flow
 from ..model.graph import DEFAULT_DOMAINS, node_label
 from ..model.names import FreshNames
-from ..rewriting.rewrite import CLASSES, drop_recorded_inputs, keep, original_op
+from ..rewriting.steer import CLASSES, drop_recorded_inputs, keep, original_op
 
 # What stands between a linear layer and the class scores as they are given out.
 _PASSED = {

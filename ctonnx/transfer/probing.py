@@ -30,7 +30,7 @@ from ..measure.sweeping import grid
 from ..model import files, flow
 from ..optional import require
 from ..ort import library, runs
-from ..rewriting import rewrite
+from ..rewriting import steer as rewrite
 from . import heads
 
 _MAX_ITER = 10_000

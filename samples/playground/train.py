@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ctonnx
-from ctonnx.rewriting import rewrite
+from ctonnx.rewriting import steer as rewrite
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE.parent / "digits"
