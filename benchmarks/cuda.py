@@ -257,11 +257,11 @@ def open_sessions(original, graphs):
 
     import ctonnx
     from ctonnx.ort import library
-    from ctonnx.rewriting import steer as rewrite
+    from ctonnx.rewriting.steer import Selection, steer
 
     steered = ModelProto()
     steered.CopyFrom(original)
-    rewrite.steer(steered, BETA, ops=["relu"])
+    steer(steered, BETA, selection=Selection(["relu"]))
     # Searching for the fastest convolutions takes longer than what is to be timed.
     settings = {"enable_cuda_graph": str(int(graphs)), "cudnn_conv_algo_search": "HEURISTIC"}
     provider = (library.CUDA_PROVIDERS[0], settings)

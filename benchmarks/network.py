@@ -21,7 +21,7 @@ from onnx import ModelProto
 import ctonnx
 from ctonnx import ctu
 from ctonnx.check import validate
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.rewriting.steer import Selection, steer
 
 DIGITS = Path(__file__).parent.parent / "samples" / "digits" / "digits.onnx"
 BETA = 0.85
@@ -50,7 +50,7 @@ def variants(path):
     original = onnx.load(path)
     steered, naive = ModelProto(), ModelProto()
     steered.CopyFrom(original)
-    rewrite.steer(steered, BETA, ops=["relu"])
+    steer(steered, BETA, selection=Selection(["relu"]))
     naive.CopyFrom(steered)
     del naive.functions[:]
     naive.functions.extend(f for f in steered.functions if not ctu.is_ctu(f))

@@ -6,8 +6,9 @@ from onnx import ModelProto
 
 from .errors import UsageError
 from .model import files
-from .rewriting import steer as rewrite
-from .rewriting.params import load as load_params
+from .rewriting.params import read as read_params
+from .rewriting.steer import Selection, steer
+from .rewriting.steered import SteeredModel
 
 
 def patch(
@@ -53,21 +54,19 @@ def patch(
         ModelError: the model cannot be read, or is unsafe to read.
     """
 
-    given = load_params(params) if isinstance(params, (str, Path)) else params
+    given = read_params(params) if isinstance(params, (str, Path)) else params
     if beta_as == "input" and _is_graph(model):
         raise UsageError("a graphsurgeon Graph has no optional inputs: use required-input")
 
     def change(proto):
-        rewrite.steer(
+        steer(
             proto,
             beta,
             coeff,
             params=given,
             beta_as=beta_as,
             lowering=lowering,
-            ops=ops,
-            include=include,
-            exclude=exclude,
+            selection=Selection(ops, include, exclude),
         )
 
     return _edit(model, change, output, steered_path, force)
@@ -82,7 +81,7 @@ def inspect(model):
     Raises:
         ModelError: the model cannot be read.
     """
-    return rewrite.find(_to_proto(model))
+    return SteeredModel(_to_proto(model)).activations
 
 
 def unpatch(model, output=None, *, force=False):
@@ -102,7 +101,11 @@ def unpatch(model, output=None, *, force=False):
         NothingToDo: the model is not steered.
         ModelError: the model cannot be read, or its record of the original is missing or damaged.
     """
-    return _edit(model, rewrite.unsteer, output, original_path, force)
+    return _edit(model, _unsteer, output, original_path, force)
+
+
+def _unsteer(proto):
+    SteeredModel(proto).unsteer()
 
 
 def steered_path(model):
@@ -126,8 +129,9 @@ def original_path(model):
 def _edit(model, change, output, default_output, force):
     """Apply `change` to a copy of `model` and give that back as the kind that `model` is."""
     if isinstance(model, (str, Path)):
-        _, written = files.edit(model, change, output or default_output, force)
-        return written
+        with files.Transaction(model, output or default_output, force) as edit:
+            change(edit.model)
+        return edit.output
     if output is not None:
         raise UsageError("output goes with a path: save the model that is returned instead")
     proto = _to_proto(model)

@@ -4,8 +4,11 @@ Source of the formula: Hu, Gamba, Balestriero, "Curvature Tuning", arXiv 2502.07
 epsilon of its authors' code. `custom_ops/ctu_math.h` is the same in C++.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
-from onnx import FunctionProto, TensorProto, helper
+from numpy.typing import ArrayLike
+from onnx import FunctionProto, NodeProto, TensorProto, helper
 
 from .errors import UsageError
 
@@ -13,11 +16,11 @@ DOMAIN = "ctonnx"
 OP_TYPE = "CTU"
 VERSION = 1
 
-# The op, and those of `activations.function` that call it.
+# The op, and those that call it: `kinked_function`.
 OPS = (OP_TYPE, "CTUMax", "CTUMin", "CTUClip", "CTUHardSigmoid")
 EPSILON = 1e-6
 
-# The c of who names none: the two smooth versions of ReLU in equal parts.
+# Default c: the two smooth versions of ReLU in equal parts.
 COEFF = 0.5
 
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -29,10 +32,10 @@ FALLBACK_FROM_BETA = 0.3
 LOW_FALLBACK_BOUNDS = dict.fromkeys(FLOATING, 4e-7) | {TensorProto.DOUBLE: 4e-15}
 
 
-def check_unit_interval(name, value):
+def check_unit_interval(name: str, value: object) -> float:
     """Return `value` as float, or raise UsageError when it is not a number in [0, 1]."""
     try:
-        number = float(value)
+        number = float(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError):
         raise UsageError(f"{name} must be a number in [0, 1], got {value!r}") from None
     if not 0.0 <= number <= 1.0:
@@ -40,7 +43,9 @@ def check_unit_interval(name, value):
     return number
 
 
-def ctu(x, beta, coeff=COEFF, slope=0.0):
+def ctu(
+    x: ArrayLike, beta: ArrayLike, coeff: ArrayLike = COEFF, slope: ArrayLike = 0.0
+) -> np.ndarray:
     """The CT unit in float64: the oracle that every implementation is tested against.
 
     Args:
@@ -72,7 +77,37 @@ def ctu(x, beta, coeff=COEFF, slope=0.0):
     return np.where(x < 0.0, negative, x) + correction
 
 
-def function(opset, dtypes, sloped):
+class _Body:
+    """The nodes of a function body, each of which makes one tensor."""
+
+    def __init__(self, opset: int):
+        self.opset = opset
+        self.nodes = []
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: str,
+        output: str | None = None,
+        domain: str | None = None,
+        **attributes,
+    ) -> str:
+        """Append a node, and return the name of its output."""
+        output = output or f"v{len(self.nodes)}"
+        if self.opset < 7 and not domain and len(inputs) == 2:
+            # The second input is the smaller one throughout.
+            attributes["broadcast"] = 1
+        if self.opset < 6 and op_type == "Cast":
+            attributes["to"] = TensorProto.DataType.Name(attributes["to"])
+        node = helper.make_node(op_type, inputs, [output], domain=domain, **attributes)
+        self.nodes.append(node)
+        return output
+
+    def constant(self, value: float, dtype: int) -> str:
+        return self.op("Constant", value=helper.make_tensor("", dtype, [], [value]))
+
+
+def function(opset: int, dtypes: Iterable[int], sloped: bool) -> FunctionProto:
     """The op as a model-local function of standard ops, for where no kernel is registered.
 
     Args:
@@ -87,25 +122,17 @@ def function(opset, dtypes, sloped):
         FunctionProto (X, beta, coeff[, slope]) -> Y. Its error against the exact formula is that of
         BOUNDS for beta >= 0.3, and of LOW_FALLBACK_BOUNDS below.
     """
-    # Of the comparisons only Less is used, the one that jaxonnxruntime has.
+    # Less is the only comparison, the one that jaxonnxruntime has.
     dtypes = set(dtypes)
     compute = TensorProto.DOUBLE if TensorProto.DOUBLE in dtypes else TensorProto.FLOAT
-    nodes = []
-
-    def op(op_type, *inputs, output=None, **attributes):
-        output = output or f"v{len(nodes)}"
-        if opset < 7 and len(inputs) == 2:
-            attributes["broadcast"] = 1  # of the second input, which is the smaller throughout
-        if opset < 6 and op_type == "Cast":
-            attributes["to"] = TensorProto.DataType.Name(attributes["to"])
-        nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
-        return output
+    body = _Body(opset)
+    op = body.op
 
     def constant(value):
-        return op("Constant", value=helper.make_tensor("", compute, [], [value]))
+        return body.constant(value, compute)
 
-    def computed(name, dtype_set):
-        return name if dtype_set == {compute} else op("Cast", name, to=compute)
+    def computed(name, types):
+        return name if types == {compute} else op("Cast", name, to=compute)
 
     x = computed("X", dtypes)
     beta = computed("beta", {TensorProto.FLOAT})
@@ -124,7 +151,7 @@ def function(opset, dtypes, sloped):
         negative = op("Mul", op("Relu", op("Neg", x)), slope)
         zero = constant(0.0)
         if opset >= 9:
-            # Again, for slope 0 and X = -inf.
+            # Once more, for slope 0 and X = -inf.
             negative = op("Where", op("Less", zero, op("Abs", slope)), negative, zero)
         original = op("Sub", original, negative)
     # inf / inf would be NaN, so the gate's distance stays finite; the log term carries NaN.
@@ -154,13 +181,62 @@ def function(opset, dtypes, sloped):
         OP_TYPE,
         ["X", "beta", "coeff", "slope"] if sloped else ["X", "beta", "coeff"],
         ["Y"],
-        nodes,
+        body.nodes,
         [helper.make_opsetid("", opset)],
         doc_string="Curvature Tuning unit (arXiv 2502.07783) of beta and c in [0, 1].",
     )
 
 
-def is_ctu(proto):
+def kinked_function(op_type: str, opset: int, sloped: bool) -> FunctionProto:
+    """One of our ops that call `ctonnx::CTU`, as a model-local function.
+
+    `rewriting.activations` has their formulas.
+
+    Args:
+        op_type: one of OPS, but for CTU itself.
+        opset: of the default domain.
+        sloped: whether the function of `ctonnx::CTU` in the same model takes a slope.
+
+    Returns:
+        FunctionProto (X, beta, coeff, operands) -> Y.
+    """
+    body = _Body(opset)
+    op = body.op
+
+    def kink(x, bound):
+        below = op("Neg", op("Abs", op("Sub", x, bound)))
+        slope = [op("Sub", bound, bound)] if sloped else []  # 0, in X's element type
+        return op(OP_TYPE, below, "beta", "coeff", *slope, domain=DOMAIN)
+
+    # Before opset 8 Max and Min did not broadcast.
+    def at_least(x, lo):
+        return op("Max", x, lo) if opset >= 8 else op("Add", op("Relu", op("Sub", x, lo)), lo)
+
+    def at_most(x, hi):
+        if opset >= 8:
+            return op("Min", x, hi)
+        return op("Add", op("Neg", op("Relu", op("Neg", op("Sub", x, hi)))), hi)
+
+    if op_type == "CTUMax":
+        operands = ["lo"]
+        op("Add", at_least("X", "lo"), kink("X", "lo"), output="Y")
+    elif op_type == "CTUMin":
+        operands = ["hi"]
+        op("Sub", at_most("X", "hi"), kink("X", "hi"), output="Y")
+    elif op_type == "CTUClip":
+        operands = ["lo", "hi"]
+        clipped = at_most(at_least("X", "lo"), "hi")
+        op("Sub", op("Add", clipped, kink("X", "lo")), kink("X", "hi"), output="Y")
+    else:
+        operands = ["alpha", "offset", "lo", "hi"]
+        line = op("Add", op("Mul", "X", "alpha"), "offset")
+        op("CTUClip", line, "beta", "coeff", "lo", "hi", output="Y", domain=DOMAIN)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
+    inputs = ["X", "beta", "coeff", *operands]
+    return helper.make_function(DOMAIN, op_type, inputs, ["Y"], body.nodes, imports)
+
+
+def is_ctu(proto: NodeProto | FunctionProto) -> bool:
     """Whether a NodeProto, or FunctionProto, is an op of ours: CTU or one that calls it."""
     name = proto.name if isinstance(proto, FunctionProto) else proto.op_type
     return proto.domain == DOMAIN and name in OPS

@@ -18,7 +18,8 @@ from ctonnx.check.reference import Evaluator, Reference
 from ctonnx.check.validate import Model, compare, random_inputs
 from ctonnx.errors import ModelError, NothingToDo
 from ctonnx.model.graph import node_label, scopes
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.rewriting import steer as steering
+from ctonnx.rewriting.steer import LOWERINGS
 
 pytest.importorskip("torch")
 
@@ -119,7 +120,7 @@ def is_floating(array):
 def steered(model, beta, lowering):
     copy = ModelProto()
     copy.CopyFrom(model)
-    return copy, rewrite.steer(copy, float(beta), float(COEFF), lowering=lowering)
+    return copy, steering.steer(copy, float(beta), float(COEFF), lowering=lowering)
 
 
 class CTU(OpRun):
@@ -166,7 +167,7 @@ def assert_follows_the_oracle(model, inputs):
     run = in_onnxruntime if runs_in_onnxruntime(model) else in_reference
     original = run(model, inputs)
     expected = oracle(model, inputs)
-    for lowering in rewrite.LOWERINGS:
+    for lowering in LOWERINGS:
         for beta, wanted in (1.0, original), (BETA, expected):
             changed, report = steered(model, beta, lowering)
             assert report.replaced
@@ -273,7 +274,7 @@ def test_a_wrong_rewrite_fails(mutation, lowering, monkeypatch):
     if mutation is None:
         assert assert_follows_the_oracle(model, inputs)
         return
-    right = rewrite.steer
+    right = steering.steer
 
     def steer(proto, *arguments, **options):
         before = ModelProto()
@@ -284,6 +285,6 @@ def test_a_wrong_rewrite_fails(mutation, lowering, monkeypatch):
             MUTATIONS[mutation](proto, before)
         return report
 
-    monkeypatch.setattr(rewrite, "steer", steer)
+    monkeypatch.setattr(steering, "steer", steer)
     with pytest.raises(AssertionError, match=rf"{lowering}.*y: differs"):
         assert_follows_the_oracle(model, inputs)

@@ -17,7 +17,10 @@ from conftest import DIGITS, parsed
 import ctonnx
 from ctonnx import ctu
 from ctonnx.cli import main as cli
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.cli.inspect import rows
+from ctonnx.cli.tables import columns
+from ctonnx.rewriting.steer import BETA_AS, LOWERINGS
+from ctonnx.rewriting.steered import SteeredModel
 
 NO_ACTIVATION = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[4] x) => (float[4] y) { y = Neg(x) }"""
@@ -91,7 +94,7 @@ def test_patch_check(run, lowering, beta_as):
     )
     assert code == 0, err
     assert "check passed: at beta 1 against the original" in err
-    assert ("with against without" in err) == (lowering == "portable")
+    assert ("op library vs. fallback" in err) == (lowering == "portable")
     assert sorted(files()) == ["digits.ct.onnx", "digits.onnx"]
 
 
@@ -162,7 +165,7 @@ def test_inspect_says_where_and_why(run):
     assert "y.then_branch" in lines[2]
     assert lines[3] == "0 steered, 1 steerable, 1 skipped"
     assert "\x1b" not in "".join(lines)
-    assert any("\x1b" in line for line in cli._table(rewrite.find(model)))
+    assert any("\x1b" in line for line in columns(rows(SteeredModel(model).activations)))
 
 
 def test_doctor(run):
@@ -652,24 +655,24 @@ def test_a_failing_check_writes_nothing(run, monkeypatch):
 
 
 def test_a_bug_shows_its_traceback(run, monkeypatch):
-    from ctonnx.rewriting import steer as rewrite
+    from ctonnx import api
 
     def bug(model):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(rewrite, "find", bug)
+    monkeypatch.setattr(api, "SteeredModel", bug)
     monkeypatch.setattr(sys, "argv", ["ctonnx", "inspect", "digits.onnx"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
 
 
 def test_interruption(run, monkeypatch):
-    from ctonnx.rewriting import steer as rewrite
+    from ctonnx.rewriting import steer as steering
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rewrite, "steer", interrupt)
+    monkeypatch.setattr(steering, "steer", interrupt)
     assert run("patch", "digits.onnx", "--beta", "0.5")[0] == 130
     assert list(files()) == ["digits.onnx"]
 
@@ -682,8 +685,8 @@ def test_a_second_interrupt_changes_nothing(tmp_path):
         from ctonnx import doctor
         signal.signal(signal.SIGINT, signal.default_int_handler)
         interrupt = lambda *given: os.kill(os.getpid(), signal.SIGINT)
-        doctor.examine, say = interrupt, cli._say
-        cli._say = lambda message: (say(message), interrupt())
+        doctor.examine, say = interrupt, cli.say
+        cli.say = lambda message: (say(message), interrupt())
         cli.main()"""
     command = [sys.executable, "-c", script, "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -725,8 +728,8 @@ def test_the_choices_are_those_of_the_library():
     assert tuple(options["search"].choices) == sweeping.SEARCHES
     assert tuple(options["engine"].choices) == sweeping.ENGINES
     options = {option.name: option.type for option in cli.patch.params}
-    assert tuple(options["lowering"].choices) == rewrite.LOWERINGS
-    assert tuple(options["beta_as"].choices) == rewrite.BETA_AS
+    assert tuple(options["lowering"].choices) == LOWERINGS
+    assert tuple(options["beta_as"].choices) == BETA_AS
 
 
 def test_help_and_version(run):

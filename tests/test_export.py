@@ -17,8 +17,10 @@ from torch import nn
 
 import ctonnx
 from ctonnx import ctu
-from ctonnx.rewriting import params, steer as rewrite
+from ctonnx.rewriting import params
 from ctonnx.rewriting.checkpoint import pairs
+from ctonnx.rewriting.steer import steer as steer_onnx
+from ctonnx.rewriting.steered import SteeredModel
 from ctonnx.torch import CTU, export, factory, restore, steer, trainable
 from ctonnx.torch.export import exported
 
@@ -227,7 +229,7 @@ def test_a_steered_model_is_what_is_exported(dynamo):
     assert [t.name for t in proto.graph.initializer].count("beta") == 1
     # It can be changed and undone like any other.
     with steer(model, 0.9, 0.4):
-        rewrite.set_beta(proto, 0.9)
+        SteeredModel(proto).set(0.9)
         assert furthest(proto, x, model(*x)).max() < 1e-5
     back = ctonnx.unpatch(proto)
     assert not any(map(ctu.is_ctu, back.graph.node))
@@ -253,7 +255,7 @@ def test_trained_pairs_are_what_is_exported_and_what_a_checkpoint_brings(dynamo,
     assert all(map(torch.equal, again(*x), want))
 
     # One channel of one module moves: the comparison sees it, in that network's output alone.
-    given = params.load(tmp_path / "t.pth")
+    given = params.read(tmp_path / "t.pth")
     beta = given["parts.0.layer2.0.relu"]["beta"]
     beta[0, 3] = 1 - beta[0, 3].round()
     moved = ctonnx.patch(onnx.load_from_string(plain(dynamo)), params=given)
@@ -387,11 +389,11 @@ def two(bare):
 def test_where_nothing_names_modules_pairs_go_in_order_and_it_is_said():
     given, proto, x, want = two(bare=True)
     again = onnx.ModelProto.FromString(proto.SerializeToString())
-    report = rewrite.steer(again, params=given)
+    report = steer_onnx(again, params=given)
     assert furthest(again, (x,), (want,)) < 1e-6
     assert any("in order: 1 for n1, 3 for n3" in note for note in report.notes)
     _, named, _, _ = two(bare=False)
-    assert not any("in order" in note for note in rewrite.steer(named, params=given).notes)
+    assert not any("in order" in note for note in steer_onnx(named, params=given).notes)
     del given["3"]
     with pytest.raises(ctonnx.UsageError, match="holds 1 pairs, the model 2 activations"):
         ctonnx.patch(proto, params=given)
@@ -402,10 +404,10 @@ def test_other_weights_than_the_checkpoint_has_are_noted():
     given, proto, _, _ = two(bare=False)
     weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     copy = onnx.ModelProto.FromString(proto.SerializeToString())
-    assert rewrite.steer(copy, params=params.Trained(given, weights)).notes == []
+    assert steer_onnx(copy, params=params.Trained(given, weights)).notes == []
     name = min(weights)
     weights[name] = weights[name] + 1
-    report = rewrite.steer(proto, params=params.Trained(given, weights))
+    report = steer_onnx(proto, params=params.Trained(given, weights))
     (note,) = report.notes
     assert note.startswith("took beta and c alone: 1 weights of the checkpoint differ")
     assert f"such as {name};" in note
@@ -428,7 +430,7 @@ def test_a_checkpoint_of_bfloat16_and_of_parameters_is_read(tmp_path):
     state = {"1._raw_beta": torch.zeros(1, 6), "1._raw_coeff": torch.ones(1, 6)}
     for dtype, kind in (torch.bfloat16, torch.Tensor), (torch.float32, nn.Parameter):
         torch.save({k: kind(v.to(dtype)) for k, v in state.items()}, tmp_path / "s.pth")
-        steered = ctonnx.patch(proto, params=params.load(tmp_path / "s.pth"))
+        steered = ctonnx.patch(proto, params=params.read(tmp_path / "s.pth"))
         assert np.unique(ctonnx.inspect(steered)[0].beta).tolist() == [0.5]
 
 

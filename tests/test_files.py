@@ -13,6 +13,7 @@ from onnx import AttributeProto, TensorProto, helper
 
 import ctonnx
 from ctonnx.errors import ModelError, UsageError
+from ctonnx.model import external as external_data
 from ctonnx.model import files
 
 WEIGHTED = """<ir_version: 8, opset_import: ["" : 17]>
@@ -187,11 +188,11 @@ def test_the_walk_over_tensors_knows_every_place_for_one():
             for name, kind in kinds.items()
             if any(f.message_type and f.message_type.name in holding for f in kind.fields)
         }
-    assert holding == files._HOLDING_TENSORS
+    assert holding == external_data._HOLDING_TENSORS
 
 
 def test_a_failing_edit_leaves_nothing_and_changes_nothing(external, tmp_path):
-    def fail(result, path):
+    def fail(path):
         assert run(path).shape == (1, 4)
         raise ZeroDivisionError
 
@@ -199,8 +200,11 @@ def test_a_failing_edit_leaves_nothing_and_changes_nothing(external, tmp_path):
     for folder in (external.parent, tmp_path / "out"):
         (folder / "old.onnx").write_bytes(b"before")
         before = sorted(os.listdir(folder))
-        with pytest.raises(ZeroDivisionError):
-            files.edit(external, lambda model: None, folder / "old.onnx", True, fail)
+        with (
+            pytest.raises(ZeroDivisionError),
+            files.Transaction(external, folder / "old.onnx", True) as edit,
+        ):
+            fail(edit.stage())
         assert sorted(os.listdir(folder)) == before
         assert (folder / "old.onnx").read_bytes() == b"before"
 
@@ -446,8 +450,10 @@ def test_progress_tells_every_byte_once(external, tmp_path):
     bars = []
     (tmp_path / "out").mkdir()
     for name in "a", "b":
-        files.edit(external, lambda m: None, tmp_path / "out" / name, progress=Bar)
-    files.edit(external, lambda m: None, external.parent / "c", progress=Bar)
+        with files.Transaction(external, tmp_path / "out" / name, progress=Bar):
+            pass
+    with files.Transaction(external, external.parent / "c", progress=Bar):
+        pass
     (bar,) = bars
     assert bar.total == sum(bar.done) == 16
 
@@ -498,7 +504,7 @@ from itertools import count
 from pathlib import Path
 from ctonnx import api
 from ctonnx.model import files
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.rewriting.steered import SteeredModel
 
 source, work, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 data = (source.parent / "weights.bin").read_bytes()
@@ -507,7 +513,8 @@ api.patch(source, 0.5, output=source.parent / "steered.onnx")
 steered = source.parent / "steered.onnx"
 
 def set_(beta):
-    files.edit(steered, lambda model: rewrite.set_beta(model, beta), steered, force=True)
+    with files.Transaction(steered, steered, force=True) as edit:
+        SteeredModel(edit.model).set(beta)
 
 def once(i):
     set_((0.5, 0.7)[i % 2])

@@ -38,7 +38,8 @@ from test_rewrite import MIXED, MODELS
 import ctonnx
 from ctonnx.cli import main as cli
 from ctonnx.errors import CtonnxError, UsageError
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.rewriting.steer import BETA_AS, LOWERINGS
+from ctonnx.rewriting.steered import SteeredModel
 
 FACTOR = int(os.environ.get("CTONNX_FUZZ", "1"))
 MUTANTS, STRUCTURES = 18_500 * FACTOR, 1_500 * FACTOR
@@ -79,7 +80,7 @@ def digest(number, data, folder):
     edit_in_memory(number, data)
     end = "steered"
     try:
-        ctonnx.patch(path, 0.85, output=output, lowering=rewrite.LOWERINGS[number % 3])
+        ctonnx.patch(path, 0.85, output=output, lowering=LOWERINGS[number % 3])
         assert listed(folder) == ["model.onnx", "out.onnx", "weights"]
         ctonnx.inspect(output)
         output.unlink()
@@ -99,25 +100,25 @@ def digest(number, data, folder):
 def edit_in_memory(number, data):
     """Patch, set, inspect and unpatch, in one lowering: the file that is written has another."""
     model = ModelProto.FromString(data)
-    for change in rewrite.unsteer, lambda copy: rewrite.set_beta(copy, 0.5):
+    for change in SteeredModel.unsteer, lambda steered: steered.set(0.5):
         copy = ModelProto.FromString(data)
         with suppress(CtonnxError):
-            change(copy)
-            rewrite.find(copy)
-    beta_as = rewrite.BETA_AS[number // 3 % 3]
-    lowering = rewrite.LOWERINGS[(number + 1) % 3]
+            change(SteeredModel(copy))
+            ctonnx.inspect(copy)
+    beta_as = BETA_AS[number // 3 % 3]
+    lowering = LOWERINGS[(number + 1) % 3]
     try:
         changed = ctonnx.patch(model, 0.85, beta_as=beta_as, lowering=lowering)
     except CtonnxError:
         return
-    assert any(a.status == "steered" for a in rewrite.find(changed))
+    assert any(a.status == "steered" for a in SteeredModel(changed).activations)
     if lowering == "primitives":
         return
     try:
-        rewrite.set_beta(changed, 0.5)
+        SteeredModel(changed).set(0.5)
     except UsageError:
         assert beta_as == "required-input"
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model, "unpatch does not give back the original"
 
 
@@ -211,7 +212,7 @@ def good_models():
     steered = [
         ctonnx.patch(model, 0.85, lowering=lowering, beta_as=beta_as)
         for model in models[:3]
-        for lowering in rewrite.LOWERINGS
+        for lowering in LOWERINGS
         for beta_as in ("initializer", "input")
     ]
     external = ModelProto.FromString(models[0].SerializeToString())

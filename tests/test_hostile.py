@@ -9,8 +9,9 @@ from onnx import ModelProto, TensorProto, helper
 import ctonnx
 from ctonnx.check.validate import Model
 from ctonnx.errors import ModelError, NothingToDo, UsageError
-from ctonnx.model import files
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.model import external
+from ctonnx.rewriting.steer import LOWERINGS, steer, steer_or_set
+from ctonnx.rewriting.steered import SteeredModel
 
 RELU = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[4] x) => (float[4] y) { y = Relu(x) }"""
@@ -36,7 +37,7 @@ def test_a_name_that_is_not_utf8(text):
     <domain: "my", opset_import: ["" : 17]> f <attr> (X) => (Y) { Y = Neg(X) }""")
     model.graph.node[0].name = "node"
     model.metadata_props.add(key="meta", value="?")
-    for function in rewrite.find, rewrite.unsteer, lambda m: rewrite.steer(m, 0.5):
+    for function in SteeredModel, lambda m: steer(m, 0.5):
         with pytest.raises(ModelError, match="not UTF-8"):
             function(with_bytes(model, text))
 
@@ -47,10 +48,10 @@ def test_an_external_data_location_that_is_not_utf8(tmp_path):
     model.graph.initializer[0].data_location = TensorProto.EXTERNAL
     model.graph.initializer[0].external_data.add(key="location", value="somewhere")
     with pytest.raises(ModelError, match="external data of 'w'"):
-        files.check_external_data(with_bytes(model, b"somewhere"), tmp_path)
+        external.check_external_data(with_bytes(model, b"somewhere"), tmp_path)
 
 
-@pytest.mark.parametrize("key", [rewrite.ORIGINAL, rewrite.LOWERED, "ctonnx.version"])
+@pytest.mark.parametrize("key", ["ctonnx.original", "ctonnx.lowered", "ctonnx.version"])
 @pytest.mark.parametrize("place", ["model", "activation", "another node"])
 def test_records_where_nothing_is_steered(key, place):
     """They would be taken for ours when undoing: as with a model that is steered already."""
@@ -59,7 +60,7 @@ def test_records_where_nothing_is_steered(key, place):
     model.graph.node.add(op_type="Sigmoid", input=["x"], output=["s"])
     places = {"model": model, "activation": model.graph.node[0]}
     places.get(place, model.graph.node[1]).metadata_props.add(key=key, value="result")
-    for lowering in rewrite.LOWERINGS:
+    for lowering in LOWERINGS:
         with pytest.raises(UsageError, match="already steered"):
             ctonnx.patch(model, 0.5, lowering=lowering)
 
@@ -67,7 +68,7 @@ def test_records_where_nothing_is_steered(key, place):
 def test_an_activation_whose_output_has_no_name():
     model = relu()
     model.graph.node[0].output[0] = ""
-    assert rewrite.find(model) == []
+    assert SteeredModel(model).activations == []
     with pytest.raises(NothingToDo):
         ctonnx.patch(model, 0.5, lowering="primitives")
 
@@ -78,9 +79,10 @@ def test_an_activation_that_holds_a_graph():
     model.graph.node.add().CopyFrom(model.graph.node[0])
     attribute = model.graph.node[0].attribute.add(name="body", type=onnx.AttributeProto.GRAPH)
     attribute.g.node.add(op_type="LeakyRelu", input=["x"], output=["z"])
-    assert [a.status for a in rewrite.find(model)] == ["skipped", "steerable", "steerable"]
+    states = [a.status for a in SteeredModel(model).activations]
+    assert states == ["skipped", "steerable", "steerable"]
     changed = ctonnx.patch(model, 0.5)
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model
 
 
@@ -91,15 +93,16 @@ def test_fields_of_the_future_are_kept_once():
     model.graph.node[0].CopyFrom(onnx.NodeProto.FromString(data))
     changed = ctonnx.patch(model, 0.5)
     assert changed.SerializeToString().count(unknown) == 1
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model
 
 
 def test_a_ctu_that_lacks_inputs():
     model = ctonnx.patch(relu(), 0.5)
     del model.graph.node[0].input[1:]
-    assert [(a.status, a.beta, a.coeff) for a in rewrite.find(model)] == [("steered", None, None)]
-    for change in rewrite.set_beta, rewrite.give:
+    (activation,) = SteeredModel(model).activations
+    assert (activation.status, activation.beta, activation.coeff) == ("steered", None, None)
+    for change in lambda m, beta: SteeredModel(m).set(beta), steer_or_set:
         with pytest.raises(UsageError, match="CTUs name no beta: steer its original"):
             change(model, 0.5)
 
@@ -108,14 +111,14 @@ def test_a_ctu_that_lacks_inputs():
 def test_a_scalar_that_does_not_hold_one_value(values):
     model = relu()
     model.graph.initializer.add(name="w", data_type=TensorProto.FLOAT, **values)
-    assert [a.status for a in rewrite.find(model)] == ["steerable"]
+    assert [a.status for a in SteeredModel(model).activations] == ["steerable"]
 
 
 def test_an_element_type_of_the_future():
     model = relu()
     model.graph.input[0].type.tensor_type.elem_type = 99
     with pytest.raises(NothingToDo, match="unknown type 99"):
-        rewrite.steer(model, 0.5)
+        steer(model, 0.5)
 
 
 @pytest.mark.parametrize("alpha", [[0.1, 0.2], ["a"], b"\xff", 3])
@@ -123,7 +126,7 @@ def test_a_slope_of_another_type(alpha):
     model = relu()
     model.graph.node[0].CopyFrom(helper.make_node("LeakyRelu", ["x"], ["y"], alpha=alpha))
     changed = ctonnx.patch(model, 0.5)
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model
 
 
@@ -135,7 +138,7 @@ def test_the_domain_ctonnx_in_a_function():
         model = relu()
         model.functions.append(foreign)
         with pytest.raises(ModelError, match="something else"):
-            rewrite.steer(model, 0.5)
+            steer(model, 0.5)
 
 
 @pytest.mark.parametrize("lowering", ["portable", "op"])
@@ -146,7 +149,7 @@ def test_the_domain_ctonnx_imported_and_not_used(lowering):
     changed = ctonnx.patch(model, 0.5, lowering=lowering)
     onnx.checker.check_model(changed)
     assert Model(changed.SerializeToString(), library=True).run({"x": np.float32([0, 1, 2, 3])})
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model
 
 
@@ -156,7 +159,7 @@ def test_a_standard_op_that_the_model_redefines():
     function = helper.make_function("", "Relu", ["X"], ["Y"], [node], model.opset_import)
     model.functions.append(function)
     with pytest.raises(ModelError, match="the domain of the standard ops"):
-        rewrite.steer(model, 0.5)
+        steer(model, 0.5)
 
 
 def test_functions_that_the_inliner_takes_for_one():
@@ -184,7 +187,7 @@ def chain(bodies):
 def test_functions_that_call_themselves():
     for bodies in (["Y = my.f0(X)"], ["Y = my.f1(X)", "Y = my.f0(X)"]):
         with pytest.raises(ModelError, match=r"my::f. calls itself"):
-            rewrite.find(chain(bodies))
+            ctonnx.inspect(chain(bodies))
 
 
 def test_functions_that_call_each_other_beyond_bounds():
@@ -193,6 +196,6 @@ def test_functions_that_call_each_other_beyond_bounds():
     deep = [f"Y = my.f{i + 1}(X)" for i in range(200)]
     for bodies in twice, deep:
         with pytest.raises(ModelError, match="too often, or too deep"):
-            rewrite.find(chain(bodies))
-    assert len(rewrite.find(chain(twice[:5]))) == 1
-    assert len(rewrite.find(chain(deep[:50]))) == 1
+            ctonnx.inspect(chain(bodies))
+    assert len(SteeredModel(chain(twice[:5])).activations) == 1
+    assert len(SteeredModel(chain(deep[:50])).activations) == 1

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 import ctonnx
 from ctonnx import ctu
 from ctonnx.ort import blocked, library
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.rewriting.steer import BETA_AS, Selection, steer
 
 CPU = ["CPUExecutionProvider"]
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 16, 8, 8] x'
@@ -51,7 +51,7 @@ def with_weights(text):
 
 def steered(text=NET, **options):
     model = with_weights(text)
-    rewrite.steer(model, 0.85, **options)
+    steer(model, 0.85, **options)
     return model
 
 
@@ -133,7 +133,7 @@ def test_outputs_are_those_of_the_plain_session(text):
 
 def test_digits():
     model = onnx.load(DIGITS / "digits.onnx")
-    rewrite.steer(model, 0.85)
+    steer(model, 0.85)
     assert_same(model, random_x(3, 1, 8, 8))
 
 
@@ -147,7 +147,7 @@ def test_nan_and_infinity_pass_alike():
 def test_partial_steering(number):
     """Each choice of the three Relus, by the names of their outputs."""
     chosen = [name for i, name in enumerate("rty") if number >> i & 1]
-    model = steered(include=f"^({'|'.join(chosen)})$")
+    model = steered(selection=Selection(include=f"^({'|'.join(chosen)})$"))
     assert sum(map(ctu.is_ctu, model.graph.node)) == len(chosen)
     assert_same(model)
 
@@ -155,7 +155,7 @@ def test_partial_steering(number):
 @pytest.mark.parametrize("ops", [None, ["relu"], ["leakyrelu"]])
 def test_leaky_relus_beside_relus(ops):
     text = NET.replace("t = Relu(s)", "t = LeakyRelu <alpha = 0.2> (s)")
-    assert_same(steered(text, ops=ops))
+    assert_same(steered(text, selection=Selection(ops)))
 
 
 def test_each_site_keeps_its_own_parameters():
@@ -263,7 +263,7 @@ REFUSED = {
     "the model computes in half precision": half,
     "the parameters of 'r' are not all scalars": per_channel,
     "no op is left to stand in for the CTU": lambda: steered(
-        tail("s = Sigmoid(r)  t = Tanh(s)  y = Relu(t)"), include="^r$"
+        tail("s = Sigmoid(r)  t = Tanh(s)  y = Relu(t)"), selection=Selection(include="^r$")
     ),
     "ONNX Runtime lays out nothing in blocks": lambda: steered(
         """<ir_version: 8, opset_import: ["" : 17]>
@@ -346,7 +346,7 @@ def wrong_input(sites):
 
 
 @pytest.mark.parametrize("damage", [relu_left, parameters_swapped, wrong_input])
-@pytest.mark.parametrize("beta_as", rewrite.BETA_AS)
+@pytest.mark.parametrize("beta_as", BETA_AS)
 def test_wrong_bake_is_caught(monkeypatch, damage, beta_as):
     bake = blocked.bake
 

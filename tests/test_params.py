@@ -12,7 +12,9 @@ from onnx import ModelProto
 from ctonnx import ctu
 from ctonnx.check.validate import Model, check_steered
 from ctonnx.errors import InputFileError, NothingToDo, UsageError
-from ctonnx.rewriting import params, steer as rewrite
+from ctonnx.rewriting import params
+from ctonnx.rewriting.steer import steer
+from ctonnx.rewriting.steered import SteeredModel
 
 MODEL = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 3, 2, 2] x) => (float[N, 3, 2, 2] a, float[N, 12] b, float[N, 12] c, float[N, 2, 6] d)
@@ -24,7 +26,7 @@ X = np.random.default_rng(0).normal(size=(2, 3, 2, 2)).astype(np.float32)
 
 def run(given, beta=None, coeff=0.5):
     model = parsed(MODEL)
-    report = rewrite.steer(model, beta, coeff, params=given)
+    report = steer(model, beta, coeff, params=given)
     results = [Model(model.SerializeToString(), library).run({"x": X}) for library in (False, True)]
     for name, y in results[0].items():
         np.testing.assert_allclose(y, results[1][name], atol=1e-6)
@@ -43,8 +45,8 @@ def test_scalars_by_name_and_by_pattern():
 def test_a_name_outweighs_a_pattern():
     for given in ({"c": 0.9, "[abcd]": 0.5}, {"[abcd]": 0.5, "c": 0.9}):
         model = parsed(MODEL)
-        rewrite.steer(model, params=given)
-        assert {a.name: a.beta for a in rewrite.find(model)} == {
+        steer(model, params=given)
+        assert {a.name: a.beta for a in SteeredModel(model).activations} == {
             "a": 0.5,
             "b": 0.5,
             "c": 0.9,
@@ -54,7 +56,7 @@ def test_a_name_outweighs_a_pattern():
 
 def test_a_module_is_a_name():
     model = onnx.load(DIGITS / "digits.onnx")
-    report = rewrite.steer(model, params={"block1.relu": 0.9})
+    report = steer(model, params={"block1.relu": 0.9})
     assert [a.name for a in report.replaced] == ["node_relu_1", "node_relu_2"]
 
 
@@ -88,14 +90,14 @@ def test_one_value_per_channel():
 
 def test_inspect_set_and_undo():
     model, original = parsed(MODEL), parsed(MODEL)
-    rewrite.steer(model, 0.5, params={"a": [0.1, 0.2, 0.3], "c": 0.9})
-    betas = {a.name: a.beta for a in rewrite.find(model)}
+    steer(model, 0.5, params={"a": [0.1, 0.2, 0.3], "c": 0.9})
+    betas = {a.name: a.beta for a in SteeredModel(model).activations}
     assert betas == {"a": [[[0.1]], [[0.2]], [[0.3]]], "b": 0.5, "c": 0.9, "d": 0.5}
     changed = ModelProto()
     changed.CopyFrom(model)
-    assert rewrite.set_beta(changed, 0.75) == 3
-    assert {a.beta for a in rewrite.find(changed)} == {0.75}
-    rewrite.unsteer(model)
+    assert SteeredModel(changed).set(0.75) == 3
+    assert {a.beta for a in SteeredModel(changed).activations} == {0.75}
+    SteeredModel(model).unsteer()
     assert model == original
 
 
@@ -124,20 +126,20 @@ def test_mistakes(given, message):
 def test_a_beta_that_no_activation_uses():
     """It is not written, and cannot be an input."""
     model, original = parsed(MODEL), parsed(MODEL)
-    rewrite.steer(model, 0.5, params={"": 0.25})
-    assert {a.beta for a in rewrite.find(model)} == {0.25}
-    rewrite.unsteer(model)
+    steer(model, 0.5, params={"": 0.25})
+    assert {a.beta for a in SteeredModel(model).activations} == {0.25}
+    SteeredModel(model).unsteer()
     assert model == original
     with pytest.raises(UsageError, match="no activation would use"):
-        rewrite.steer(parsed(MODEL), 0.5, params={"": 0.25}, beta_as="input")
+        steer(parsed(MODEL), 0.5, params={"": 0.25}, beta_as="input")
 
 
 def test_set_needs_every_beta_to_be_there():
     model = parsed(MODEL)
-    rewrite.steer(model, 0.5, params={"a": 0.25}, beta_as="required-input")
+    steer(model, 0.5, params={"a": 0.25}, beta_as="required-input")
     before = model.SerializeToString(deterministic=True)
     with pytest.raises(UsageError, match="required input"):
-        rewrite.set_beta(model, 0.75)
+        SteeredModel(model).set(0.75)
     assert model.SerializeToString(deterministic=True) == before
 
 
@@ -147,7 +149,7 @@ def test_check_leaves_an_input_of_the_models_own_alone(tmp_path):
     g (float[3] beta) => (float[3] y) { y = Relu(beta) }"""
     (tmp_path / "m.onnx").write_bytes(parsed(text).SerializeToString())
     model = parsed(text)
-    report = rewrite.steer(model, params={"y": 0.5})
+    report = steer(model, params={"y": 0.5})
     path = tmp_path / "s.onnx"
     path.write_bytes(model.SerializeToString())
     assert len(check_steered(tmp_path / "m.onnx", path, report, None, "portable")) == 2
@@ -159,7 +161,7 @@ def test_channels_of_a_fused_convolution_in_blocks():
     { y = com.microsoft.nchwc.Conv <activation: string = "Relu"> (x, w) }"""
     model = onnx.parser.parse_model(text.replace("<float[8, 8, 1, 1] w = {}>", ""))
     with pytest.raises(UsageError, match="its channels are not dimension 1"):
-        rewrite.steer(model, params={"y": np.full((8, 1, 1), 0.5)})
+        steer(model, params={"y": np.full((8, 1, 1), 0.5)})
 
 
 def test_a_list_needs_a_known_shape():
@@ -174,16 +176,16 @@ def test_a_list_needs_a_known_shape():
 
 def test_beta_as_input_needs_a_common_beta():
     with pytest.raises(UsageError, match="together with a value for beta"):
-        rewrite.steer(parsed(MODEL), params={"a": 0.5}, beta_as="input")
+        steer(parsed(MODEL), params={"a": 0.5}, beta_as="input")
 
 
 def test_files(tmp_path):
     given = {"a": {"beta": [0.1, 0.2, 0.3]}, "c.d": {"beta": 0.5, "coeff": 0.25}}
     (tmp_path / "p.json").write_text(json.dumps(given))
-    assert params.load(tmp_path / "p.json") == given
+    assert params.read(tmp_path / "p.json") == given
     arrays = {"a.beta": [0.1, 0.2, 0.3], "c.d.beta": 0.5, "c.d.coeff": 0.25}
     np.savez(tmp_path / "p.npz", **arrays)
-    loaded = params.load(tmp_path / "p.npz")
+    loaded = params.read(tmp_path / "p.npz")
     assert {k: {n: v.tolist() for n, v in e.items()} for k, e in loaded.items()} == given
     damaged = bytearray((tmp_path / "p.npz").read_bytes())
     damaged[60] ^= 255
@@ -192,9 +194,9 @@ def test_files(tmp_path):
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputFileError, match=name):
-            params.load(tmp_path / name)
+            params.read(tmp_path / name)
     np.savez(tmp_path / "e.npz", gamma=1)
     with pytest.raises(InputFileError, match=r"NAME\.beta"):
-        params.load(tmp_path / "e.npz")
+        params.read(tmp_path / "e.npz")
     with pytest.raises(InputFileError, match="missing"):
-        params.load(tmp_path / "missing.json")
+        params.read(tmp_path / "missing.json")

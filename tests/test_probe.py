@@ -17,7 +17,8 @@ from ctonnx.cli import main as cli
 from ctonnx.errors import MissingDependency, UsageError
 from ctonnx.measure import engine
 from ctonnx.model import flow
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.rewriting.steer import Selection, steer
+from ctonnx.rewriting.steered import SteeredModel
 from ctonnx.transfer import probing
 
 pytest.importorskip("sklearn")
@@ -115,7 +116,7 @@ def test_what_is_written_has_the_reported_accuracy_in_plain_onnx_runtime(probed)
     assert after <= used
     shape = session.get_outputs()[0].shape
     assert shape == [onnxruntime.InferenceSession(MODEL).get_outputs()[0].shape[0], 2]
-    assert not any(entry.key == rewrite.CLASSES for entry in model.metadata_props)
+    assert not any(entry.key == "ctonnx.classes" for entry in model.metadata_props)
     assert {a.beta for a in ctonnx.inspect(path)} == {result.best.beta}
     assert result.parameters == sum(
         np.prod(t.dims) for t in model.graph.initializer if t.name.startswith("head_")
@@ -272,7 +273,7 @@ def test_classes_may_have_names():
     assert result.classes == ["high", "low", "ärger"]
     assert numbers.classes == [0, 1, 2]
     metadata = {entry.key: entry.value for entry in result.model.metadata_props}
-    assert json.loads(metadata[rewrite.CLASSES]) == result.classes
+    assert json.loads(metadata["ctonnx.classes"]) == result.classes
     session = onnxruntime.InferenceSession(result.model.SerializeToString())
     predicted = np.array(result.classes)[session.run(None, {"x": X})[0].argmax(1)]
     assert result.written == (predicted == names).mean()
@@ -376,8 +377,8 @@ def test_external_data_are_shared(tmp_path):
 
 def parts(model, output="h", **options):
     """The two parts of a small model steered, and the whole."""
-    rewrite.steer(model, 1.0, beta_as="required-input", **options)
-    return flow.split(model, output, rewrite.beta_names(model)), model
+    steer(model, 1.0, beta_as="required-input", **options)
+    return flow.split(model, output, SteeredModel(model).betas()), model
 
 
 def run(model, **fed):
@@ -390,7 +391,7 @@ def run(model, **fed):
 @pytest.mark.parametrize("exclude", [None, "^node_relu(_[1-3])?$"])
 def test_the_part_before_the_first_steered_activation_is_run_once(exclude):
     """Both parts give what the whole model does, but for how ONNX Runtime fuses and lays it out."""
-    (before, after), whole = parts(onnx.load(MODEL), FEATURES, exclude=exclude)
+    (before, after), whole = parts(onnx.load(MODEL), FEATURES, selection=Selection(exclude=exclude))
     convolutions = [sum(n.op_type == "Conv" for n in part.graph.node) for part in (before, after)]
     assert sum(convolutions) == 6
     assert convolutions[0] == (1 if exclude is None else 5)

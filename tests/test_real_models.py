@@ -15,7 +15,9 @@ from ctonnx.check.reference import Reference
 from ctonnx.errors import NothingToDo
 from ctonnx.model.graph import node_label, scopes
 from ctonnx.ort import blocked
-from ctonnx.rewriting import activations, steer as rewrite
+from ctonnx.rewriting import activations
+from ctonnx.rewriting.steer import LOWERINGS, steer
+from ctonnx.rewriting.steered import SteeredModel
 
 SILERO_MODELS = [
     *("silero_vad", "silero_vad_16k_op15", "silero_vad_16k_sequence", "silero_vad_half"),
@@ -33,10 +35,10 @@ def relus(model):
 def steered(model, **options):
     changed = ModelProto()
     changed.CopyFrom(model)
-    return changed, rewrite.steer(changed, 0.85, **options)
+    return changed, steer(changed, 0.85, **options)
 
 
-def assert_steers(path, folder, inputs=None, lowerings=rewrite.LOWERINGS):
+def assert_steers(path, folder, inputs=None, lowerings=LOWERINGS):
     """What every model must pass; returns the outputs' largest relative change at beta 0.85."""
     model = onnx.load(path)
     for lowering in lowerings:
@@ -54,7 +56,7 @@ def assert_steers(path, folder, inputs=None, lowerings=rewrite.LOWERINGS):
             # One that was fused becomes a node of its own, which undoing takes away again.
             if not any(activations.unfused(n) for s in scopes(model) for n in s.body.node):
                 assert_changes_are_listed(model, changed, report)
-            rewrite.unsteer(changed)
+            SteeredModel(changed).unsteer()
             assert changed == model
 
     reference = validate.Model(path)
@@ -133,7 +135,7 @@ def test_light(tmp_path, name):
     path = LIGHT / f"light_{name}.onnx"
     # Its weights are all alike, and its output hardly depends on the activations:
     # test_backend_data.py gives it others, and compares values.
-    assert_steers(path, tmp_path, lowerings=("portable",) if name in HEAVY else rewrite.LOWERINGS)
+    assert_steers(path, tmp_path, lowerings=("portable",) if name in HEAVY else LOWERINGS)
 
 
 def test_session_creation_is_not_slowed_by_many_sites(tmp_path):
@@ -142,7 +144,7 @@ def test_session_creation_is_not_slowed_by_many_sites(tmp_path):
     info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("t0", "t1000")]
     graph = helper.make_graph(nodes, "chain", info[:1], info[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    rewrite.steer(model, 0.85)
+    steer(model, 0.85)
     optimised = tmp_path / "optimised.onnx"
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(optimised)

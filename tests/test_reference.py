@@ -18,7 +18,7 @@ from ctonnx.check.reference import Evaluator, Reference
 from ctonnx.check.validate import Model, compare
 from ctonnx.errors import MissingDependency, ModelError, UsageError
 from ctonnx.model.values import arrays
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.rewriting.steer import steer
 
 pytest.importorskip("torch")
 
@@ -301,7 +301,7 @@ g (float[N, 4] x, bool b) => (float[N, 4] y)
 def test_steered_activations_follow_the_formula(lowering, beta_as):
     model = parsed(OURS)
     before = model.SerializeToString()
-    rewrite.steer(model, 0.85, 0.3, beta_as=beta_as, lowering=lowering)
+    steer(model, 0.85, 0.3, beta_as=beta_as, lowering=lowering)
     after = model.SerializeToString()
     x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32) * 3
 

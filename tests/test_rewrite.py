@@ -12,7 +12,9 @@ from ctonnx import ctu
 from ctonnx.check.validate import Model, compare
 from ctonnx.errors import ModelError, NothingToDo, UsageError
 from ctonnx.model.graph import node_label, scopes
-from ctonnx.rewriting import activations, steer as rewrite
+from ctonnx.rewriting import activations
+from ctonnx.rewriting.steer import BETA_AS, LOWERINGS, Selection, steer, steer_or_set
+from ctonnx.rewriting.steered import SteeredModel
 
 PLAIN = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 4] x) => (float[N, 4] y) <float[4] a = {0.1, 0.2, -0.3, 1.5}>
@@ -91,13 +93,13 @@ INPUTS = {
 }
 
 each_model = pytest.mark.parametrize("name", MODELS)
-each_lowering = pytest.mark.parametrize("lowering", rewrite.LOWERINGS)
+each_lowering = pytest.mark.parametrize("lowering", LOWERINGS)
 
 
 def steered(model, *arguments, **options):
     copy = ModelProto()
     copy.CopyFrom(model)
-    return copy, rewrite.steer(copy, *arguments, **options)
+    return copy, steer(copy, *arguments, **options)
 
 
 def outputs(model, inputs, library):
@@ -110,7 +112,7 @@ def all_nodes(model):
 
 def metadata(model):
     return {
-        entry.key: entry.value for entry in model.metadata_props if entry.key != rewrite.ORIGINAL
+        entry.key: entry.value for entry in model.metadata_props if entry.key != "ctonnx.original"
     }
 
 
@@ -220,8 +222,8 @@ def test_fused_activations_are_taken_out(activation, expected, lowering):
     np.testing.assert_allclose(result["y"], y, atol=2e-6)
     np.testing.assert_allclose(result["z"], expected(-2 * y), atol=4e-6)
     if lowering != "primitives":
-        assert {a.op for a in rewrite.find(changed)} == {a.op for a in report.replaced}
-        rewrite.unsteer(changed)
+        assert {a.op for a in SteeredModel(changed).activations} == {a.op for a in report.replaced}
+        SteeredModel(changed).unsteer()
         assert changed == model
 
 
@@ -234,7 +236,7 @@ def test_a_fused_gemm_becomes_a_gemm():
     x = np.float32([[1, -2], [3, 1]])
     y = outputs(changed, {"x": x}, library=True)["y"]
     np.testing.assert_allclose(y, ctu.ctu(x @ x.T, 0.5), atol=1e-5)
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model
 
 
@@ -290,7 +292,7 @@ def test_an_import_without_a_node_stays():
     model.opset_import.append(onnx.helper.make_opsetid(ctu.DOMAIN, 1))
     changed, _ = steered(model, 0.5)
     onnx.checker.check_model(changed, full_check=True)
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model
 
 
@@ -345,7 +347,7 @@ def test_a_calibrated_range_is_mentioned():
 def test_what_another_tool_inlined_is_not_offered_to_steer():
     model, _ = steered(parsed(RELU), 0.5)
     inlined = inliner.inline_local_functions(model)
-    found = rewrite.find(inlined)
+    found = SteeredModel(inlined).activations
     assert any(a.op == "Relu" for a in found)
     assert all(a.status == "skipped" and "inlined" in a.reason for a in found)
 
@@ -385,12 +387,12 @@ def test_a_relu_that_is_in_a_range_is_listed(nodes, taken):
 
 @each_model
 @pytest.mark.parametrize("lowering", ["portable", "op"])
-@pytest.mark.parametrize("beta_as", rewrite.BETA_AS)
+@pytest.mark.parametrize("beta_as", BETA_AS)
 def test_undo_gives_back_the_original(name, lowering, beta_as):
     model = parsed(MODELS[name])
     changed, _ = steered(model, 0.5, lowering=lowering, beta_as=beta_as)
     assert changed != model
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model
     assert changed.SerializeToString(deterministic=True) == model.SerializeToString(
         deterministic=True
@@ -474,7 +476,7 @@ def test_old_ir_versions_are_raised_and_restored():
     assert [i.name for i in changed.graph.input] == ["x"]
     assert "IR version from 3 to 8" in report.notes[0]
     assert steered(model, 0.5, lowering="op")[0].ir_version == 4
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model
 
 
@@ -483,18 +485,18 @@ def test_ops_include_exclude():
     for node in model.graph.node:
         node.name = f"layer/{node.output[0]}"
 
-    def names(**options):
-        _, report = steered(model, 0.5, **options)
+    def names(selection=None):
+        _, report = steered(model, 0.5, selection=selection)
         reasons = {node.name: node.reason for node in report.skipped}
         assert set(reasons) | {a.name for a in report.replaced} == {f"layer/{c}" for c in "pqrs"}
         assert all(reasons.values())
         return "".join(a.name[-1] for a in report.replaced)
 
     assert names() == "pqr"
-    assert names(ops=["RELU", "prelu"]) == "pr"
-    assert names(include="[pq]$") == "pq"
-    assert names(exclude="/p") == "qr"
-    assert names(include="[pq]$", exclude="q") == "p"
+    assert names(Selection(ops=["RELU", "prelu"])) == "pr"
+    assert names(Selection(include="[pq]$")) == "pq"
+    assert names(Selection(exclude="/p")) == "qr"
+    assert names(Selection(include="[pq]$", exclude="q")) == "p"
 
 
 def test_skipped_activations_have_a_reason():
@@ -595,7 +597,7 @@ def test_a_function_that_only_forwards_passes_the_parameters_on():
     for library in (False, True):
         y = outputs(changed, inputs, library)["y"]
         np.testing.assert_allclose(y, ctu.ctu(inputs["x"], 0.5), atol=1e-6)
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model
 
 
@@ -616,7 +618,7 @@ def test_functions_of_another_opset_cannot_be_lowered_to_primitives():
     g (float[4] x) => (float[4] y) { y = my.f(x) }
     <domain: "my", opset_import: ["" : 17]> f (X) => (Y) { Y = Relu(X) }"""
     with pytest.raises(ModelError, match="cannot be lowered to primitives"):
-        rewrite.steer(parsed(text), 0.5, lowering="primitives")
+        steer(parsed(text), 0.5, lowering="primitives")
 
 
 def test_a_body_captures_the_type_of_an_outer_tensor():
@@ -632,44 +634,44 @@ def test_another_use_of_the_domain_is_refused():
     g (float[4] x) => (float[4] y) { h = Relu(x)  y = ctonnx.Other(h) }
     <domain: "ctonnx", opset_import: ["" : 17]> Other (X) => (Y) { Y = Neg(X) }"""
     with pytest.raises(ModelError, match="something else"):
-        rewrite.steer(parsed(text), 0.5)
+        steer(parsed(text), 0.5)
 
 
 def test_two_functions_of_one_name_are_an_error():
     model = parsed(FUNCTIONS)
     model.functions.append(model.functions[0])
     with pytest.raises(ModelError, match="two functions of one name"):
-        rewrite.find(model)
+        ctonnx.inspect(model)
 
 
 def test_steered_without_metadata_is_still_steered():
-    changed, _ = steered(parsed(PLAIN), 0.5, ops=["relu"])
+    changed, _ = steered(parsed(PLAIN), 0.5, selection=Selection(["relu"]))
     del changed.metadata_props[:]
     with pytest.raises(UsageError, match="already steered"):
-        rewrite.steer(changed, 0.5)
+        steer(changed, 0.5)
 
 
 def test_inspect_before_and_after():
     model = parsed(BODIES)
-    before = rewrite.find(model)
+    before = SteeredModel(model).activations
     assert [(a.op, a.scope, a.status) for a in before] == [
         ("Relu", "y.then_branch", "steerable"),
         ("LeakyRelu", "y.else_branch", "steerable"),
         ("Relu", "z.body", "steerable"),
     ]
     changed, _ = steered(model, 0.85, 0.25)
-    after = rewrite.find(changed)
+    after = SteeredModel(changed).activations
     assert [(a.name, a.op, a.scope) for a in after] == [(a.name, a.op, a.scope) for a in before]
     assert {(a.status, a.beta, a.coeff) for a in after} == {("steered", 0.85, 0.25)}
     fed, _ = steered(model, 0.85, beta_as="required-input")
-    assert {a.beta for a in rewrite.find(fed)} == {None}
+    assert {a.beta for a in SteeredModel(fed).activations} == {None}
 
 
 def test_inspect_after_lowering_to_primitives():
     """The standard ops that make up a CTU are not activations to steer."""
     for beta_as, beta in (("initializer", 0.85), ("input", 0.85), ("required-input", None)):
         changed, _ = steered(parsed(PLAIN), 0.85, 0.4, lowering="primitives", beta_as=beta_as)
-        assert [(a.name, a.status, a.beta, a.coeff) for a in rewrite.find(changed)] == [
+        assert [(a.name, a.status, a.beta, a.coeff) for a in SteeredModel(changed).activations] == [
             *((name, "steered", beta, 0.4) for name in "pqr"),
             ("s", "skipped", None, None),
         ]
@@ -679,8 +681,8 @@ def test_set_beta():
     for name in MODELS:
         model = parsed(MODELS[name])
         changed, _ = steered(model, 0.5)
-        rewrite.set_beta(changed, 0.9)
-        assert {a.beta for a in rewrite.find(changed) if a.status == "steered"} == {0.9}
+        SteeredModel(changed).set(0.9)
+        assert {a.beta for a in SteeredModel(changed).activations if a.status == "steered"} == {0.9}
         expected, _ = steered(model, 0.9)
         assert changed == expected
 
@@ -706,9 +708,15 @@ def test_a_parameter_that_cannot_be_changed_alone_is_left():
         node.CopyFrom(helper.make_node("If", ["go"], node.output, **branches))
 
     def set_both(model, beta):
-        rewrite.settle(model, beta, 0.3)
+        SteeredModel(model).set(beta, 0.3, "initializer")
 
-    changes = rewrite.set_beta, rewrite.settle, set_both
+    def set_in_place(model, beta):
+        SteeredModel(model).set(beta)
+
+    def set_one(model, beta):
+        SteeredModel(model).set(beta, beta_as="initializer")
+
+    changes = set_in_place, set_one, set_both
     for model, refused, message in [
         (with_c, changes, "'beta' is also an input of CTU"),
         (with_slope, [set_both], "'coeff' is also an input of CTU"),
@@ -722,8 +730,8 @@ def test_a_parameter_that_cannot_be_changed_alone_is_left():
                 change(model, 0.8)
             assert model.SerializeToString(deterministic=True) == before
         if refused is not changes:
-            rewrite.set_beta(model, 0.8)
-            assert {a.beta for a in rewrite.find(model)} == {0.8}
+            SteeredModel(model).set(0.8)
+            assert {a.beta for a in SteeredModel(model).activations} == {0.8}
 
 
 def test_constants_that_onnxruntime_shares_are_not_changed(tmp_path):
@@ -738,41 +746,41 @@ def test_constants_that_onnxruntime_shares_are_not_changed(tmp_path):
     shared = onnx.load(tmp_path / "shared.onnx")
     assert len(shared.graph.initializer) == 2
     with pytest.raises(UsageError, match="is also an input of Mul"):
-        rewrite.set_beta(shared, 0.9)
+        SteeredModel(shared).set(0.9)
 
 
 def test_giving_steers_or_settles():
     model = parsed(RELU)
-    assert not rewrite.holds_steered(model)
+    assert not SteeredModel(model).is_steered
     for beta, coeff, held in (0.5, None, 0.5), (0.7, 0.3, 0.3), (0.6, None, 0.3):
-        rewrite.give(model, beta, coeff)
-        assert rewrite.holds_steered(model)
-        assert [(a.beta, a.coeff) for a in rewrite.find(model)] == [(beta, held)]
+        steer_or_set(model, beta, coeff)
+        assert SteeredModel(model).is_steered
+        assert [(a.beta, a.coeff) for a in SteeredModel(model).activations] == [(beta, held)]
 
 
 @each_model
-@pytest.mark.parametrize("before", rewrite.BETA_AS)
+@pytest.mark.parametrize("before", BETA_AS)
 @pytest.mark.parametrize("beta_as", ["initializer", "input"])
 def test_settling_makes_one_beta_of_all(name, before, beta_as):
     """The result is what steering the original so would have given, whatever each had before."""
     model, inputs = parsed(MODELS[name]), INPUTS[name]
-    sites = [a for a in rewrite.find(model) if a.status == "steerable"]
+    sites = [a for a in SteeredModel(model).activations if a.status == "steerable"]
     own = {a.path: 0.1 + 0.3 * i / len(sites) for i, a in enumerate(sites[1:])}
     changed, report = steered(model, 0.5, params=own, beta_as=before)
     assert len(report.beta_names) == len(sites)
-    rewrite.settle(changed, 0.7, beta_as=beta_as)
+    SteeredModel(changed).set(0.7, beta_as=beta_as)
     onnx.checker.check_model(changed, full_check=True)
     expected, _ = steered(model, 0.7, beta_as=beta_as)
     assert metadata(changed) == metadata(expected)
     assert [i.name for i in changed.graph.input] == [i.name for i in expected.graph.input]
     for functions in zip(changed.functions, expected.functions, strict=True):
         assert len({tuple(sorted(function.input)) for function in functions}) == 1
-    assert {a.beta for a in rewrite.find(changed) if a.status == "steered"} == {0.7}
+    assert {a.beta for a in SteeredModel(changed).activations if a.status == "steered"} == {0.7}
     for fed in [{}, {"beta": np.array(0.2, np.float32)}][: 1 + (beta_as == "input")]:
         results = [outputs(m, {**inputs, **fed}, library=True) for m in (expected, changed)]
         assert all(c.ok for c in compare(*results))
-    assert rewrite.set_beta(changed, 0.9) == 1
-    rewrite.unsteer(changed)
+    assert SteeredModel(changed).set(0.9) == 1
+    SteeredModel(changed).unsteer()
     assert changed == model
 
 
@@ -782,7 +790,7 @@ def test_settling_a_model_lowered_to_primitives():
         options = {"params": own, "beta_as": "input", "lowering": "primitives"}
         for beta_as, held in ("input", ["x", "beta"]), ("initializer", ["x"]):
             changed, _ = steered(parsed(PLAIN), 0.5, **options)
-            rewrite.settle(changed, 0.7, beta_as=beta_as)
+            SteeredModel(changed).set(0.7, beta_as=beta_as)
             assert [i.name for i in changed.graph.input] == held
             entries = metadata(changed)
             assert (entries["ctonnx.beta"], "ctonnx.beta_input" in entries) == (
@@ -806,7 +814,7 @@ def test_settling_leaves_a_function_that_is_given_no_beta():
         <domain: "my", opset_import: ["" : 17]>
         g (X, b, d) => (Y) { e = Sub(b, d)  Y = Add(X, e) }"""
     )
-    rewrite.settle(model, 0.7)
+    SteeredModel(model).set(0.7)
     x = INPUTS["plain"]["x"][0]
     y = ctu.ctu(ctu.ctu(x, np.float32(0.7)), np.float32(0.7))
     np.testing.assert_allclose(outputs(model, {"x": x}, library=True)["y"], 0.9 * y, atol=1e-6)
@@ -822,31 +830,31 @@ def test_refusals():
         (primitives, "steer"),
     ):
         with pytest.raises(UsageError, match=f"already steered: {what} its original"):
-            rewrite.steer(again, 0.5)
+            steer(again, 0.5)
     with pytest.raises(UsageError, match="required input"):
-        rewrite.set_beta(fed, 0.5)
+        SteeredModel(fed).set(0.5)
     for unsteered, why in ((model, "not steered"), (primitives, "lowered to primitives")):
         with pytest.raises(NothingToDo, match=why):
-            rewrite.unsteer(unsteered)
+            SteeredModel(unsteered).unsteer()
         with pytest.raises(NothingToDo, match=why):
-            rewrite.set_beta(unsteered, 0.5)
+            SteeredModel(unsteered).set(0.5)
     for wrong in (-0.1, 1.5, float("nan")):
         with pytest.raises(UsageError, match=r"beta must lie in \[0, 1\]"):
-            rewrite.steer(model, wrong)
+            steer(model, wrong)
         with pytest.raises(UsageError, match=r"coeff must lie in \[0, 1\]"):
-            rewrite.steer(model, 0.5, wrong)
+            steer(model, 0.5, wrong)
     with pytest.raises(UsageError, match="beta must be a number"):
-        rewrite.steer(model, None)
+        steer(model, None)
     with pytest.raises(UsageError, match="ops must be a list"):
-        rewrite.steer(model, 0.5, ops="relu")
+        steer(model, 0.5, selection=Selection(ops="relu"))
     with pytest.raises(UsageError, match="not a regular expression"):
-        rewrite.steer(model, 0.5, include="(")
+        steer(model, 0.5, selection=Selection(include="("))
     with pytest.raises(UsageError, match="unknown op 'gelu'"):
-        rewrite.steer(model, 0.5, ops=["gelu"])
+        steer(model, 0.5, selection=Selection(ops=["gelu"]))
     with pytest.raises(UsageError, match="lowering must be one of"):
-        rewrite.steer(model, 0.5, lowering="fast")
+        steer(model, 0.5, lowering="fast")
     with pytest.raises(NothingToDo, match="skipped Relu y"):
-        rewrite.steer(model, 0.5, exclude="y")
+        steer(model, 0.5, selection=Selection(exclude="y"))
     assert model == before
 
 
@@ -859,13 +867,13 @@ def test_the_oldest_opsets(opset):
     {{ y = LeakyRelu <alpha: float = 0.2> (x)  z = Relu(x)  v = PRelu(x, a)
       w = Clip <min: float = 0.0, max: float = 6.0> (x) }}"""
     model = parsed(text)
-    for lowering in rewrite.LOWERINGS:
+    for lowering in LOWERINGS:
         changed, report = steered(model, 0.5, lowering=lowering)
         onnx.checker.check_model(changed, full_check=lowering != "op")
         assert [a.op for a in report.replaced] == ["LeakyRelu", "Relu", "Clip"]
         assert ["opset" in a.reason for a in report.skipped] == [True]
         if lowering != "primitives":
-            rewrite.unsteer(changed)
+            SteeredModel(changed).unsteer()
             assert changed == model
     if opset == 6:
         alone = parsed(
@@ -878,7 +886,7 @@ def test_the_oldest_opsets(opset):
         np.testing.assert_allclose(result["y"], ctu.ctu(x, 0.5, slope=np.float32(0.2)), atol=1e-6)
 
 
-@pytest.mark.parametrize("lowering", rewrite.LOWERINGS)
+@pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("node", ["Relu(x)", "Clip <min: float = 0.0, max: float = 6.0> (x)"])
 @pytest.mark.parametrize("opset", [6, 7])
 def test_what_does_not_run_below_opset_7_is_said(opset, node, lowering):
@@ -903,7 +911,7 @@ def test_a_model_without_an_opset_is_refused():
     text = """<ir_version: 8, opset_import: ["other" : 1]>
     g (float[4] x) => (float[4] y) { y = other.Op(x) }"""
     with pytest.raises(ModelError, match="no opset"):
-        rewrite.steer(onnx.parser.parse_model(text), 0.5)
+        steer(onnx.parser.parse_model(text), 0.5)
 
 
 def test_a_damaged_record_is_an_error():
@@ -911,10 +919,10 @@ def test_a_damaged_record_is_an_error():
     for entry in changed.graph.node[-1].metadata_props:
         entry.value = "no base64!"
     with pytest.raises(ModelError, match="damaged"):
-        rewrite.unsteer(changed)
+        SteeredModel(changed).unsteer()
     del changed.graph.node[-1].metadata_props[:]
     with pytest.raises(ModelError, match="no record"):
-        rewrite.unsteer(changed)
+        SteeredModel(changed).unsteer()
 
 
 def test_the_sample_keeps_torch_metadata():
@@ -924,5 +932,5 @@ def test_the_sample_keeps_torch_metadata():
     assert {node_label(n) for _, n in all_nodes(changed)} == {
         node_label(n) for _, n in all_nodes(model)
     } | {node_label(n) for n in changed.functions[-1].node}
-    rewrite.unsteer(changed)
+    SteeredModel(changed).unsteer()
     assert changed == model

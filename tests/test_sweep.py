@@ -16,7 +16,7 @@ import pytest
 from conftest import DIGITS, parsed
 
 import ctonnx
-from ctonnx.cli import main as cli
+from ctonnx.cli.sweep import verdict
 from ctonnx.data.open import open_source
 from ctonnx.errors import CtonnxError, InputFileError, ModelError, NothingToDo, UsageError
 from ctonnx.measure import engine, intervals, journal, metrics, racing, results, sweeping
@@ -269,7 +269,7 @@ def test_racing_on_batches():
     assert (race.confidence, race.approximate) == (0.95, True)
     result = ctonnx.sweep(MODEL, Sized, BETAS, "accuracy", search="racing")
     assert (result.race.confidence, result.document()["race"]["within"]) == (None, None)
-    assert "on the first batches, which tell nothing certain of the others" in cli._verdict(result)
+    assert "on the first batches, which tell nothing certain of the others" in verdict(result)
 
 
 def test_racing_on_a_model():
@@ -480,7 +480,7 @@ def test_ctrl_c_exits_130_and_keeps_what_is_finished(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130, err
-    assert "what is measured is kept in r.csv.progress: --resume goes on\n" in err
+    assert "progress saved in r.csv.progress; continue with --resume\n" in err
     assert err.endswith("ctonnx: interrupted\n")
     assert "Traceback" not in err
     assert not (tmp_path / "r.csv").exists()

@@ -535,7 +535,7 @@ def test_checkpoint_files(tmp_path):
     model = trainable(Several(), torch.randn(2, 3, 8, 8))
     for state in (model.state_dict(), {"state_dict": model.state_dict(), "epoch": 3}):
         torch.save(state, path)
-        loaded = params.load(path)
+        loaded = params.read(path)
         assert sorted(loaded) == ["act", "alias", "head.1", "head.2", "head.3"]
         np.testing.assert_array_equal(loaded["act"]["beta"], model.act.beta.detach())
     for content, error in (
@@ -546,9 +546,9 @@ def test_checkpoint_files(tmp_path):
     ):
         torch.save(content, path)
         with pytest.raises(error):
-            params.load(path)
+            params.read(path)
     path.write_bytes(b"no checkpoint")
     with pytest.raises(ctonnx.InputFileError, match="cannot be read as weights alone"):
-        params.load(path)
+        params.read(path)
     with pytest.raises(ctonnx.InputFileError, match="no such file"):
-        params.load(tmp_path / "none.pth")
+        params.read(tmp_path / "none.pth")

@@ -19,7 +19,8 @@ from ctonnx.errors import (
 )
 from ctonnx.model import files
 from ctonnx.ort import library
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.rewriting.steer import Selection, steer
+from ctonnx.rewriting.steered import SteeredModel
 
 ORIGINAL = DIGITS / "digits.onnx"
 
@@ -27,7 +28,7 @@ ORIGINAL = DIGITS / "digits.onnx"
 def broken(tmp_path, damage):
     """The sample steered at 0.85, with its function's body damaged; what the check says of it."""
     model = files.load(ORIGINAL)
-    report = rewrite.steer(model, 0.85)
+    report = steer(model, 0.85)
     damage(model)
     path = tmp_path / "digits.ct.onnx"
     path.write_bytes(model.SerializeToString())
@@ -45,7 +46,7 @@ def test_check_fails_on_a_wrong_function(tmp_path):
         (node,) = [n for n in model.functions[-1].node if n.op_type == "Log"]
         node.op_type = "Exp"
 
-    with pytest.raises(CheckFailed, match="with against without the op library: output 'logits'"):
+    with pytest.raises(CheckFailed, match="op library vs. fallback: output 'logits'"):
         broken(tmp_path, swap)
 
 
@@ -90,7 +91,7 @@ def test_a_model_that_runs_on_nothing_tried_is_an_error():
 def steered(folder, change=None, beta=0.85, **options):
     """The sample, steered and changed, as a file."""
     model = files.load(ORIGINAL)
-    rewrite.steer(model, beta, **options)
+    steer(model, beta, **options)
     if change is not None:
         change(model)
     path = folder / "digits.ct.onnx"
@@ -212,7 +213,7 @@ def test_a_wrong_function_of_a_clip_fails(tmp_path, op_type):
     """The reference does not take the functions in the model for what its ops mean."""
     pytest.importorskip("torch")
     model = parsed(CLIPPED)
-    rewrite.steer(model, 0.85)
+    steer(model, 0.85)
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     assert validate.validate(path).ok
@@ -236,7 +237,7 @@ def test_inputs_have_more_than_one_element_along_each_axis(tmp_path):
     for name, model in (("a", parsed(text)), ("b", parsed(text.replace("1.0, 3.0", "5.0, -3.0")))):
         (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
     changed = files.load(tmp_path / "b.onnx")
-    rewrite.steer(changed, 0.85)
+    steer(changed, 0.85)
     (tmp_path / "c.onnx").write_bytes(changed.SerializeToString())
     result = validate.validate(tmp_path / "c.onnx", against=tmp_path / "a.onnx")
     assert not result.ok
@@ -250,14 +251,14 @@ def test_what_is_not_tried_is_said(tmp_path):
         <int64[1] none = {0}> { y = f.twice(x)  n = Identity(none)  e = Expand(y, n) }
         <domain: "f", opset_import: ["" : 17]> twice (v) => (z) { u = Relu(v)  z = Add(u, u) }"""
     model = parsed(text.replace("Expand(y, n)", "Slice(y, none, none)"))
-    rewrite.steer(model, 0.85)
+    steer(model, 0.85)
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     result = validate.validate(path)
     assert result.ok
     assert result.notes == [
         "output 'e' is empty: not compared",
-        "1 CTUs were not run by themselves: see ctonnx.units",
+        "1 CTUs were not run by themselves: see ctonnx.check.units",
     ]
     result = validate.validate(steered(tmp_path, lowering="primitives"))
     assert result.notes == ["the model holds no CTU: a float64 run computes the same standard ops"]
@@ -275,7 +276,7 @@ def test_the_first_activation_to_differ_is_named(tmp_path):
     path = steered(tmp_path, change)
     result = validate.validate(path, against=ORIGINAL)
     assert not result.ok
-    names = [a.name for a in rewrite.find(files.load(path))]
+    names = [a.name for a in SteeredModel(files.load(path)).activations]
     assert {run.diverges for run in result.runs if run.name != BLOCKED} == {names[3]}
 
 
@@ -311,7 +312,7 @@ def test_sites_of_every_kind(tmp_path):
           q = Cast<to = 10>(x)  h = Relu(q)  w = f.twice(x) }
         <domain: "f", opset_import: ["" : 17]> twice (v) => (z) { u = Relu(v)  z = Add(u, u) }"""
     model = parsed(text)
-    report = rewrite.steer(model, 0.85, 0.3)
+    report = steer(model, 0.85, 0.3)
     assert len(report.replaced) == 6
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
@@ -439,12 +440,12 @@ def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
     assert [o.reason for o in result.runs[0].outputs] == [None, "missing in one of the runs"]
 
     original = files.load(path)
-    rewrite.unsteer(original)
-    names = [a.name for a in rewrite.find(original) if a.status == "steerable"]
+    SteeredModel(original).unsteer()
+    names = [a.name for a in SteeredModel(original).activations if a.status == "steerable"]
     for beta_as in ("initializer", "required-input"):
         model = files.load(path)
-        rewrite.unsteer(model)
-        rewrite.steer(model, 0.85, 0.3, exclude=f"^{names[1]}$", beta_as=beta_as)
+        SteeredModel(model).unsteer()
+        steer(model, 0.85, 0.3, selection=Selection(exclude=f"^{names[1]}$"), beta_as=beta_as)
         path.write_bytes(model.SerializeToString())
         result = validate.validate(path, module=name("net"))
         assert failed(result) == {WITH, WITHOUT, BLOCKED}

@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from .. import ctu
 from ..errors import ModelError, UsageError, first_line
 from ..model import files
+from ..model.external import has_external_data, read_external_data
 from ..model.graph import DEFAULT_DOMAINS, functions_of, key_of, scopes, typed_scopes
 from ..model.values import arrays
 from ..optional import require
@@ -162,8 +163,8 @@ def _prepared(model):
         _give_defaults(copy)
         copy = inliner.inline_local_functions(copy)
     if not isinstance(model, ModelProto):
-        files.read_external_data(copy, Path(model).parent)
-    elif files.has_external_data(copy):
+        read_external_data(copy, Path(model).parent)
+    elif has_external_data(copy):
         raise ModelError("the model's external data are not at hand: give its path")
     return copy
 

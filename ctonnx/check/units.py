@@ -6,7 +6,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from .. import ctu
-from ..model.graph import node_label, typed_scopes
+from ..model.graph import node_label
 from ..model.names import unique_name
 from ..ort.compare import within
 
@@ -21,11 +21,12 @@ class Units:
     left out: `left_out` is their number.
 
     Args:
-        model: ModelProto.
+        steered: SteeredModel.
         fed: input name -> array, of what is fed for a parameter.
     """
 
-    def __init__(self, model, fed):
+    def __init__(self, steered, fed):
+        model = steered.proto
         held = {t.name: t for t in model.graph.initializer}
         for node in model.graph.node:
             tensors = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
@@ -37,10 +38,9 @@ class Units:
         external = TensorProto.EXTERNAL
         held = {name: t for name, t in held.items() if t.data_location != external}
         found, self.left_out = defaultdict(list), 0
-        for scope in typed_scopes(model):
-            if scope.function is not None and ctu.is_ctu(scope.function):
-                continue
-            for node in filter(ctu.is_ctu, scope.body.node):
+        for site in steered.sites:
+            node, scope = site.node, site.scope
+            if ctu.is_ctu(node):
                 names = tuple(node.input[1:])
                 if scope.function is None and held.keys() >= set(names):
                     found[node.op_type, names, _type(node, scope, held)].append(node)

@@ -13,10 +13,12 @@ from ..data.batches import Input
 from ..data.source import digest, stamp
 from ..errors import CtonnxError, ModelError, UsageError, first_line
 from ..model import files
+from ..model.external import check_external_data
 from ..ort import library
 from ..ort.runs import beside
 from ..ort.session import session
-from ..rewriting import steer as rewrite
+from ..rewriting.steer import steer
+from ..rewriting.steered import SteeredModel
 
 # The point that is the original network, in every list of points the first.
 ORIGINAL = 0
@@ -94,22 +96,24 @@ def prepare(model, sweep_coeff=False):
     """
     proto, folder, external = files.own(model), None, {}
     if not isinstance(model, ModelProto):
-        external = files.check_external_data(proto, Path(model).parent)
+        external = check_external_data(proto, Path(model).parent)
         if external:
             folder = str(Path(model).parent.absolute())
     notes = []
-    if not rewrite.holds_steered(proto):
-        report = rewrite.steer(proto, 1.0, beta_as="required-input")
+    steered = SteeredModel(proto)
+    if not steered.is_steered:
+        report = steer(proto, 1.0, beta_as="required-input")
         count = f"{len(report.replaced)} activations, {len(report.skipped)} skipped"
         notes.append(f"steered on the fly: {count}")
-    betas, coeffs = rewrite.parameters_of(proto, sweep_coeff)
+        steered = SteeredModel(proto, betas=report.beta_names)
+    betas, coeffs = steered.changeable(sweep_coeff)
     if sweep_coeff and not coeffs:
         raise UsageError("c cannot be swept: the model is lowered to primitives")
     if len(betas) > 1:
         notes.append(f"all activations get one beta, in place of {len(betas)}")
     held = {tensor.name for tensor in proto.graph.initializer}
     coeffs = coeffs if sweep_coeff or not coeffs <= held else set()
-    rewrite.require_inputs(proto, betas | coeffs)
+    steered.require_inputs(betas | coeffs)
     fed = [v for v in proto.graph.input if v.name not in held | betas | coeffs]
     if not fed:
         raise UsageError("the model takes no input: there is nothing to sweep over")

@@ -14,7 +14,7 @@ from ..data.open import DataOptions, open_source
 from ..data.source import Stream
 from ..errors import UsageError
 from ..model import files
-from ..rewriting import steer as rewrite
+from ..rewriting.steer import steer_or_set
 from . import engine as runner
 from . import intervals, journal, metrics, racing
 from .results import check_format, result_of
@@ -199,14 +199,13 @@ def save_best(model, result, path, beta_as="initializer", force=False):
         force: overwrite `path`.
 
     Raises:
-        UsageError: as for `files.edit`.
+        UsageError: as for `files.Transaction`.
     """
     beta, coeff = result.best.beta, result.best.coeff
 
-    def change(proto):
-        rewrite.give(proto, beta, coeff, beta_as)
-
-    return files.edit(model, change, path, force)[1]
+    with files.Transaction(model, path, force) as edit:
+        steer_or_set(edit.model, beta, coeff, beta_as)
+    return edit.output
 
 
 def progress_path(output):

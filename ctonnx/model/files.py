@@ -1,19 +1,21 @@
 """Reading and writing model files: nothing half-written, no weights loaded that are not needed."""
 
 import fcntl
-import math
 import os
 import secrets
 import shutil
 import sys
 import tempfile
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Self
 
-from google.protobuf.message import DecodeError, EncodeError, Message
-from onnx import ModelProto, TensorProto, helper
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import ModelProto
 
 from ..errors import ModelError, UsageError
+from .external import check_external_data, has_external_data
 
 # In place of a path: standard input or output.
 STDIO = "-"
@@ -24,21 +26,15 @@ _TOO_LARGE = "larger than the 2 GiB that a model can be: keep its weights in ext
 
 _CHUNK = 8 << 20
 
-# The ioctl of Linux by which a file gets the blocks of another one, which then share them.
+# The ioctl of Linux by which a file shares the blocks of another one.
 _FICLONE = 0x40049409
 
-# The kinds of message in which a tensor can be.
-_HOLDING_TENSORS = {
-    *("ModelProto", "GraphProto", "NodeProto", "AttributeProto", "FunctionProto"),
-    *("TrainingInfoProto", "SparseTensorProto", "TensorProto"),
-}
-
-# Element types of which a byte holds more than one.
-_PACKED_BITS = {"UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "UINT2": 2, "INT2": 2}
-_PACKED_BITS |= {"FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
+# Called with the number of bytes to copy, None where that is not known; gives a context manager
+# for an object whose `update` is called with the bytes copied since.
+Progress = Callable[[int | None], AbstractContextManager]
 
 
-def load(path):
+def load(path: str | os.PathLike) -> ModelProto:
     """Read a binary ONNX file, or standard input for `-`, without its external data.
 
     Returns:
@@ -68,8 +64,8 @@ def load(path):
     return model
 
 
-def own(model):
-    """A ModelProto that the caller may change: a copy of one, or what `load` reads from a path.
+def own(model: str | os.PathLike | ModelProto) -> ModelProto:
+    """A ModelProto that the caller may change: a copy of one, or read from a path by `load`.
 
     Raises:
         ModelError: as `load`.
@@ -98,71 +94,123 @@ def _read(path):
         return stream.read()
 
 
-def edit(path, change, output, force=False, verify=None, progress=None, write=True):
-    """Load `path`, let `change` edit the ModelProto in place, and write it to `output`.
+class Transaction:
+    """A model to change, and where to write it.
 
-    External data are shared where `output` is in the folder of `path`, and copied beside `output`
-    otherwise. Everything gets its name last, the model after its data: when anything fails, nothing
-    is left behind and nothing that was there has changed.
+        with Transaction("model.onnx", "steered.onnx") as edit:
+            steer(edit.model, beta=0.85)
+        print(edit.output)
+
+    Leaving the block writes the model. External data are shared where `output` is in the folder of
+    `path`, and copied beside `output` otherwise. Everything gets its name last, the model after its
+    data: when the block or the writing fails, nothing is left behind and nothing that was there has
+    changed.
+
+    `model` is the ModelProto at `path`, to change in place. `output` is the Path, or `-`, once
+    that is checked: by `stage`, or in the end.
 
     Args:
         path: the model, or `-` for standard input, which can have no external data.
         output: where to write, `-` for standard output, or a function that gives that for `path`.
         force: overwrite an existing model at `output`.
-        verify: called with what `change` returned and the path of the finished file before it gets
-            its name; what it raises ends the edit. It does not go with `-`.
-        progress: called with the number of bytes to copy, where there are any; gives a context
-            manager for an object whose `update` is called with the bytes copied since.
-        write: without it everything is checked but the output is not written.
-
-    Returns:
-        What `change` returned, and the Path, or `-`, that was written.
+        progress: draws the copying of data, where there is any.
+        dry_run: check everything and write nothing.
 
     Raises:
-        UsageError: as for `check_output`; an external data file cannot be copied there; `-` is
-            asked for where the model has external data, or `verify` is given.
+        UsageError: as for `check_output`; an external data file cannot be copied there; `-` goes
+            with external data, or with `stage`.
         ModelError: the model, or its external data, cannot be read safely, or the result is larger
             than a model can be.
     """
-    model = load(path)
-    result = change(model)
-    output = check_output(output(path) if callable(output) else output, force)
-    if STDIO in (path, output):
-        if verify is not None:
+
+    model: ModelProto
+    output: Path | str
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        output: str | os.PathLike | Callable,
+        force: bool = False,
+        progress: Progress | None = None,
+        dry_run: bool = False,
+    ):
+        self._path, self._given, self._force = path, output, force
+        self._progress, self._dry_run = progress, dry_run
+        self._files = ExitStack()
+        self._data: dict[str, Path] | None = None
+        self._staged: tuple[Path, Path] | None = None
+
+    def __enter__(self) -> Self:
+        self.model = load(self._path)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        with self._files:
+            if kind is None:
+                self._finish()
+
+    def stage(self) -> Path:
+        """Write the model, as it is now, under a temporary name beside its data.
+
+        Returns:
+            the path of that file, which gets its name when the block is left.
+        """
+        self._check()
+        if STDIO in (self._path, self.output):
             raise UsageError("what a check compares are files: it does not go with -")
-        if has_external_data(model):
+        return self._write()
+
+    def _check(self) -> None:
+        if self._data is not None:
+            return
+        given = self._given
+        self.output = check_output(given(self._path) if callable(given) else given, self._force)
+        if STDIO in (self._path, self.output) and has_external_data(self.model):
             raise UsageError("the model has external data, which - cannot carry: name files")
-    if output == STDIO:
-        if write:
-            _write_standard_output(_serialized(model, "the result"))
-        return result, output
-    # Behind a link it is the file that changes.
-    target = output.resolve()
-    data = {} if path == STDIO else _data_to_copy(model, Path(path).parent, target)
-    if not write:
-        return result, output
-    serialized = _serialized(model, output)
-    try:
-        with _staging(target, data, progress) as (staged, temporary), ExitStack() as undo:
-            _write(serialized, temporary)
-            if verify is not None:
-                verify(result, temporary)
-            for location in data:
+        self._data = {}
+        if STDIO not in (self._path, self.output):
+            self._data = _data_to_copy(self.model, Path(self._path).parent, self._target())
+
+    def _target(self) -> Path:
+        # Behind a link it is the file that changes.
+        return Path(self.output).resolve()
+
+    def _write(self) -> Path:
+        serialized = _serialized(self.model, self.output)
+        with _writing(self.output):
+            staging = _staging(self._target(), self._data or {}, self._progress)
+            self._staged = self._files.enter_context(staging)
+            _write(serialized, self._staged[1])
+        return self._staged[1]
+
+    def _finish(self) -> None:
+        self._check()
+        if self._dry_run:
+            return
+        if self.output == STDIO:
+            _write_standard_output(_serialized(self.model, "the result"))
+            return
+        if self._staged is None:
+            self._write()
+        with _writing(self.output):
+            self._rename()
+
+    def _rename(self) -> None:
+        """Give the data and then the model their names."""
+        folder, temporary = self._staged
+        target = self._target()
+        with ExitStack() as undo:
+            for location in self._data:
                 there = target.parent / location
-                for folder in reversed(there.parents):
-                    if not folder.exists():
-                        folder.mkdir(exist_ok=True)
-                        undo.callback(_remove_if_empty, folder)
+                for parent in reversed(there.parents):
+                    if not parent.exists():
+                        parent.mkdir(exist_ok=True)
+                        undo.callback(_remove_if_empty, parent)
                 if not there.exists():
                     undo.callback(there.unlink, missing_ok=True)
-                os.replace(staged / location, there)
-            if target.exists():
-                shutil.copymode(target, temporary)
-            os.replace(temporary, target)
+                os.replace(folder / location, there)
+            _replace(temporary, target)
             undo.pop_all()
-    except OSError as error:
-        raise UsageError(f"{output}: cannot be written: {error.strerror}") from None
-    return result, output
 
 
 def _remove_if_empty(folder):
@@ -170,8 +218,8 @@ def _remove_if_empty(folder):
         folder.rmdir()
 
 
-def save(model, output, force=False):
-    """Write a ModelProto that holds its data itself, under its name only once it is complete.
+def save(model: ModelProto, output: str | os.PathLike, force: bool = False) -> Path | str:
+    """Write a ModelProto without external data, which gets its name once it is complete.
 
     Returns:
         The Path, or `-`, that was written.
@@ -189,25 +237,36 @@ def save(model, output, force=False):
     return output
 
 
-def write(path, data):
-    """Write bytes to a file, which gets its name when all is there.
+def write(path: str | os.PathLike, data: bytes) -> None:
+    """Write bytes to a file, which gets its name once it is complete.
 
     Raises:
         UsageError: it cannot be written.
     """
     target = Path(path).resolve()
+    with _writing(path), _staging(target, {}, None) as (_, temporary):
+        _write(data, temporary)
+        _replace(temporary, target)
+
+
+@contextmanager
+def _writing(output: str | os.PathLike) -> Iterator[None]:
+    """Turn what the system refuses into a UsageError that names the output."""
     try:
-        with _staging(target, {}, None) as (_, temporary):
-            _write(data, temporary)
-            if target.exists():
-                shutil.copymode(target, temporary)
-            os.replace(temporary, target)
+        yield
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+        raise UsageError(f"{output}: cannot be written: {error.strerror}") from None
 
 
-def _data_to_copy(model, folder, target):
-    """Location -> file of the external data in `folder`; none where a model at `target` has them.
+def _replace(temporary: Path, target: Path) -> None:
+    """Give a file its name, and the mode of the file that had the name before."""
+    if target.exists():
+        shutil.copymode(target, temporary)
+    os.replace(temporary, target)
+
+
+def _data_to_copy(model: ModelProto, folder: Path, target: Path) -> dict[str, Path]:
+    """Location -> file of the external data in `folder` that a model at `target` needs copied.
 
     Raises:
         UsageError: they cannot be written there.
@@ -223,7 +282,7 @@ def _data_to_copy(model, folder, target):
 
 
 def _is_there(location, file, target):
-    """Whether the data of `file` are what `location` holds beside `target` already.
+    """Whether `location` beside `target` holds the data of `file` already.
 
     Raises:
         UsageError: something else is there, or nothing may be written there.
@@ -257,7 +316,9 @@ def _same_bytes(one, other):
 
 
 @contextmanager
-def _staging(target, data, progress):
+def _staging(
+    target: Path, data: dict[str, Path], progress: Progress | None
+) -> Iterator[tuple[Path, Path]]:
     """Yield a folder with copies of `data`, location -> file, and a path to write the model to.
 
     Both are on the file system of `target` and are removed in the end; a process that is killed
@@ -267,8 +328,8 @@ def _staging(target, data, progress):
     with ExitStack() as stack:
         folder = target.parent
         if data:
-            made = tempfile.TemporaryDirectory(prefix=".ctonnx-", dir=folder)
-            folder = Path(stack.enter_context(made))
+            temporary_folder = tempfile.TemporaryDirectory(prefix=".ctonnx-", dir=folder)
+            folder = Path(stack.enter_context(temporary_folder))
             total = sum(file.stat().st_size for file in data.values())
             with progress(total) if progress else nullcontext() as bar:
                 for location, file in data.items():
@@ -282,7 +343,7 @@ def _staging(target, data, progress):
 def _copy(source, target, advance):
     """Copy a file in constant memory: share its blocks, or copy in the kernel, or read and write.
 
-    Each takes up where the one before has failed; what truly ails the files shows in the last.
+    Each way goes on where the one before failed. The last one raises what is wrong with the files.
     """
     with open(source, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
         with suppress(OSError):
@@ -327,7 +388,7 @@ def _write_standard_output(data):
         raise UsageError(f"standard output cannot be written: {error.strerror}") from None
 
 
-def check_output(path, force=False):
+def check_output(path: str | os.PathLike, force: bool = False) -> Path | str:
     """Return `path` as a Path that a file can be written to, or `-` as it is.
 
     Raises:
@@ -351,97 +412,3 @@ def check_output(path, force=False):
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
     return path
-
-
-def check_external_data(model, folder):
-    """The external data files of `model`: a dict from location, without detours, to Path.
-
-    Raises:
-        ModelError: a location leaves `folder`, or its file is no regular file or too short.
-    """
-    sizes = {}
-    for tensor in filter(_is_external, _tensors(model)):
-        entry = {item.key: item.value for item in tensor.external_data}
-        location = entry.get("location", "")
-        try:
-            if len(entry) < len(tensor.external_data):
-                raise ValueError("a key is given twice")
-            if location not in sizes:
-                sizes[location] = _checked_size(folder, location)
-            needed = _byte_size(tensor)
-            offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
-            if offset < 0 or length < needed or offset + length > sizes[location]:
-                raise ModelError(
-                    f"external data file {location!r} is too short, or the entry is damaged"
-                )
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            # A name that is no name, a link to itself, a number that is none.
-            raise ModelError(f"external data of {tensor.name!r}: {error}") from None
-    # `a` and `./a` are one file.
-    return {os.path.normpath(location): folder / location for location in sizes}
-
-
-def has_external_data(model):
-    """Whether some tensor of `model` has its data in another file."""
-    return any(map(_is_external, _tensors(model)))
-
-
-def read_external_data(model, folder):
-    """Bring the external data in `folder` into `model`.
-
-    Raises:
-        ModelError: as `check_external_data`.
-    """
-    check_external_data(model, folder)
-    for tensor in filter(_is_external, _tensors(model)):
-        entry = {item.key: item.value for item in tensor.external_data}
-        with open(folder / entry["location"], "rb") as stream:
-            stream.seek(int(entry.get("offset", 0)))
-            tensor.raw_data = stream.read(_byte_size(tensor))
-        tensor.ClearField("data_location")
-        del tensor.external_data[:]
-
-
-def _checked_size(folder, location):
-    """The size of an external data file; raises ModelError or, where its name is none, others."""
-    file = folder / location
-    # The last is what ONNX Runtime takes for an address in memory.
-    if (
-        not location
-        or Path(location).is_absolute()
-        or ".." in Path(location).parts
-        or "_ORT_MEM_ADDR_" in location
-    ):
-        raise ModelError(f"unsafe external data location {location!r}")
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"external data {location!r} leave the model's folder through a link")
-    if not file.is_file():
-        raise ModelError(f"external data file {location!r} is missing, or is no regular file")
-    return file.stat().st_size
-
-
-def _byte_size(tensor):
-    """The least number of bytes that hold the tensor's elements."""
-    if any(dim < 0 for dim in tensor.dims):
-        raise ValueError("a dimension is negative")
-    name = TensorProto.DataType.Name(tensor.data_type)
-    bits = _PACKED_BITS.get(name)
-    if bits is None:
-        bits = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return -(-math.prod(tensor.dims) * bits // 8)
-
-
-def _is_external(tensor):
-    return tensor.data_location == TensorProto.EXTERNAL
-
-
-def _tensors(message):
-    """Every TensorProto in `message`: in whatever place one can be, scopes that run or not."""
-    for field, value in message.ListFields():
-        if field.message_type is None or field.message_type.name not in _HOLDING_TENSORS:
-            continue
-        for item in [value] if isinstance(value, Message) else value:
-            if isinstance(item, TensorProto):
-                yield item
-            else:
-                yield from _tensors(item)

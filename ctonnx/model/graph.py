@@ -105,6 +105,13 @@ def _number_of_attribute(attribute):
     return None
 
 
+def keep(repeated, wanted):
+    """Drop the elements of a repeated field for which the function `wanted` is false."""
+    for i in reversed(range(len(repeated))):
+        if not wanted(repeated[i]):
+            del repeated[i]
+
+
 def node_label(node):
     """What a node is called: its name, or that of its first output."""
     return node.name or next(filter(None, node.output), node.op_type)

@@ -33,6 +33,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 from .. import ctu
 from ..errors import CtonnxError
 from ..model import files
+from ..model.external import check_external_data, read_external_data
 from ..model.graph import DEFAULT_DOMAINS, node_label, scopes
 from ..model.names import FreshNames
 from ..rewriting import activations
@@ -172,9 +173,9 @@ def _load_weights(model, path):
     if isinstance(path, bytes):
         return
     folder = Path(path).parent
-    data = files.check_external_data(model, folder).values()
+    data = check_external_data(model, folder).values()
     _check_size(model.ByteSize() + sum(file.stat().st_size for file in data))
-    files.read_external_data(model, folder)
+    read_external_data(model, folder)
 
 
 def _check_size(size):

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
+from onnx import ValueInfoProto
 
 from ..errors import (
     CheckFailed,
@@ -15,6 +16,7 @@ from ..errors import (
     first_line,
 )
 from ..model import files
+from ..model.external import has_external_data
 from ..model.values import arrays, cast
 from .library import import_onnxruntime, open_session, register
 
@@ -89,6 +91,15 @@ class Model:
         return arrays(zip(names, values, strict=True))
 
 
+def with_outputs(model, names):
+    """A copy of a ModelProto whose outputs are the tensors `names`."""
+    copy = files.own(model)
+    del copy.graph.output[:]
+    # ONNX Runtime infers their types.
+    copy.graph.output.extend(ValueInfoProto(name=name) for name in names)
+    return copy
+
+
 def variant(path, model):
     """A context of what opens as `model`, a changed ModelProto of the one at `path`.
 
@@ -98,7 +109,7 @@ def variant(path, model):
         UsageError: the model's folder cannot be written to.
     """
     data = model.SerializeToString()
-    return beside(data, path.parent) if files.has_external_data(model) else nullcontext(data)
+    return beside(data, path.parent) if has_external_data(model) else nullcontext(data)
 
 
 @contextmanager

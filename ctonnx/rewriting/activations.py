@@ -267,56 +267,6 @@ def take_out(node, output):
         node.op_type, node.domain = "Gemm", ""
 
 
-def function(op_type, opset, sloped):
-    """One of our ops other than CTU as a model-local function (X, beta, coeff, operands) -> Y.
-
-    Args:
-        opset: of the default domain.
-        sloped: whether the function of `ctonnx::CTU` in the same model takes a slope.
-    """
-    nodes = []
-
-    def op(op_type, *inputs, output=None, domain=""):
-        output = output or f"v{len(nodes)}"
-        # Of the second input, which is the smaller throughout.
-        attributes = {"broadcast": 1} if opset < 7 and not domain and len(inputs) == 2 else {}
-        nodes.append(helper.make_node(op_type, inputs, [output], domain=domain, **attributes))
-        return output
-
-    def kink(x, bound):
-        below = op("Neg", op("Abs", op("Sub", x, bound)))
-        slope = [op("Sub", bound, bound)] if sloped else []  # 0, in X's element type
-        return op(ctu.OP_TYPE, below, "beta", "coeff", *slope, domain=ctu.DOMAIN)
-
-    # Before opset 8 Max and Min did not broadcast.
-    def at_least(x, lo):
-        return op("Max", x, lo) if opset >= 8 else op("Add", op("Relu", op("Sub", x, lo)), lo)
-
-    def at_most(x, hi):
-        if opset >= 8:
-            return op("Min", x, hi)
-        return op("Add", op("Neg", op("Relu", op("Neg", op("Sub", x, hi)))), hi)
-
-    if op_type == "CTUMax":
-        operands = ["lo"]
-        op("Add", at_least("X", "lo"), kink("X", "lo"), output="Y")
-    elif op_type == "CTUMin":
-        operands = ["hi"]
-        op("Sub", at_most("X", "hi"), kink("X", "hi"), output="Y")
-    elif op_type == "CTUClip":
-        operands = ["lo", "hi"]
-        clipped = at_most(at_least("X", "lo"), "hi")
-        op("Sub", op("Add", clipped, kink("X", "lo")), kink("X", "hi"), output="Y")
-    else:
-        operands = ["alpha", "offset", "lo", "hi"]
-        line = op("Add", op("Mul", "X", "alpha"), "offset")
-        op("CTUClip", line, "beta", "coeff", "lo", "hi", output="Y", domain=ctu.DOMAIN)
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(ctu.DOMAIN, ctu.VERSION)]
-    return helper.make_function(
-        ctu.DOMAIN, op_type, ["X", "beta", "coeff", *operands], ["Y"], nodes, imports
-    )
-
-
 def attribute(node, name, default, kind=AttributeProto.FLOAT):
     """The value of a node's attribute; `default` where it has none of that AttributeProto type, or
     one that refers to the function around it."""

@@ -1,18 +1,46 @@
-"""Parameters per activation: which (beta, coeff) each one gets."""
+"""Parameters of single activations: reading them, and which (beta, coeff) each activation gets."""
 
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
 from ..errors import InputFileError, UsageError
+from . import checkpoint
+from .find import Activation
 
 _NAMES = ("beta", "coeff")
 
 
-def load(path):
+@dataclass(frozen=True)
+class Values:
+    """The parameters of one activation: float32 arrays. `common` tells that beta is the one that
+    all activations share."""
+
+    beta: np.ndarray
+    coeff: np.ndarray
+    common: bool
+
+    @property
+    def per_channel(self) -> bool:
+        return self.beta.size > 1 or self.coeff.size > 1
+
+    def shaped(self, activation: Activation) -> "Values":
+        """The values, one-dimensional ones shaped for the channels of the activation's tensor.
+
+        Raises:
+            UsageError: the values do not fit the tensor, or may fit in more than one way.
+        """
+        name, shape = activation.name, activation.shape
+        beta, coeff = (per_channel(array, shape, name) for array in (self.beta, self.coeff))
+        return replace(self, beta=beta, coeff=coeff)
+
+
+def read(path: str | Path) -> dict:
     """Read a file of parameters.
 
     A JSON file holds an object: key -> beta, or key -> {"beta": ..., "coeff": ...}, each a
@@ -22,18 +50,16 @@ def load(path):
     A key is an activation's name or a regular expression, as for `resolve`.
 
     Returns:
-        dict: key -> {"beta" and "coeff", as far as given: what the file holds}; Trained for a
+        dict: key -> {"beta" and "coeff", as far as the file has them: what it holds}; Trained for a
         state dict.
 
     Raises:
         InputFileError: the file cannot be read, or is not of that form.
         UsageError: a state dict is not that of a T-CT model.
-        MissingDependency: a state dict is given, and PyTorch is not installed.
+        MissingDependency: a state dict needs PyTorch, which is not installed.
     """
     path = Path(path)
     if path.suffix in (".pth", ".pt"):
-        from . import checkpoint
-
         state = checkpoint.read_checkpoint(path)
         return Trained(checkpoint.pairs(state), checkpoint.arrays(state))
     try:
@@ -50,20 +76,21 @@ def load(path):
 
 
 class Trained(dict):
-    """The pairs of a T-CT state dict: a key is a PyTorch module, and nothing else.
+    """The pairs of a T-CT state dict: each key is a PyTorch module.
 
     `weights` is name -> array of all that the state dict holds.
     """
 
-    def __init__(self, pairs, weights=()):
+    def __init__(self, pairs: Mapping, weights: Mapping[str, np.ndarray] | tuple = ()):
         super().__init__(pairs)
         self.weights = dict(weights)
 
-    def of(self, activations, notes):
-        """For each activation its pair, or None: by module; where the exporter did not write
-        modules down, by the names that the TorchScript exporter makes of them, or else in order,
-        which is then told in `notes`: a state dict has the order of definition, a graph that of
-        use.
+    def of(self, activations: Sequence[Activation], notes: list[str]) -> list[dict | None]:
+        """The pair of each activation, or None.
+
+        Activations are matched by module. Where the exporter wrote no modules down, the names that
+        the TorchScript exporter makes of them serve, or else the order, which `notes` then tells:
+        a state dict has the order of definition, a graph that of use.
 
         Raises:
             UsageError: the state dict and the model do not fit.
@@ -73,10 +100,10 @@ class Trained(dict):
             modules = [self._module(a.name) for a in activations]
             if not any(modules) and len(self) == len(activations):
                 modules = list(self)
-                taken = ", ".join(
+                pairs = ", ".join(
                     f"{module} for {a.path}" for module, a in zip(modules, activations, strict=True)
                 )
-                notes.append(f"the model names no modules: took the pairs in order: {taken}")
+                notes.append(f"the model names no modules: took the pairs in order: {pairs}")
         missing = sorted(self.keys() - set(modules))
         if missing and not any(modules):
             raise UsageError(
@@ -90,22 +117,23 @@ class Trained(dict):
             )
         return [self.get(module) for module in modules]
 
-    def _module(self, name):
+    def _module(self, name: str) -> str | None:
         """The key that a name like "/layer1/layer1.0/relu_1/Relu" stands for, None for none."""
         parts = [""]
         for part in name.split("/")[1:-1]:
-            # What a container holds is named with the container's own name.
+            # A container's children are named with the container's own name.
             if not part.startswith(f"{parts[-1]}."):
                 parts.append("")
             parts[-1] = part
         module = ".".join(parts[1:])
-        # A number is that of a module's second and further calls.
+        # A number marks a module's second and further calls.
         return next((key for key in (module, re.sub(r"_\d+$", "", module)) if key in self), None)
 
 
-def differing(weights, initializers):
-    """The names of the TensorProtos that are not what `weights`, name -> array, hold under their
-    name."""
+def differing(
+    weights: Mapping[str, np.ndarray], initializers: Sequence[TensorProto]
+) -> Iterator[str]:
+    """The names of the initializers whose values differ from those in `weights`, by name."""
     for tensor in initializers:
         trained = weights.get(tensor.name)
         if trained is None or tensor.data_location == TensorProto.EXTERNAL:
@@ -114,7 +142,7 @@ def differing(weights, initializers):
             yield tensor.name
 
 
-def _from_arrays(path):
+def _from_arrays(path: Path) -> dict:
     params = {}
     with np.load(path, allow_pickle=False) as arrays:
         for name in arrays:
@@ -127,50 +155,61 @@ def _from_arrays(path):
     return params
 
 
-def resolve(params, beta, coeff, activations, notes):
+def resolve(
+    params: Mapping | None,
+    beta: float | None,
+    coeff: float,
+    activations: Sequence[Activation],
+    notes: list[str],
+) -> list[Values | None]:
     """What each activation gets.
 
     Args:
-        params: as `load` gives it; values may be NumPy arrays. A key that is an activation's name,
+        params: as `read` gives it; values may be NumPy arrays. A key that is an activation's name,
             scope/name or PyTorch module stands for that; any other is a regular expression searched
             in scope/name. A name outweighs a pattern, and a later pattern an earlier one. Those of
             Trained are modules.
-        beta, coeff: for what `params` does not give; beta may be None.
-        notes: a list, to which goes what the user should know.
+        beta, coeff: where `params` gives none; beta may be None.
+        notes: a list that takes what the user should know.
 
     Returns:
-        list with a dict for each: "beta", a float32 array or None, "coeff", a float32 array, and
-        "common", whether beta is the one of all.
+        Values for each activation; None where it has no beta.
 
     Raises:
         UsageError: a key matches nothing, or a value is not in [0, 1].
     """
-    resolved = [{"beta": beta, "coeff": coeff, "common": True} for _ in activations]
+    own = [{} for _ in activations]
     if isinstance(params, Trained):
-        pairs = params.of(activations, notes)
-        for activation, values, pair in zip(activations, resolved, pairs, strict=True):
+        for i, pair in enumerate(params.of(activations, notes)):
             if pair is not None:
-                values.update(_values(activation.path, pair), common=False)
+                own[i] = _checked(activations[i].path, pair)
         params = None
     matches = {key: _matches(key, activations) for key in params or {}}
     # Names after patterns, as the last decides.
     for key in sorted(matches, key=lambda key: matches[key][0]):
-        values, (_, matched) = _values(key, params[key]), matches[key]
-        if not matched:
+        values, (_, indices) = _checked(key, params[key]), matches[key]
+        if not indices:
             raise UsageError(
                 f"params: {key!r} matches no activation that is steered, see `ctonnx inspect`"
             )
-        for index in matched:
-            resolved[index].update(values)
-            resolved[index]["common"] &= "beta" not in values
-    for values in resolved:
-        for name in _NAMES:
-            value = values[name]
-            values[name] = None if value is None else np.asarray(value, np.float32)
-    return resolved
+        for index in indices:
+            own[index].update(values)
+    return [_values(values, beta, coeff) for values in own]
 
 
-def _values(key, given):
+def _values(own: dict, beta: float | None, coeff: float) -> Values | None:
+    """The Values of an activation from its own parameters and the common ones."""
+    if own.get("beta", beta) is None:
+        return None
+    arrays = [
+        np.asarray(own.get(name, default), np.float32)
+        for name, default in (("beta", beta), ("coeff", coeff))
+    ]
+    return Values(*arrays, common="beta" not in own)
+
+
+def _checked(key: str, given: object) -> dict:
+    """The parameters under a key as a dict, once their values are sure to lie in [0, 1]."""
     if not isinstance(given, dict):
         given = {"beta": given}
     unknown = set(given) - set(_NAMES)
@@ -188,10 +227,10 @@ def _values(key, given):
         if not array.size or wrong.size:
             got = f"{wrong.flat[0]:g}" if wrong.size else "no number"
             raise UsageError(f"params: {name} of {key!r} must lie in [0, 1], got {got}")
-    return given
+    return dict(given)
 
 
-def _matches(key, activations):
+def _matches(key: str, activations: Sequence[Activation]) -> tuple[bool, list[int]]:
     """Whether a key is a name, and the indices of the activations that it stands for."""
     exact = [i for i, a in enumerate(activations) if key in (a.name, a.path, a.module)]
     if exact:
@@ -203,7 +242,7 @@ def _matches(key, activations):
     return False, [i for i, a in enumerate(activations) if pattern.search(a.path)]
 
 
-def per_channel(array, shape, name):
+def per_channel(array: np.ndarray, shape: list | None, name: str) -> np.ndarray:
     """Shape a 1-D array for an activation's tensor: channels are dim 1, or the last of 2-D and 3-D.
 
     Args:

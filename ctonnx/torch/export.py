@@ -1,7 +1,7 @@
 """PyTorch models with CT units to ONNX, by either of PyTorch's exporters.
 
 An exporter writes `torch.ops.ctonnx.ctu` as a node of ours with whatever computes its beta and c.
-These are evaluated, the node becomes the activation that it stands for, and `rewrite.steer` steers
+These are evaluated, the node becomes the activation that it stands for, and `steer` steers
 it again: the file is what `ctonnx patch` would have written, and can be changed and undone alike.
 """
 
@@ -18,7 +18,8 @@ from .. import ctu
 from ..errors import ModelError, NothingToDo, UsageError
 from ..model import files, graph
 from ..optional import require
-from ..rewriting import steer as rewrite
+from ..rewriting.find import Activation
+from ..rewriting.steer import steer
 
 # Where Clip has its bounds as inputs.
 _MIN_OPSET = 11
@@ -133,10 +134,10 @@ def _symbolic(g, x, beta, coeff, slope, lower, upper):
 
 
 def resteer(model):
-    """Make the nodes of our ops in an exporter's ModelProto what `rewrite.steer` makes them.
+    """Make the nodes of our ops in an exporter's ModelProto what `steer` makes them.
 
     Returns:
-        rewrite.Report.
+        Report.
 
     Raises:
         As `export`.
@@ -148,7 +149,7 @@ def resteer(model):
             if not ctu.is_ctu(node):
                 continue
             pair = [_least(_constant(scope, name, opset)) for name in node.input[1:3]]
-            unit = rewrite.Activation(graph.node_label(node), node.op_type, scope.path, "steered")
+            unit = Activation(graph.node_label(node), node.op_type, scope.path, "steered")
             if unit.path in given:
                 raise ModelError(f"the exporter gave two activations the name {unit.path!r}")
             given[unit.path] = dict(zip(("beta", "coeff"), pair, strict=True))
@@ -157,9 +158,9 @@ def resteer(model):
     if not given:
         raise NothingToDo("the model holds no CT unit: steer it, or use ctonnx.torch.CTU in it")
     _drop_unused(model, released)
-    rewrite.keep(model.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+    graph.keep(model.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
     # It refuses to pass over one that is given.
-    return rewrite.steer(model, params=given)
+    return steer(model, params=given)
 
 
 def _restore(node, constant):
@@ -238,7 +239,7 @@ def _drop_unused(model, released):
             for node in scope.body.node:
                 if not needed(node):
                     released.update(node.input)
-            rewrite.keep(scope.body.node, needed)
+            graph.keep(scope.body.node, needed)
         for body in graphs:
             for values in body.initializer, body.value_info:
-                rewrite.keep(values, lambda value, unused=unused: value.name not in unused)
+                graph.keep(values, lambda value, unused=unused: value.name not in unused)

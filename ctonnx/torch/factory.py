@@ -12,10 +12,12 @@ from .. import user_code
 from ..errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
 from ..model import files
 from ..model.values import arrays
-from ..rewriting import steer as rewrite
 from ..rewriting.checkpoint import arrays as weights_of
 from ..rewriting.checkpoint import pairs, read_checkpoint
 from ..rewriting.params import differing as differing_from
+from ..rewriting.steer import nothing_matched
+from ..rewriting.steer import steer as steer_proto
+from ..rewriting.steered import SteeredModel
 from .export import exported, resteer
 from .steering import is_steered, steer
 from .tct import restore
@@ -151,7 +153,7 @@ def export(target, shapes, output, *, beta=None, coeff=0.5, checkpoint=None, for
         checkpoint: the path of a T-CT state dict.
 
     Returns:
-        rewrite.Report, and the Path written.
+        rewriting.steer.Report, and the Path written.
 
     Raises:
         UsageError: a wrong argument, or as for `load`, `steer` and `restore`.
@@ -177,7 +179,7 @@ def _arguments(shapes):
 
 
 def _built(target, shapes, beta, coeff, checkpoint):
-    """What `export` writes: rewrite.Report and ModelProto."""
+    """What `export` writes: rewriting.steer.Report and ModelProto."""
     # PyTorch's log and warnings are of its own inner life, and errors come as exceptions.
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     model = load(target)
@@ -199,7 +201,7 @@ def _built(target, shapes, beta, coeff, checkpoint):
     except Exception as error:  # Whatever the exporter raises, or the model when it runs.
         raise ModelError(f"{target}: cannot be exported: {cause(error)}") from error
     if program and beta is not None:
-        return rewrite.steer(proto, beta, coeff), proto
+        return steer_proto(proto, beta, coeff), proto
     try:
         return resteer(proto), proto
     except NothingToDo:
@@ -207,6 +209,6 @@ def _built(target, shapes, beta, coeff, checkpoint):
             pairs(state)  # It says that there is none.
         lack = "holds no CT unit: give --beta or --checkpoint"
         if beta is not None:
-            skipped = [a for a in rewrite.find(proto) if a.status == "skipped"]
-            lack = rewrite.nothing_matched(skipped)
+            skipped = [a for a in SteeredModel(proto).activations if a.status == "skipped"]
+            lack = nothing_matched(skipped)
         raise NothingToDo(f"{target}: {lack}") from None

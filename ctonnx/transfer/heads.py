@@ -1,7 +1,6 @@
 """The linear layer at a classifier's end: finding it, and putting another in its place."""
 
 import difflib
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +8,9 @@ from onnx import helper, numpy_helper
 
 from ..errors import UsageError
 from ..model.flow import Flow
-from ..model.graph import DEFAULT_DOMAINS, node_label
+from ..model.graph import DEFAULT_DOMAINS, keep, node_label
 from ..model.names import FreshNames
-from ..rewriting.steer import CLASSES, drop_recorded_inputs, keep, original_op
+from ..rewriting.records import Metadata, original_op
 
 # What stands between a linear layer and the class scores as they are given out.
 _PASSED = {
@@ -167,10 +166,7 @@ def replace(model, head, weight, bias, dtype, flatten, classes):
     keep(graph.value_info, lambda value: value.name != head.output)
     if head.ending == "Sigmoid":
         notes.append("the old head ended in a Sigmoid: the new one gives scores of classes")
-    keep(model.metadata_props, lambda entry: entry.key != CLASSES)
-    if classes != list(range(len(classes))):
-        text = json.dumps(classes, ensure_ascii=False)
-        model.metadata_props.add(key=CLASSES, value=text)
+    Metadata(model).classes = None if classes == list(range(len(classes))) else classes
     return notes
 
 
@@ -197,7 +193,7 @@ def _take_out(model, flow, hung, features, gone):
     keep(graph.sparse_initializer, lambda tensor: tensor.values.name not in unused)
     # Until IR 4 initializers were inputs too; other inputs stay, for callers feed them.
     keep(graph.input, lambda value: value.name not in unused & tensors)
-    drop_recorded_inputs(model, unused & tensors)
+    Metadata(model).drop_original_inputs(unused & tensors)
     keep(graph.value_info, lambda value: value.name not in made)
     keep(graph.quantization_annotation, lambda entry: entry.tensor_name not in made | unused)
     keep(graph.node, lambda node: made.isdisjoint(node.output))

@@ -30,7 +30,8 @@ from ..measure.sweeping import grid
 from ..model import files, flow
 from ..optional import require
 from ..ort import library, runs
-from ..rewriting import steer as rewrite
+from ..rewriting.steer import steer_or_set
+from ..rewriting.steered import SteeredModel
 from . import heads
 
 _MAX_ITER = 10_000
@@ -225,20 +226,18 @@ def probe(
 
     def change(proto):
         said = heads.replace(proto, head, *fits[leader].head, dtype, len(shape) > 1, classes)
-        rewrite.give(proto, leader, coeff)
-        return proto, said
-
-    measured = []
-
-    def measure(_, opened):
-        measured.extend(_measure(opened, sources[1], head.output, classes))
+        steer_or_set(proto, leader, coeff)
+        return said
 
     if output is not None:
-        (proto, said), _ = files.edit(path, change, output, force, measure)
+        with files.Transaction(path, output, force) as edit:
+            proto, said = edit.model, change(edit.model)
+            measured = _measure(edit.stage(), sources[1], head.output, classes)
     else:
-        proto, said = change(files.own(model))
+        proto = files.own(model)
+        said = change(proto)
         with _opened(proto, path) as opened:
-            measure(None, opened)
+            measured = _measure(opened, sources[1], head.output, classes)
     written, *more = measured
     notes = [*steerable.notes, *_notes(fits, sets), *said, *more]
     before = float(fits[leader].test.mean())
@@ -318,8 +317,9 @@ def _runners(model, steerable, features, providers):
         steered = runner(parts[1], _part(steerable, parts[0], **fixed))
     original = files.own(model)
     try:
-        if rewrite.holds_steered(original):
-            rewrite.unsteer(original)
+        steered_original = SteeredModel(original)
+        if steered_original.is_steered:
+            steered_original.unsteer()
     except CtonnxError:  # It is lowered to primitives, or another tool took the record out.
         steerable.notes.append("beta 1 is measured through the CT units: the original is not known")
         return head, steered, steered

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ctonnx
-from ctonnx.rewriting import steer as rewrite
+from ctonnx.rewriting.steered import SteeredModel
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE.parent / "digits"
@@ -85,8 +85,8 @@ def steered(model):
     Both must be fed: onnxruntime-web takes no values for optional inputs.
     """
     model = ctonnx.patch(model, 1.0, beta_as="required-input")
-    _, coeffs = rewrite.parameters_of(model)
-    rewrite.require_inputs(model, coeffs)
+    model_with_inputs = SteeredModel(model)
+    model_with_inputs.require_inputs(model_with_inputs.parameters.coeffs)
     onnx.checker.check_model(model, full_check=True)
     return model
 

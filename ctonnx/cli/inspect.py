@@ -1,0 +1,57 @@
+"""`ctonnx inspect`."""
+
+from collections import Counter
+
+import click
+
+from . import options
+from .output import as_json as fields_of
+from .output import print_json
+from .tables import columns
+
+
+@click.command()
+@options.model
+@options.json
+def inspect(model, as_json):
+    """List the activations of MODEL, and their state.
+
+    MODEL is a file, or - for standard input. An activation is steered, steerable or, with the
+    reason, skipped.
+    """
+    from .. import api
+
+    activations = api.inspect(model)
+    if as_json:
+        fields = ("status", "reason", "beta", "coeff", "shape", "module")
+        print_json(activations=[fields_of(a, *fields) for a in activations])
+        return
+    for line in columns(rows(activations)):
+        click.echo(line)
+    states = Counter(a.status for a in activations)
+    names = ("steered", "steerable", "skipped")
+    click.echo(", ".join(f"{states[name]} {name}" for name in names))
+
+
+def rows(activations):
+    """The rows of a table with one for each activation."""
+    if activations:
+        yield "STATE", "OP", "SHAPE", "NAME", "MODULE", "SCOPE", ""
+    for a in activations:
+        shape = "" if a.shape is None else ",".join("?" if d is None else str(d) for d in a.shape)
+        yield a.status, a.op, shape, a.name, a.module or "", a.scope, _detail(a)
+
+
+def _detail(activation):
+    if activation.status == "skipped":
+        return activation.reason
+    if activation.status == "steerable":
+        return ""
+    coeff = "" if activation.coeff in (None, 0.5) else f", c {_number(activation.coeff)}"
+    return f"beta {_number(activation.beta)}{coeff}"
+
+
+def _number(value):
+    if isinstance(value, list):
+        return "per channel"
+    return "fed" if value is None else format(value, ".12g")

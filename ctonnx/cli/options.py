@@ -1,0 +1,121 @@
+"""Arguments and options that several commands have."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+import click
+
+
+def names(context, option, value):
+    """A list of names from text with commas."""
+    return None if value is None else [name.strip() for name in value.split(",")]
+
+
+def _numbers(context, option, value):
+    """A tuple of numbers from text with commas."""
+    try:
+        return None if value is None else tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers") from None
+
+
+def sizes(option: str, text: str, symbols: bool = False) -> list[int | str]:
+    """The numbers in `1x3x224x224`, and names where `symbols`."""
+    dims = [int(size) if size.isdecimal() else size for size in text.split("x")]
+    if not all(dim and (type(dim) is int or (symbols and dim.isidentifier())) for dim in dims):
+        raise click.UsageError(f"--{option} {text}: expected sizes like 1x3x224x224")
+    return dims
+
+
+def check_outputs(outputs: dict, inputs: dict) -> None:
+    """Refuse an output, option -> path, that is another output or one of the inputs."""
+    seen = {Path(path).resolve(): name for name, path in inputs.items()}
+    for name, path in outputs.items():
+        if path not in (None, "-") and seen.setdefault(Path(path).resolve(), name) != name:
+            raise click.UsageError(f"{name} and {seen[Path(path).resolve()]} name one file")
+
+
+def group(*options: Callable) -> Callable:
+    """A decorator that gives a command several options, in that order."""
+
+    def decorate(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+# Text, as a Path would drop the slash that ends a folder's name, and take `./-` for `-`. The code
+# that reads the file says whether it can be read.
+model = click.argument("model")
+output = click.option(
+    "-o", "--output", metavar="FILE", help="Where to write; - for standard output."
+)
+force = click.option("--force", is_flag=True, help="Overwrite an existing output.")
+json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+labels = click.option(
+    "--labels", metavar="NAME", help="Array or column of the labels, or a .npy file."
+)
+betas = click.option(
+    "--beta",
+    "betas",
+    metavar="GRID",
+    default="0.7:1.0:0.01",
+    show_default=True,
+    help="What to try; the original, at 1, is tried too.",
+)
+providers = click.option(
+    "--providers",
+    metavar="LIST",
+    callback=names,
+    help="ONNX Runtime's execution providers.  [default: all that are there but TensorRT's]",
+)
+
+_feeding = group(
+    click.option("--batch", "batch_size", type=int, help="Samples per run.  [default: 32]"),
+    click.option(
+        "--preset",
+        metavar="NAME",
+        help="How images are fed: plain, imagenet or caffe.  [default: plain]",
+    ),
+    click.option("--resize", type=int, help="Scale the shorter side of images to this."),
+    click.option("--crop", type=int, help="Keep the middle, of this height and width."),
+    click.option(
+        "--mean",
+        metavar="NUMBERS",
+        callback=_numbers,
+        help="Subtracted from pixels in [0, 1]: one number, or R,G,B.",
+    ),
+    click.option(
+        "--std",
+        metavar="NUMBERS",
+        callback=_numbers,
+        help="Divides them then: one number, or R,G,B.",
+    ),
+    click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read."),
+)
+
+
+def feeding(command: Callable) -> Callable:
+    """Give a command the options on how data become batches, packed into its argument `feeding`:
+    keyword arguments of `ctonnx.sweep` and `ctonnx.probe`."""
+
+    @_feeding
+    @wraps(command)
+    def packed(batch_size, preset, resize, crop, mean, std, skip_broken, **options):
+        transform = _transform(preset, resize=resize, crop=crop, mean=mean, std=std)
+        feeding = {"batch_size": batch_size, "images": transform, "skip_broken": skip_broken}
+        return command(feeding=feeding, **options)
+
+    return packed
+
+
+def _transform(preset, **options):
+    """The images.Transform that the options ask for; None where none does."""
+    from ..data import images
+
+    if preset is None and all(value is None for value in options.values()):
+        return None
+    return images.transform(preset or "plain", **options)

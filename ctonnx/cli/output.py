@@ -1,0 +1,66 @@
+"""What commands print: results on stdout, messages and progress bars on stderr."""
+
+import itertools
+import json
+import sys
+import time
+
+import click
+
+
+def say(message: str) -> None:
+    """Print a message to stderr, as stdout holds the result only."""
+    click.echo(message, err=True)
+
+
+def echo(output, text: str) -> None:
+    """Print a result; to stderr where stdout holds the model."""
+    click.echo(text, err=output == "-")
+
+
+def print_json(output=None, **document) -> None:
+    """Print one JSON document, with `output` in it where there is one."""
+    if output is not None:
+        document = {"output": str(output), **document}
+    echo(output, json.dumps({"schema_version": 1, **document}, indent=2))
+
+
+def say_report(report, as_json: bool) -> None:
+    """Print the notes of a Report, and what it skipped, which a JSON document lists by itself."""
+    for note in report.notes:
+        say(note)
+    for activation in () if as_json else report.skipped:
+        say(f"skipped {activation.path}: {activation.reason}")
+
+
+def counts(report) -> str:
+    return f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
+
+
+def as_json(activation, *fields: str) -> dict:
+    """The name, op, scope and other fields of an Activation, for a JSON document."""
+    return {field: getattr(activation, field) for field in ("name", "op", "scope", *fields)}
+
+
+def progress(label: str = "copying data", rated: bool = False):
+    """A function from a total, None where it is unknown, to a progress bar on stderr.
+
+    `rated` shows how many runs are done, and how fast. None where stderr is no terminal.
+    """
+    if not sys.stderr.isatty():
+        return None
+
+    def bar(total):
+        start = time.monotonic()
+
+        def rate(_):
+            return f"{progress_bar.pos / (time.monotonic() - start):.3g} runs/s"
+
+        shown = {"show_pos": True, "item_show_func": rate} if rated else {}
+        endless = None if total is not None else itertools.repeat(None)
+        progress_bar = click.progressbar(
+            endless, length=total, label=label, file=sys.stderr, **shown
+        )
+        return progress_bar
+
+    return bar

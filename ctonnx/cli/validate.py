@@ -1,0 +1,128 @@
+"""`ctonnx validate`."""
+
+import sys
+from dataclasses import asdict, replace
+
+import click
+
+from ..errors import CheckFailed
+from . import options
+from .output import print_json, say
+from .tables import columns
+
+# Most rows of a run that are shown; a longer run shows its worst output and their number.
+_ROWS = 8
+
+
+@click.command()
+@options.model
+@click.option(
+    "--against",
+    metavar="ORIGINAL",
+    help="Compare with this unsteered model, at beta 1.  [default: with a float64 run]",
+)
+@click.option(
+    "--torch",
+    "module",
+    metavar="PKG:FACTORY",
+    help="Compare with this PyTorch model, as for `ctonnx export`, steered alike.",
+)
+@click.option("--inputs", metavar="FILE", help="An .npz file of inputs.  [default: random ones]")
+@click.option(
+    "--shape",
+    "shapes",
+    metavar="INPUT=DIMS",
+    multiple=True,
+    help="Size of a random input, such as image=1x3x224x224; repeatable.",
+)
+@click.option(
+    "--providers",
+    metavar="LIST",
+    callback=options.names,
+    default="CPUExecutionProvider",
+    show_default=True,
+    help="ONNX Runtime's execution providers, each in turn.",
+)
+@click.option(
+    "--rtol",
+    type=click.FloatRange(0),
+    help="Allowed difference, as a part of an output's largest value.  [default: for float32 1e-4 "
+    "from a float64 run, else 1e-5]",
+)
+@click.option(
+    "--atol", type=click.FloatRange(0), help="Allowed difference besides.  [default: 1e-6]"
+)
+@options.json
+def validate(model, shapes, as_json, **choices):
+    """Show that MODEL computes what the method says.
+
+    Each output that it gives in ONNX Runtime is compared with that of a float64 run, or of another
+    model: with the op library, without it, and in the blocked layout where `ctonnx.session` uses
+    that. Beside a float64 run, its CT units are also tried by themselves, on inputs of their own.
+    MAX REL is the largest difference over the largest value, ULP the largest difference in units of
+    the last place.
+    """
+    from ..check.validate import validate
+
+    result = validate(model, shapes=dict(map(_named_sizes, shapes)), **choices)
+    for note in result.notes:
+        say(note)
+    if as_json:
+        _print_json(result)
+    else:
+        _print(result)
+    for run in result.runs:
+        for output in run.outputs:
+            if not output.ok:
+                say(f"{run.name}: {output.name!r} {output.reason}")
+        if run.diverges:
+            say(f"{run.name}: the first activation to differ is {run.diverges}")
+    if not result.ok:
+        sys.exit(CheckFailed.exit_code)
+
+
+def _named_sizes(text):
+    """The name and the sizes in `image=1x3x224x224`."""
+    name, equals, sizes = text.rpartition("=")
+    if not equals:
+        raise click.UsageError(f"--shape {text}: expected an input's name and =1x3x224x224")
+    return name, options.sizes("shape", sizes)
+
+
+def _print_json(result):
+    from ..measure.results import without_nan
+
+    print_json(
+        ok=result.ok,
+        against=result.against,
+        inputs=result.inputs,
+        outputs=[
+            {"run": run.name, **without_nan(asdict(output))}
+            for run in result.runs
+            for output in run.outputs
+        ],
+        diverges={run.name: run.diverges for run in result.runs if run.diverges},
+        notes=result.notes,
+    )
+
+
+def _print(result):
+    shapes = (f"{n} {'x'.join(map(str, s)) or 'scalar'}" for n, s in result.inputs.items())
+    click.echo(f"compared with {result.against}, on {', '.join(shapes)}")
+    for run in result.runs:
+        click.echo(f"{run.name}: {'passed' if run.ok else 'FAILED'}")
+        for line in columns(_rows(run)):
+            click.echo(f"  {line}")
+
+
+def _rows(run):
+    """The rows of a run's table."""
+    yield "OUTPUT", "MAX ABS", "MAX REL", "ULP", "COSINE", "TOP-1"
+    outputs = run.outputs
+    if len(outputs) > _ROWS:
+        worst = min(outputs, key=lambda o: (o.ok, -o.max_rel))
+        outputs = [replace(worst, name=f"{worst.name}, the worst of {len(outputs)}")]
+    for o in outputs:
+        numbers = o.max_abs, o.max_rel, o.ulp, o.cosine, o.top1
+        cells = zip(("{:.1e}", "{:.1e}", "{:.1f}", "{:.9f}", "{:.1%}"), numbers, strict=True)
+        yield o.name, *("" if value is None else form.format(value) for form, value in cells)

@@ -1,0 +1,128 @@
+"""External data: the files that hold tensors of a model, and whether they are safe to read."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from google.protobuf.message import Message
+from onnx import ModelProto, TensorProto, helper
+
+from ..errors import ModelError
+
+# The kinds of message in which a tensor can be.
+_HOLDING_TENSORS = {
+    "ModelProto",
+    "GraphProto",
+    "NodeProto",
+    "AttributeProto",
+    "FunctionProto",
+    "TrainingInfoProto",
+    "SparseTensorProto",
+    "TensorProto",
+}
+
+# Bits of the element types that share bytes.
+_PACKED_BITS = {
+    "UINT4": 4,
+    "INT4": 4,
+    "FLOAT4E2M1": 4,
+    "UINT2": 2,
+    "INT2": 2,
+    "FLOAT6E2M3": 6,
+    "FLOAT6E3M2": 6,
+}
+
+
+def check_external_data(model: ModelProto, folder: Path) -> dict[str, Path]:
+    """The external data files of `model`: a dict from location, without detours, to Path.
+
+    Raises:
+        ModelError: a location leaves `folder`, or its file is no regular file or too short.
+    """
+    sizes = {}
+    for tensor in filter(_is_external, _tensors(model)):
+        entry = {item.key: item.value for item in tensor.external_data}
+        location = entry.get("location", "")
+        try:
+            if len(entry) < len(tensor.external_data):
+                raise ValueError("a key is given twice")
+            if location not in sizes:
+                sizes[location] = _checked_size(folder, location)
+            needed = _byte_size(tensor)
+            offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
+            if offset < 0 or length < needed or offset + length > sizes[location]:
+                raise ModelError(
+                    f"external data file {location!r} is too short, or the entry is damaged"
+                )
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            # A location that is no name, a link to itself, text in place of a number.
+            raise ModelError(f"external data of {tensor.name!r}: {error}") from None
+    # `a` and `./a` are one file.
+    return {os.path.normpath(location): folder / location for location in sizes}
+
+
+def has_external_data(model: ModelProto) -> bool:
+    """Whether some tensor of `model` has its data in another file."""
+    return any(map(_is_external, _tensors(model)))
+
+
+def read_external_data(model: ModelProto, folder: Path) -> None:
+    """Bring the external data in `folder` into `model`.
+
+    Raises:
+        ModelError: as `check_external_data`.
+    """
+    check_external_data(model, folder)
+    for tensor in filter(_is_external, _tensors(model)):
+        entry = {item.key: item.value for item in tensor.external_data}
+        with open(folder / entry["location"], "rb") as stream:
+            stream.seek(int(entry.get("offset", 0)))
+            tensor.raw_data = stream.read(_byte_size(tensor))
+        tensor.ClearField("data_location")
+        del tensor.external_data[:]
+
+
+def _checked_size(folder: Path, location: str) -> int:
+    """The size of an external data file; raises ModelError or, where its name is none, others."""
+    file = folder / location
+    # ONNX Runtime takes the last one for an address in memory.
+    if (
+        not location
+        or Path(location).is_absolute()
+        or ".." in Path(location).parts
+        or "_ORT_MEM_ADDR_" in location
+    ):
+        raise ModelError(f"unsafe external data location {location!r}")
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"external data {location!r} leave the model's folder through a link")
+    if not file.is_file():
+        raise ModelError(f"external data file {location!r} is missing, or is no regular file")
+    return file.stat().st_size
+
+
+def _byte_size(tensor: TensorProto) -> int:
+    """The least number of bytes that hold the tensor's elements."""
+    if any(dim < 0 for dim in tensor.dims):
+        raise ValueError("a dimension is negative")
+    name = TensorProto.DataType.Name(tensor.data_type)
+    bits = _PACKED_BITS.get(name)
+    if bits is None:
+        bits = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-math.prod(tensor.dims) * bits // 8)
+
+
+def _is_external(tensor: TensorProto) -> bool:
+    return tensor.data_location == TensorProto.EXTERNAL
+
+
+def _tensors(message: Message) -> Iterator[TensorProto]:
+    """Yield every TensorProto in `message`, wherever one can be."""
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.name not in _HOLDING_TENSORS:
+            continue
+        for item in [value] if isinstance(value, Message) else value:
+            if isinstance(item, TensorProto):
+                yield item
+            else:
+                yield from _tensors(item)

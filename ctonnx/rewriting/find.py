@@ -1,0 +1,130 @@
+"""Finding activations: which nodes of a model are, whether they are steered, and if not why."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from .. import ctu
+from ..model.graph import Scope, node_label
+from . import activations, records
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation of a model, as `inspect` and `patch` report it.
+
+    `scope` is the subgraph or function that holds it, "" for the main graph. `status` is
+    "steerable", "steered" or "skipped", the last with a `reason`. `beta` and `coeff` are those of a
+    steered one: a number, nested lists where they differ per channel, and None where they are fed
+    at run time. `shape` is that of its tensor as far as inference knows it, and `module` the path
+    of the PyTorch module that it comes from, where the exporter wrote that down.
+    """
+
+    name: str
+    op: str
+    scope: str
+    status: str
+    reason: str | None = None
+    beta: float | list | None = None
+    coeff: float | list | None = None
+    shape: list[int | str | None] | None = None
+    module: str | None = None
+
+    @property
+    def path(self) -> str:
+        """`scope/name`, which is unique in a model whose nodes have unique names."""
+        return f"{self.scope}/{self.name}" if self.scope else self.name
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation in its place.
+
+    `dtypes` holds the element types of its tensor, none where they are unknown. `steering` is what
+    a steerable one becomes. `inner` is the activation as a node of its own where it is fused into
+    `node`.
+    """
+
+    activation: Activation
+    node: NodeProto
+    scope: Scope
+    dtypes: set[int]
+    steering: activations.Steering | None = None
+    inner: NodeProto | None = None
+
+
+def survey(scopes: list[Scope], values: dict[str, float | list | None]) -> Iterator[Site]:
+    """Yield a Site for every activation in typed Scopes.
+
+    Args:
+        scopes: of the whole model, as graph.typed_scopes gives them.
+        values: initializer -> its value, of those that hold a beta or coeff.
+    """
+    for scope in scopes:
+        if scope.function is not None and ctu.is_ctu(scope.function):
+            continue
+        producers = {name: node.op_type for node in scope.body.node for name in node.output}
+        for node in scope.body.node:
+            inner = activations.unfused(node)
+            # X, bounds, slope and Y share one element type: the first that is known.
+            types = (scope.types.get(name) for name in (*node.input, *node.output))
+            dtypes = next(filter(None, types), set())
+            judgement = _judge(node, inner, dtypes, scope, values, producers)
+            if judgement is None:
+                continue
+            details, steering = judgement
+            activation = Activation(
+                name=node_label(node),
+                scope=scope.path,
+                shape=scope.shapes.get((*node.output, "")[0]),
+                module=_module(node),
+                **details,
+            )
+            yield Site(activation, node, scope, dtypes, steering, inner)
+
+
+def _judge(node, inner, dtypes, scope, values, producers):
+    """Fields of the Activation that a node is, and its Steering; None for any other node."""
+    if ctu.is_ctu(node):
+        # A CTU of another tool may lack its parameters.
+        beta, coeff = (*(values.get(name) for name in node.input[1:3]), None, None)[:2]
+        op = records.original_op(node)
+        return {"op": op, "status": "steered", "beta": beta, "coeff": coeff}, None
+    lowered = records.lowered_op(node)
+    if lowered is not None:
+        return ({"op": lowered, "status": "steered"}, None) if lowered else None
+    judgement = activations.judge(inner or node, dtypes, scope.constant)
+    if judgement is None:
+        judgement = activations.clips_at_zero(node, scope.types, scope.constant, producers)
+    if judgement is None:
+        return None
+    op_type = (inner or node).op_type
+    if isinstance(judgement, str):
+        return {"op": op_type, "status": "skipped", "reason": judgement}, None
+    return {"op": op_type, "status": "steerable"}, judgement
+
+
+def _module(node: NodeProto) -> str | None:
+    """The PyTorch module that a node comes from: its exporter writes the scopes around it."""
+    text = records.get(node, "pkg.torch.onnx.name_scopes")
+    try:
+        return next((s for s in reversed(ast.literal_eval(text)[:-1]) if s), None)
+    except (SyntaxError, TypeError, ValueError):
+        return None  # The key is missing, or another exporter's.
+
+
+def decimal(tensor: TensorProto) -> float | list | None:
+    """The numbers of a float32 tensor, with the fewest digits that tell two float32 apart.
+
+    None for a tensor that is none of ours: of another type, external, or damaged.
+    """
+    if tensor.data_type != TensorProto.FLOAT or tensor.data_location == TensorProto.EXTERNAL:
+        return None
+    try:
+        array = numpy_helper.to_array(tensor)
+    except ValueError:
+        return None
+    return np.reshape([float(str(value)) for value in array.ravel()], array.shape).tolist()
