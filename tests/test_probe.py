@@ -18,7 +18,8 @@ from ctonnx.errors import MissingDependency, UsageError
 from ctonnx.measure import engine
 from ctonnx.model import flow
 from ctonnx.rewriting import rewrite
-from ctonnx.transfer import probing
+from ctonnx.transfer import features as reading
+from ctonnx.transfer import fit
 
 pytest.importorskip("sklearn")
 from sklearn.linear_model import LogisticRegression
@@ -438,14 +439,14 @@ def test_some_models_are_run_as_a_whole(trunk):
 
 def test_betas_are_read_in_groups(monkeypatch, probed):
     """Of a size that is bounded: with the same numbers."""
-    groups, before = [], probing._read
+    groups, before = [], reading._read
 
     def counted(runner, source, head, points):
         groups.append(len(points))
         return before(runner, source, head, points)
 
-    monkeypatch.setattr(probing, "_read", counted)
-    monkeypatch.setattr(probing, "_MOST_BYTES", 2 * 540 * 32 * 4)
+    monkeypatch.setattr(reading, "_read", counted)
+    monkeypatch.setattr(reading, "_MOST_BYTES", 2 * 540 * 32 * 4)
     result = ctonnx.probe(MODEL, TRAIN, TEST, BETAS)
     assert groups == [1, 1, 2, 2, 1, 1]
     assert result.points == probed[0].points
@@ -575,7 +576,7 @@ def test_data_in_another_order_are_refused():
 
 
 def test_fits_that_do_not_converge_are_counted(monkeypatch):
-    monkeypatch.setattr(probing, "_MAX_ITER", 2)
+    monkeypatch.setattr(fit, "_MAX_ITER", 2)
     result = ctonnx.probe(small(), GOOD, GOOD, [0.5], seeds=2)
     assert "6 fits of a head did not converge in 2 steps" in result.notes
 
