@@ -2,22 +2,28 @@
 
 The protocol is that of the paper's experiments on transfer, arXiv 2502.07783: β is searched on a
 grid, a linear classifier is fitted on the frozen network's features, and β is chosen on a fifth of
-the training set, drawn with each class's share. The test set chooses nothing: it is measured alone.
+the training set, drawn with each class's share. The test set chooses nothing: it only measures.
 
 The head is scikit-learn's LogisticRegression with max_iter=10000 and C = 1, as in the authors' code
 where it is deterministic, on standardized features: β changes how large features are, and with that
-what C would mean. The fit does not depend on a seed; seeds differ in the split, so in the chosen β.
+what C would mean. The fit does not depend on a seed: seeds differ in their split, and so may choose
+different β.
 """
 
 import math
 import operator
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from onnx import ModelProto
 
 from .. import ctu
+from ..data.images import Transform
 from ..data.open import DataOptions, open_source
 from ..errors import UsageError
 from ..measure import engine, intervals
@@ -26,37 +32,40 @@ from ..model import files
 from ..optional import require
 from ..ort import runs
 from ..rewriting import rewrite
-from . import features as _features
-from . import heads
-from .fit import _classes, _fit, _indices, _splits
-from .result import _measure, _notes, _result
+from .features import FeatureReader, FeatureSet, groups_of, open_reader
+from .fit import Fits, Task, define_task, fit_heads
+from .heads import HeadSite, replace_head
+from .result import Probe, WrittenModel, measure_accuracy, notes_on, result_of
+
+# Called with the number of steps: a context of an object with `update(steps)`, or of None.
+Progress = Callable[[int], AbstractContextManager[Any]]
 
 
 def probe(
-    model,
-    train,
-    test,
-    betas="0.7:1.0:0.01",
+    model: str | Path | ModelProto,
+    train: Any,
+    test: Any,
+    betas: str | float | Iterable[float] = "0.7:1.0:0.01",
     *,
-    coeff=None,
-    features=None,
-    seeds=3,
-    validation=0.2,
-    labels=None,
-    test_labels=None,
-    batch_size=None,
-    images=None,
-    skip_broken=False,
-    providers=None,
-    output=None,
-    force=False,
-    progress=None,
-):
+    coeff: float | None = None,
+    features: str | None = None,
+    seeds: int | Iterable[int] = 3,
+    validation: float = 0.2,
+    labels: str | os.PathLike | None = None,
+    test_labels: str | os.PathLike | None = None,
+    batch_size: int | None = None,
+    images: Transform | None = None,
+    skip_broken: bool = False,
+    providers: Sequence | None = None,
+    output: str | os.PathLike | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Probe:
     """Fit a linear head on a model's features at every β, and give the model the best.
 
     For each seed β is chosen by validation accuracy, of equals the nearest to 1; then the head is
-    fitted on the whole training set. β = 1 is the original network, run as such: plain linear
-    probing. The model gets the β with the best mean validation accuracy.
+    fitted on the whole training set. β = 1 is the original network, run without steering: plain
+    linear probing. The model gets the β with the best mean validation accuracy.
 
     Args:
         model: a path or an onnx.ModelProto, steered or not. It is not changed.
@@ -64,15 +73,15 @@ def probe(
         betas: as for `ctonnx.sweep`; β = 1 is always among them.
         coeff: c, in [0, 1]; the model's own, or 0.5, where None.
         features: the name of the tensor to fit on; the input of the last linear layer where None.
-        seeds: how many, from 0 on, or a list of them: of the splits.
-        validation: the share of the training set that β is chosen on.
-        labels, test_labels: the name of the labels' array or column, which is the same for both
-            where `test_labels` is None; the path of an .npy file for inputs in one.
+        seeds: of the splits: how many, from 0 on, or a list of them.
+        validation: the share of the training set that β is chosen on, between 0 and 1.
+        labels, test_labels: the name of the labels' array or column in `train` and in `test`, or
+            the path of an .npy file for inputs in one. `test_labels` is as `labels` where None.
         batch_size, images, skip_broken, providers: as for `ctonnx.sweep`.
         output: where to write the model, which then has to be a path.
         force: overwrite `output`.
         progress: called with the number of β, and gives a context manager for an object whose
-            `update` is called with those done since.
+            `update` is called with the number done since.
 
     Returns:
         Probe.
@@ -90,126 +99,178 @@ def probe(
         raise UsageError(f"validation must lie between 0 and 1, got {validation!r}")
     if coeff is not None:
         coeff = ctu.check_unit_interval("coeff", coeff)
-    if (
-        isinstance(labels, str | Path)
-        and not test_labels
-        and all(map(_is_npy, (train, test)))
-        and train != test
-    ):
-        raise UsageError(f"{labels} holds the training labels: name the others with --test-labels")
-    path = Path(model) if isinstance(model, str | Path) else None
-    if output is not None:
-        if path is None:
-            raise UsageError("output goes with a path: save the model of the result instead")
-        files.check_output(output, force)
-    betas = sorted({1.0, *grid("beta", betas)}, key=lambda beta: -beta)
-    _check_packages()
+    _check_labels(train, test, labels, test_labels)
+    _check_output(model, output, force)
+    betas = sorted({1.0, *grid("beta", betas)}, reverse=True)
+    _require_packages()
 
     steerable = engine.prepare(model, coeff is not None)
-    head, original, steered = _features._runners(model, steerable, features, providers)
+    reader = open_reader(model, steerable, features, coeff, providers)
+    options = DataOptions(labels, batch_size, images, skip_broken)
     sources = [
-        open_source(each, steerable.inputs, DataOptions(names, batch_size, images, skip_broken))
-        for each, names in ((train, labels), (test, test_labels or labels))
+        open_source(train, steerable.inputs, options),
+        open_source(test, steerable.inputs, replace(options, labels=test_labels or labels)),
     ]
-    for source in sources:
-        steerable.notes.extend(source.notes)
-    sets = [_features._read(original, source, head, [(1.0, coeff)]) for source in sources]
-    classes = _classes(sets)
-    targets = [_indices(given.labels, classes) for given in sets]
-    splits = _splits(targets[0], classes, seeds, validation)
-    shape, dtype = sets[0].shape, sets[0].dtype
-    if sets[1].shape != shape:
-        raise UsageError(
-            f"the features {head.features!r} of a sample are {list(shape)} in the training set and "
-            f"{list(sets[1].shape)} in the test set: they must be as many"
-        )
+    sets = [reader.read_original(source) for source in sources]
+    task = define_task(sets[0].labels, sets[1].labels, seeds, validation)
+    site, shape, dtype = reader.site, _common_shape(sets, reader.site), sets[0].dtype
+    fits = _fit_all(reader, sources, sets, task, betas, progress)
 
-    fits, leader = {}, None
-    with progress(len(betas)) if progress else nullcontext() as bar:
-        for group in _features._groups(betas, sets):
-            if group != [1.0]:
-                known = [given.labels for given in sets]
-                for given in sets:
-                    given.features.clear()
-                sets = [
-                    _features._read(steered, s, head, [(beta, coeff) for beta in group])
-                    for s in sources
-                ]
-                if known != [given.labels for given in sets]:
-                    raise UsageError("the data come in another order when read again: fix it")
-            for i, beta in enumerate(group):
-                fits[beta] = fit = _fit(*(given.features[i] for given in sets), targets, splits)
-                if leader is None or sum(fit.right) > sum(fits[leader].right):
-                    leader = beta
-                # Only the leader's head is kept: there may be thousands of classes.
-                fits = {b: f if b == leader else replace(f, head=None) for b, f in fits.items()}
-                if bar:
-                    bar.update(1)
+    def change(proto: ModelProto) -> list[str]:
+        notes = replace_head(proto, site, fits.head, task.classes, dtype, flatten=len(shape) > 1)
+        rewrite.give(proto, fits.best, coeff)
+        return notes
 
-    def change(proto):
-        said = heads.replace(proto, head, *fits[leader].head, dtype, len(shape) > 1, classes)
-        rewrite.give(proto, leader, coeff)
-        return proto, said
+    def measure(opened: Path | bytes) -> tuple[float, list[str]]:
+        return measure_accuracy(opened, sources[1], site.output, task.classes)
 
-    measured = []
-
-    def measure(_, opened):
-        measured.extend(_measure(opened, sources[1], head.output, classes))
-
-    if output is not None:
-        (proto, said), _ = files.edit(path, change, output, force, measure)
-    else:
-        proto, said = change(files.own(model))
-        with _opened(proto, path) as opened:
-            measure(None, opened)
-    written, *more = measured
-    notes = [*steerable.notes, *_notes(fits, sets), *said, *more]
-    before = float(fits[leader].test.mean())
-    if written != before:
-        notes.append(
-            f"before the head was rounded to the model's type its test accuracy was {before:.6g}"
-        )
-    width = math.prod(shape)
-    return _result(
-        *(fits, leader, seeds, len(splits[0][1])),
-        written=written,
-        features=head.features,
-        width=width,
-        classes=classes,
-        parameters=(width + 1) * len(classes),
-        train_samples=len(targets[0]),
-        test_samples=len(targets[1]),
-        model=proto,
-        notes=notes,
-    )
+    written = _write(model, output, force, change, measure)
+    notes = [*steerable.notes, *reader.notes, *sources[0].notes, *sources[1].notes]
+    notes += [*notes_on(fits, sets), *written.notes]
+    return result_of(fits, task, site.features, math.prod(shape), written, notes)
 
 
-# --- what is asked for
-
-
-def _seeds(given):
-    """A list of seeds, from a number of them or an iterable."""
+def _seeds(seeds: int | Iterable[int]) -> list[int]:
     try:
-        seeds = list(given) if np.iterable(given) else list(range(operator.index(given)))
-        seeds = [operator.index(seed) for seed in seeds]
+        numbers = list(seeds) if np.iterable(seeds) else list(range(operator.index(seeds)))
+        numbers = [operator.index(seed) for seed in numbers]
     except TypeError:
-        raise UsageError(f"seeds must be a number of them or a list, got {given!r}") from None
-    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise UsageError(f"seeds must be a number of seeds or a list, got {seeds!r}") from None
+    valid = all(0 <= seed < 2**32 for seed in numbers)
+    if not numbers or len(set(numbers)) < len(numbers) or not valid:
         raise UsageError(
-            f"seeds must be at least one, all different, from 0 to 2**32 - 1, got {given!r}"
+            f"seeds must be at least one, all different, from 0 to 2**32 - 1, got {seeds!r}"
         )
-    return seeds
+    return numbers
 
 
-def _is_npy(data):
+def _check_labels(train: Any, test: Any, labels: Any, test_labels: Any) -> None:
+    """Raise where one .npy file would be the labels of two different .npy files."""
+    if not isinstance(labels, str | Path) or test_labels:
+        return
+    if _is_npy(train) and _is_npy(test) and train != test:
+        raise UsageError(
+            f"{labels} holds the training labels: name those of the test set with --test-labels"
+        )
+
+
+def _is_npy(data: Any) -> bool:
     return isinstance(data, str | Path) and Path(data).suffix.lower() == ".npy"
 
 
-def _check_packages():
+def _check_output(model: Any, output: Any, force: bool) -> None:
+    if output is None:
+        return
+    if not isinstance(model, str | Path):
+        raise UsageError(
+            "output needs a model that is a path: save the model of the result instead"
+        )
+    files.check_output(output, force)
+
+
+def _require_packages() -> None:
+    """Fail early where scikit-learn or scipy is missing."""
     require("sklearn.linear_model")
-    intervals.quantile(intervals.LEVEL, 1)  # What is missing is better said now than in the end.
+    intervals.quantile(intervals.LEVEL, 1)
 
 
-def _opened(proto, path):
-    """A context of what opens as a ModelProto, which may share the external data of `path`."""
-    return nullcontext(proto.SerializeToString()) if path is None else runs.variant(path, proto)
+def _common_shape(sets: Sequence[FeatureSet], site: HeadSite) -> tuple[int, ...]:
+    """The shape of a sample's features, which is that of both sets."""
+    train, test = (each.shape for each in sets)
+    if train != test:
+        raise UsageError(
+            f"the features {site.features!r} of a sample are {list(train)} in the training set and "
+            f"{list(test)} in the test set: their shapes must be the same"
+        )
+    return train
+
+
+def _fit_all(
+    reader: FeatureReader,
+    sources: Sequence,
+    sets: Sequence[FeatureSet],
+    task: Task,
+    betas: Sequence[float],
+    progress: Progress | None,
+) -> Fits:
+    """Fit heads at every β, from 1 down.
+
+    Args:
+        sources: the training and the test data.
+        sets: what was read of them at β = 1. Their features are dropped.
+        betas: in descending order, 1 the first.
+    """
+    with progress(len(betas)) if progress else nullcontext() as bar:
+        train, test = sets
+        fit, head = fit_heads(train.features[0], test.features[0], task)
+        fits = Fits({1.0: fit}, 1.0, head)
+        if bar:
+            bar.update(1)
+        for group in groups_of(betas[1:], sets):
+            train, test = sets = _read_again(reader, sources, sets, group)
+            for i, beta in enumerate(group):
+                fits.add(beta, *fit_heads(train.features[i], test.features[i], task))
+                if bar:
+                    bar.update(1)
+    return fits
+
+
+def _read_again(
+    reader: FeatureReader,
+    sources: Sequence,
+    sets: Sequence[FeatureSet],
+    betas: Sequence[float],
+) -> list[FeatureSet]:
+    """Read the sets at other β.
+
+    The features of `sets` are dropped first: old and new may not fit in memory together.
+    """
+    for each in sets:
+        each.features.clear()
+    again = [reader.read_steered(source, betas) for source in sources]
+    if [each.labels for each in again] != [each.labels for each in sets]:
+        raise UsageError("the data come in another order when read again: fix the order")
+    return again
+
+
+def _write(
+    model: str | Path | ModelProto,
+    output: str | os.PathLike | None,
+    force: bool,
+    change: Callable[[ModelProto], list[str]],
+    measure: Callable[[Path | bytes], tuple[float, list[str]]],
+) -> WrittenModel:
+    """Change a copy of the model, measure it, and write it where there is an `output`.
+
+    Args:
+        change: changes a ModelProto in place and returns notes.
+        measure: returns the accuracy of a model and notes.
+    """
+
+    def changed(proto: ModelProto) -> WrittenModel:
+        return WrittenModel(proto, change(proto))
+
+    def measured(written: WrittenModel, opened: Path | bytes) -> None:
+        written.accuracy, notes = measure(opened)
+        written.notes += notes
+
+    if output is not None and not isinstance(model, ModelProto):
+        # The file gets its name only if it can be measured.
+        written, _ = files.edit(Path(model), changed, output, force, measured)
+        return written
+    written = changed(files.own(model))
+    with _opened(written.model, model) as opened:
+        measured(written, opened)
+    return written
+
+
+def _opened(
+    proto: ModelProto, model: str | Path | ModelProto
+) -> AbstractContextManager[Path | bytes]:
+    """A context of what ONNX Runtime can open as `proto`, a changed copy of `model`.
+
+    That is a file beside the model where they share external data, otherwise the bytes.
+    """
+    if isinstance(model, ModelProto):
+        return nullcontext(proto.SerializeToString())
+    return runs.variant(Path(model), proto)
