@@ -16,7 +16,7 @@ from ..rewriting import rewrite
 from .fit import Label, batch_labels
 from .heads import HeadSite, find_head
 
-# As many β are read at once as have features of this size together.
+# The most bytes of features in memory at once: they bound how many β are read together.
 _MAX_BYTES = 2 << 30
 
 
@@ -169,7 +169,7 @@ def _read(
         for of_point, (beta, _), output in zip(arrays, points, outputs, strict=True):
             array = output[site.features]
             formats.add((array.shape[1:], array.dtype))
-            _check(array, formats, site, beta)
+            _check_features(array, formats, site, beta)
             of_point.append(array.reshape(len(array), -1))
     if not labels:
         raise InputFileError("the data hold no sample that can be read")
@@ -180,7 +180,7 @@ def _read(
     return FeatureSet(features, labels, shape, dtype, broken)
 
 
-def _check(array: np.ndarray, formats: set, site: HeadSite, beta: float) -> None:
+def _check_features(array: np.ndarray, formats: set, site: HeadSite, beta: float) -> None:
     what = f"the features {site.features!r} are {array.dtype}{list(array.shape)}"
     if array.ndim < 2 or array.dtype.kind != "f" or len(formats) > 1:
         raise UsageError(
