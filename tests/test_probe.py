@@ -19,7 +19,8 @@ from ctonnx.measure import engine
 from ctonnx.model import flow
 from ctonnx.rewriting.steer import Selection, steer
 from ctonnx.rewriting.steered import SteeredModel
-from ctonnx.transfer import probing
+from ctonnx.transfer import features as reading
+from ctonnx.transfer import fit
 
 pytest.importorskip("sklearn")
 from sklearn.linear_model import LogisticRegression
@@ -404,7 +405,7 @@ def test_the_part_before_the_first_steered_activation_is_run_once(exclude):
         np.testing.assert_allclose(got, whole_gives, rtol=0, atol=1e-6 * np.abs(got).max())
 
 
-def test_bodies_see_tensors_of_the_first_part():
+def test_subgraphs_see_tensors_of_the_first_part():
     """A captured tensor counts, and so does one that the first part takes from the input."""
     trunk = """z = MatMul(x, a) o = Abs(x) b = ReduceSum<keepdims = 0>(x) n = Greater(b, t)
         r = Relu(z) h = If(n) <
@@ -439,14 +440,14 @@ def test_some_models_are_run_as_a_whole(trunk):
 
 def test_betas_are_read_in_groups(monkeypatch, probed):
     """Of a size that is bounded: with the same numbers."""
-    groups, before = [], probing._read
+    groups, before = [], reading._read
 
     def counted(runner, source, head, points):
         groups.append(len(points))
         return before(runner, source, head, points)
 
-    monkeypatch.setattr(probing, "_read", counted)
-    monkeypatch.setattr(probing, "_MOST_BYTES", 2 * 540 * 32 * 4)
+    monkeypatch.setattr(reading, "_read", counted)
+    monkeypatch.setattr(reading, "_MAX_BYTES", 2 * 540 * 32 * 4)
     result = ctonnx.probe(MODEL, TRAIN, TEST, BETAS)
     assert groups == [1, 1, 2, 2, 1, 1]
     assert result.points == probed[0].points
@@ -483,21 +484,21 @@ SERIES = np.stack([X, X, X], 1)
         (small(), GOOD, X, {}, "the data hold no labels: name them with --labels"),
         (small(), (X, Y + 0.5), GOOD, {}, "labels are whole numbers or text, got 0.5"),
         (small(), (X, np.stack([Y, Y], 1)), GOOD, {}, "per sample, the labels are [32, 2]"),
-        (small(), (X[:9], ALONE), (X, Y * 0), {}, "one training sample alone has the label"),
-        (small(), (X[:9], Y[:9] > 0), (X, Y > 0), {"validation": 0.1}, "9 training samples 1"),
+        (small(), (X[:9], ALONE), (X, Y * 0), {}, "only one training sample has the label"),
+        (small(), (X[:9], Y[:9] > 0), (X, Y > 0), {"validation": 0.1}, "9 training samples, 1 of"),
         (
             small("l = Gemm(h, w, c) y = Relu(l)"),
             *(GOOD, GOOD, {}),
-            "no linear layer makes the output 'y', it comes from Relu 'y': name the tensor",
+            "no linear layer produces the output 'y', which comes from Relu 'y': name the tensor",
         ),
         (
             small("y = MatMul(h, g)", trunk=f"{TRUNK} g = Transpose(h)", output="float[N, N] y"),
             *(GOOD, GOOD, {}),
-            "no linear layer makes the output 'y', it comes from MatMul 'y'",
+            "no linear layer produces the output 'y', which comes from MatMul 'y'",
         ),
         (small(), GOOD, GOOD, {"features": "hh"}, "computes no tensor 'hh': did you mean h?"),
         (small(), GOOD, GOOD, {"features": "w"}, "computes no tensor 'w'"),
-        (small(), GOOD, GOOD, {"features": "y"}, "name a tensor in front of the output 'y'"),
+        (small(), GOOD, GOOD, {"features": "y"}, "features 'y' are not in front of the output 'y'"),
         (small(), GOOD, GOOD, {"features": "z"}, "no steered activation is in front of the"),
         (
             small("y = Gemm(z, w, c)", output="float[N, 2] y, float[N, 4] h"),
@@ -507,7 +508,7 @@ SERIES = np.stack([X, X, X], 1)
         (
             small("n = ReduceSum<keepdims = 0>(h, middle) y = Gemm(h, w, c)"),
             *(GOOD, GOOD, {"features": "n"}),
-            "the features 'n' are float32[32]: expected as many floating-point numbers",
+            "the features 'n' are float32[32]: expected the same number of floating-point numbers",
         ),
         (
             small("m = ReduceMean<axes = [1], keepdims = 0>(h) y = MatMul(m, w)",
@@ -522,7 +523,7 @@ SERIES = np.stack([X, X, X], 1)
                   trunk=f"f = Constant<value = int64[3] {{-1, 2, 4}}>() {TRUNK}",
                   output="float[N, 2, 2] y"),
             *(GOOD, GOOD, {}),
-            "the linear layer found is one of a sequence or a map",
+            "the linear layer is applied to a sequence or a map",
         ),
         (
             small("n = Log(z) q = Add(n, h) y = Gemm(q, w, c)"),
@@ -532,10 +533,10 @@ SERIES = np.stack([X, X, X], 1)
         (small(), GOOD, GOOD, {"seeds": 0}, "seeds must be at least one, all different"),
         (small(), GOOD, GOOD, {"seeds": [2**32]}, "all different, from 0 to 2**32 - 1"),
         (small(), GOOD, GOOD, {"seeds": [1, 1]}, "seeds must be at least one, all different"),
-        (small(), GOOD, GOOD, {"seeds": "many"}, "seeds must be a number of them or a list"),
+        (small(), GOOD, GOOD, {"seeds": "many"}, "seeds must be a number of seeds or a list"),
         (small(), GOOD, GOOD, {"validation": 1}, "validation must lie between 0 and 1, got 1"),
         (small(), GOOD, GOOD, {"coeff": 2}, "coeff must lie in [0, 1]"),
-        (small(), GOOD, GOOD, {"output": "x.onnx"}, "output goes with a path"),
+        (small(), GOOD, GOOD, {"output": "x.onnx"}, "output needs a model that is a path"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_clear_line(model, train, test, options, line):
@@ -552,7 +553,9 @@ def test_features_that_steering_has_made_are_refused():
     trunk = f"q = MatMul(w, v) {trunk}"
     model = small("y = MatMul(g, w)", trunk=trunk, opset='17, "com.microsoft" : 1')
     assert ctonnx.probe(model, GOOD, GOOD, [0.5]).features == "g"
-    with pytest.raises(UsageError, match="steering has made the features 'g_before_activation'"):
+    with pytest.raises(
+        UsageError, match="features 'g_before_activation' exist in the steered model only"
+    ):
         ctonnx.probe(model, GOOD, GOOD, [0.5], features="g_before_activation")
 
 
@@ -561,7 +564,7 @@ def test_labels_in_a_file_are_of_one_set(tmp_path, monkeypatch):
     for name, array in {"x": X, "y": Y, "z": X[::-1], "t": Y[::-1]}.items():
         np.save(f"{name}.npy", array)
     for labels in "y.npy", Path("y.npy"):
-        with pytest.raises(UsageError, match=r"y.npy holds the training labels: name the others"):
+        with pytest.raises(UsageError, match=r"y.npy holds the training labels: name those of"):
             ctonnx.probe(small(), "x.npy", "z.npy", [0.5], labels=labels)
     options = {"labels": "y.npy", "test_labels": "t.npy"}
     both = ctonnx.probe(small(), "x.npy", "z.npy", [0.5], **options)
@@ -576,7 +579,7 @@ def test_data_in_another_order_are_refused():
 
 
 def test_fits_that_do_not_converge_are_counted(monkeypatch):
-    monkeypatch.setattr(probing, "_MAX_ITER", 2)
+    monkeypatch.setattr(fit, "MAX_ITERATIONS", 2)
     result = ctonnx.probe(small(), GOOD, GOOD, [0.5], seeds=2)
     assert "6 fits of a head did not converge in 2 steps" in result.notes
 

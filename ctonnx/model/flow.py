@@ -1,120 +1,170 @@
-"""What depends on what in a model's graph, and taking parts out of it.
+"""Data flow in a model's graph: which nodes depend on which tensors, and cutting out parts.
 
-A node reads its inputs and what its bodies see of the graph around them. Functions see nothing.
+A node reads its inputs and the tensors that its subgraphs capture from the graph around them.
+Model-local functions capture nothing.
 """
 
-from itertools import chain
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from onnx import AttributeProto, ModelProto, ValueInfoProto, helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    ValueInfoProto,
+    helper,
+)
 
-from .graph import scopes, typed_scopes
+from .graph import Scope, scopes, typed_scopes
 
-# Run again they give something else.
+# Ops that give other values in every run.
 _RANDOM = {
-    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
-    *("Multinomial", "Bernoulli"),
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
 }
 
-# What costs enough to be worth a session of its own.
+# Ops that take long enough to be worth a session of their own.
 _HEAVY = {
-    *("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN", "Attention"),
-    *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "If", "Loop", "Scan"),
-    *("FusedConv", "FusedGemm", "FusedMatMul", "MultiHeadAttention", "QGemm"),
+    "Attention",
+    "Conv",
+    "ConvInteger",
+    "ConvTranspose",
+    "Einsum",
+    "FusedConv",
+    "FusedGemm",
+    "FusedMatMul",
+    "GRU",
+    "Gemm",
+    "If",
+    "LSTM",
+    "Loop",
+    "MatMul",
+    "MatMulInteger",
+    "MultiHeadAttention",
+    "QGemm",
+    "QLinearConv",
+    "QLinearMatMul",
+    "RNN",
+    "Scan",
 }
 
 
-def reads(node):
-    """The names of the tensors that a node reads."""
-    bodies = (
-        [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
-        for attribute in node.attribute
-    )
-    seen = (_seen_by(body) for body in chain.from_iterable(bodies))
-    return set(filter(None, node.input)).union(*seen)
+def reads(node: NodeProto) -> set[str]:
+    """The names of the tensors that a node reads, in its subgraphs too."""
+    names = set(filter(None, node.input))
+    for subgraph in _subgraphs(node):
+        names |= _captured(subgraph)
+    return names
 
 
-def _seen_by(body):
-    """The names of the graph around it that a body reads."""
-    own = {value.name for value in (*body.input, *body.initializer)}
-    own.update(tensor.values.name for tensor in body.sparse_initializer)
-    found = {value.name for value in body.output}
-    for node in body.node:
-        found |= reads(node)
+def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        else:
+            yield from attribute.graphs
+
+
+def _captured(subgraph: GraphProto) -> set[str]:
+    """The names of the tensors that a subgraph reads from the graph around it."""
+    own = {value.name for value in (*subgraph.input, *subgraph.initializer)}
+    own.update(tensor.values.name for tensor in subgraph.sparse_initializer)
+    names = {value.name for value in subgraph.output}
+    for node in subgraph.node:
+        names |= reads(node)
         own.update(node.output)
-    return found - own
+    return names - own
 
 
 class Flow:
-    """The nodes of a GraphProto, in order, with what they read and make."""
+    """The nodes of a GraphProto in order, with the tensors that they read and produce.
 
-    def __init__(self, graph):
+    `nodes` are the nodes and `reads` the names that each of them reads; `producer` maps a tensor's
+    name to the index of the node that produces it. `constants` are the names of the initializers
+    and of all tensors that depend on nothing else.
+    """
+
+    def __init__(self, graph: GraphProto):
         self.nodes = list(graph.node)
         self.reads = [reads(node) for node in self.nodes]
         self.producer = {
             name: i for i, node in enumerate(self.nodes) for name in node.output if name
         }
-        held = {tensor.name for tensor in graph.initializer}
-        held.update(tensor.values.name for tensor in graph.sparse_initializer)
-        self.constants = set(held)
-        for node, read in zip(self.nodes, self.reads, strict=True):
-            if read <= self.constants and node.op_type not in _RANDOM:
+        self.constants = {tensor.name for tensor in graph.initializer}
+        self.constants.update(tensor.values.name for tensor in graph.sparse_initializer)
+        for node, names in zip(self.nodes, self.reads, strict=True):
+            if names <= self.constants and node.op_type not in _RANDOM:
                 self.constants.update(filter(None, node.output))
 
-    def reached_from(self, names):
-        """`names`, and those of all tensors that depend on them."""
+    def reached_from(self, names: Iterable[str]) -> set[str]:
+        """`names`, and the names of all tensors that depend on them."""
         reached = set(names)
-        for node, read in zip(self.nodes, self.reads, strict=True):
-            if not reached.isdisjoint(read):
+        for node, inputs in zip(self.nodes, self.reads, strict=True):
+            if not reached.isdisjoint(inputs):
                 reached.update(filter(None, node.output))
         return reached
 
-    def needed_for(self, names, given=()):
-        """The indices, ascending, of the nodes that make `names` of the tensors `given`, the
-        graph's inputs and initializers."""
-        wanted, needed = set(names).difference(given), []
+    def needed_for(self, names: Iterable[str], available: Collection[str] = ()) -> list[int]:
+        """The indices, ascending, of the nodes that have to run to compute the tensors `names`.
+
+        Args:
+            available: names of tensors that need not be computed, beside the graph's inputs and
+                initializers.
+        """
+        wanted, needed = set(names).difference(available), []
         for i in reversed(range(len(self.nodes))):
             if not wanted.isdisjoint(self.nodes[i].output):
                 needed.append(i)
-                wanted |= self.reads[i].difference(given)
+                wanted |= self.reads[i].difference(available)
         return needed[::-1]
 
 
-def cut(model, outputs, given=()):
-    """A ModelProto of the part of `model` that makes the tensors `outputs`.
+def cut(
+    model: ModelProto, outputs: Sequence[str], inputs: Sequence[ValueInfoProto] = ()
+) -> ModelProto:
+    """The part of a model that computes the tensors `outputs`, as a model of its own.
 
     Args:
-        given: ValueInfoProtos of tensors that become inputs.
+        inputs: tensors inside the graph that become inputs of the part.
     """
     graph, flow = model.graph, Flow(model.graph)
-    names = {value.name for value in given}
-    nodes = [flow.nodes[i] for i in flow.needed_for(outputs, names)]
-    read = set(outputs).union(*map(reads, nodes))
-    made = {name for node in nodes for name in node.output}
+    available = {value.name for value in inputs}
+    indices = flow.needed_for(outputs, available)
+    read = set(outputs).union(*(flow.reads[i] for i in indices))
+    produced = {name for i in indices for name in flow.nodes[i].output}
     part = ModelProto(
         ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions
     )
     part.graph.name = graph.name
-    part.graph.node.extend(nodes)
+    part.graph.node.extend(flow.nodes[i] for i in indices)
     part.graph.initializer.extend(t for t in graph.initializer if t.name in read)
     part.graph.sparse_initializer.extend(
         t for t in graph.sparse_initializer if t.values.name in read
     )
     part.graph.input.extend(v for v in graph.input if v.name in read)
-    part.graph.input.extend(given)
+    part.graph.input.extend(inputs)
     part.graph.output.extend(ValueInfoProto(name=name) for name in outputs)
-    kept = (made | read).difference(outputs, names)
-    part.graph.value_info.extend(v for v in graph.value_info if v.name in kept)
+    inner = (produced | read).difference(outputs, available)
+    part.graph.value_info.extend(v for v in graph.value_info if v.name in inner)
     return part
 
 
-def split(model, output, varying):
-    """The part of a ModelProto that does not depend on the inputs `varying`, and the rest.
+def split(
+    model: ModelProto, output: str, varying: Iterable[str]
+) -> tuple[ModelProto, ModelProto] | None:
+    """Split a model where it begins to depend on the inputs `varying`.
+
+    The first part can then run once for many values of these inputs.
 
     Returns:
-        two ModelProtos; the second makes the tensor `output` of what the first gives, beside the
-        model's inputs and constants. None where one run of the first for many of the second would
-        not be sound, or not worth it: where something is random, where the type of a tensor in
-        between is not known, and where the first holds nothing that takes time.
+        two models: the part that does not depend on `varying`, and the rest, which computes the
+        tensor `output` from the outputs of the first part and the model's inputs. None where an
+        op is random, where the element type of a tensor between the parts is not known, and where
+        the first part has no op that takes long.
     """
     if any(map(_is_random, scopes(model))):
         return None
@@ -131,23 +181,23 @@ def split(model, output, varying):
     if not any(node.op_type in _HEAVY for node in shared):
         return None
     scope = typed_scopes(model)[0]
-    given = []
+    inputs = []
     for name in sorted(between):
-        types = scope.types.get(name, ())
+        types = scope.types.get(name, set())
         if len(types) != 1:
             return None
-        given.append(helper.make_tensor_value_info(name, *types, scope.shapes.get(name)))
-    return cut(model, sorted(between)), cut(model, [output], given)
+        (element_type,) = types
+        inputs.append(helper.make_tensor_value_info(name, element_type, scope.shapes.get(name)))
+    return cut(model, sorted(between)), cut(model, [output], inputs)
 
 
-def _is_random(scope):
-    for node in scope.body.node:
-        if node.op_type in _RANDOM:
-            return True
-        if (
-            node.op_type == "Dropout"
-            and any(node.input[2:3])
-            and scope.constant(node.input[2]) != 0
-        ):
-            return True
-    return False
+def _is_random(scope: Scope) -> bool:
+    return any(
+        node.op_type in _RANDOM or (node.op_type == "Dropout" and _may_train(scope, node))
+        for node in scope.body.node
+    )
+
+
+def _may_train(scope: Scope, node: NodeProto) -> bool:
+    """Whether the input `training_mode` of a Dropout may be true."""
+    return any(node.input[2:3]) and scope.constant(node.input[2]) != 0
