@@ -142,7 +142,7 @@ def without_steering(model):
         repeated.extend(kept)
 
     for scope in scopes(rest):
-        for node in scope.body.node:
+        for node in scope.graph.node:
             if node.op_type in activations.STEERABLE or ctu.is_ctu(node):
                 for part in ("op_type", "domain", "attribute"):
                     node.ClearField(part)

@@ -93,7 +93,7 @@ def oracle(model, inputs):
     original, model = model, ModelProto()
     model.CopyFrom(original)
     for scope in scopes(model):
-        for node in scope.body.node:
+        for node in scope.graph.node:
             if (scope.path, node_label(node)) in steerable and node.op_type in FORMULAS:
                 steerable.remove((scope.path, node_label(node)))
                 node.domain = "oracle"
@@ -237,9 +237,9 @@ def put_back(site):
     """A mutation: one activation is not steered."""
 
     def mutate(changed, model):
-        originals = {n.output[0]: n for scope in scopes(model) for n in scope.body.node}
+        originals = {n.output[0]: n for scope in scopes(model) for n in scope.graph.node}
         for scope in scopes(changed):
-            for node in scope.body.node:
+            for node in scope.graph.node:
                 if site in node.output and node.output[0] in originals:
                     node.CopyFrom(originals[site])
 

@@ -29,7 +29,7 @@ ENOUGH = 1e-4
 
 
 def relus(model):
-    return [n for s in scopes(model) for n in s.body.node if n.op_type == "Relu"]
+    return [n for s in scopes(model) for n in s.graph.node if n.op_type == "Relu"]
 
 
 def steered(model, **options):
@@ -54,7 +54,7 @@ def assert_steers(path, folder, inputs=None, lowerings=LOWERINGS):
         validate.check_steered(path, out, report, 0.85, lowering, inputs)
         if lowering != "primitives":
             # One that was fused becomes a node of its own, which undoing takes away again.
-            if not any(activations.unfused(n) for s in scopes(model) for n in s.body.node):
+            if not any(activations.unfused(n) for s in scopes(model) for n in s.graph.node):
                 assert_changes_are_listed(model, changed, report)
             SteeredModel(changed).unsteer()
             assert changed == model
@@ -85,7 +85,7 @@ def assert_changes_are_listed(model, changed, report):
     steered = [
         (scope.path, node_label(node))
         for scope in scopes(changed)
-        for node in scope.body.node
+        for node in scope.graph.node
         if ctu.is_ctu(node) and not (scope.function and ctu.is_ctu(scope.function))
     ]
     assert steered == [(a.scope, a.name) for a in report.replaced]

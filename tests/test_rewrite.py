@@ -107,7 +107,7 @@ def outputs(model, inputs, library):
 
 
 def all_nodes(model):
-    return [(scope.path, node) for scope in scopes(model) for node in scope.body.node]
+    return [(scope.path, node) for scope in scopes(model) for node in scope.graph.node]
 
 
 def metadata(model):

@@ -46,7 +46,7 @@ def test_check_fails_on_a_wrong_function(tmp_path):
         (node,) = [n for n in model.functions[-1].node if n.op_type == "Log"]
         node.op_type = "Exp"
 
-    with pytest.raises(CheckFailed, match="op library vs. fallback: output 'logits'"):
+    with pytest.raises(CheckFailed, match=r"op library vs\. fallback: output 'logits'"):
         broken(tmp_path, swap)
 
 

@@ -14,7 +14,8 @@ from .. import ctu
 from ..errors import ModelError, UsageError, first_line
 from ..model import files
 from ..model.external import has_external_data, read_external_data
-from ..model.graph import DEFAULT_DOMAINS, functions_of, key_of, scopes, typed_scopes
+from ..model.graph import DEFAULT_DOMAINS, functions_of, key_of, scopes
+from ..model.inference import check_calls
 from ..model.values import arrays
 from ..optional import require
 
@@ -158,7 +159,7 @@ def _prepared(model):
     del copy.functions[:]
     copy.functions.extend(kept)
     if kept:
-        typed_scopes(copy)  # refuses functions that call each other without end
+        check_calls(copy, list(scopes(copy)))  # before the inliner, which follows every call
         # The evaluator knows no overloads of functions, nor inputs and attributes left out.
         _give_defaults(copy)
         copy = inliner.inline_local_functions(copy)
@@ -174,7 +175,7 @@ def _give_defaults(model):
     inliner takes for absent."""
     functions = functions_of(model)
     for scope in scopes(model):
-        for node in scope.body.node:
+        for node in scope.graph.node:
             if (function := functions.get(key_of(node))) is not None:
                 given = {attribute.name for attribute in node.attribute}
                 node.attribute.extend(a for a in function.attribute_proto if a.name not in given)
@@ -183,7 +184,7 @@ def _give_defaults(model):
 def _check_broadcast(model):
     """Raise ModelError where operands broadcast as they did before opset 7."""
     for scope in scopes(model):
-        for node in scope.body.node:
+        for node in scope.graph.node:
             if {"axis", "broadcast"} <= {attribute.name for attribute in node.attribute}:
                 # The evaluator would pass over it.
                 raise ModelError(
@@ -198,5 +199,5 @@ def _name_default_domain(model):
         for entry in owner.opset_import:
             entry.domain = "" if entry.domain in DEFAULT_DOMAINS else entry.domain
     for scope in scopes(model):
-        for node in scope.body.node:
+        for node in scope.graph.node:
             node.domain = "" if node.domain in DEFAULT_DOMAINS else node.domain

@@ -15,7 +15,8 @@ from onnx import (
     helper,
 )
 
-from .graph import Scope, scopes, typed_scopes
+from .graph import Scope, scopes
+from .inference import typed_scopes
 
 # Ops that give other values in every run.
 _RANDOM = {
@@ -180,7 +181,7 @@ def split(
     shared = [flow.nodes[i] for i in flow.needed_for(between)]
     if not any(node.op_type in _HEAVY for node in shared):
         return None
-    scope = typed_scopes(model)[0]
+    scope = typed_scopes(model, list(scopes(model)))[0]
     inputs = []
     for name in sorted(between):
         types = scope.types.get(name, set())
@@ -194,7 +195,7 @@ def split(
 def _is_random(scope: Scope) -> bool:
     return any(
         node.op_type in _RANDOM or (node.op_type == "Dropout" and _may_train(scope, node))
-        for node in scope.body.node
+        for node in scope.graph.node
     )
 
 

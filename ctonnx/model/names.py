@@ -9,7 +9,7 @@ def names(model):
     """Every name of a tensor anywhere in the model."""
     found = set()
     for scope in scopes(model):
-        body = scope.body
+        body = scope.graph
         if isinstance(body, FunctionProto):
             found.update(body.input, body.output)
         else:

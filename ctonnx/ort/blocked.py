@@ -133,7 +133,7 @@ def _put_stand_ins(model):
     kept = [function for function in model.functions if not ctu.is_ctu(function)]
     del model.functions[:]
     model.functions.extend(kept)
-    found = [(scope, node) for scope in scopes(model) for node in scope.body.node]
+    found = [(scope, node) for scope in scopes(model) for node in scope.graph.node]
     sites = [node for _, node in found if ctu.is_ctu(node)]
     if not sites:
         raise _Refused("the model holds no CTU")
@@ -192,7 +192,7 @@ def _optimise(model, providers, options):
         # Weights that nodes make are in the file now.
         _check_size(file.stat().st_size)
         optimised = files.load(file)
-    if all(node.domain != _BLOCKED for scope in scopes(optimised) for node in scope.body.node):
+    if all(node.domain != _BLOCKED for scope in scopes(optimised) for node in scope.graph.node):
         raise _Refused("ONNX Runtime lays out nothing in blocks")
     return optimised
 
@@ -228,7 +228,7 @@ def bake(optimised, model, parameters):
     # Innermost bodies first, as a body is copied along with the node that holds it.
     for scope in reversed(list(scopes(optimised))):
         nodes = []
-        for node in scope.body.node:
+        for node in scope.graph.node:
             nodes.append(node)
             op = _activation(node)
             if op not in parameters:
@@ -241,8 +241,8 @@ def bake(optimised, model, parameters):
                 nodes.append(node)
             node.op_type, node.domain = ctu.OP_TYPE, ctu.DOMAIN
             node.input.extend(scalar[name] for name in parameters[op])
-        del scope.body.node[:]
-        scope.body.node.extend(guards + nodes if scope.path == "" else nodes)
+        del scope.graph.node[:]
+        scope.graph.node.extend(guards + nodes if scope.path == "" else nodes)
     return count
 
 

@@ -55,19 +55,25 @@ class Site:
     steering: activations.Steering | None = None
     inner: NodeProto | None = None
 
+    @property
+    def becomes(self) -> activations.Steering:
+        """The `steering` of a steerable site."""
+        assert self.steering is not None
+        return self.steering
+
 
 def survey(scopes: list[Scope], values: dict[str, float | list | None]) -> Iterator[Site]:
     """Yield a Site for every activation in typed Scopes.
 
     Args:
-        scopes: of the whole model, as graph.typed_scopes gives them.
+        scopes: of the whole model, as inference.typed_scopes gives them.
         values: initializer -> its value, of those that hold a beta or coeff.
     """
     for scope in scopes:
         if scope.function is not None and ctu.is_ctu(scope.function):
             continue
-        producers = {name: node.op_type for node in scope.body.node for name in node.output}
-        for node in scope.body.node:
+        producers = {name: node.op_type for node in scope.graph.node for name in node.output}
+        for node in scope.graph.node:
             inner = activations.unfused(node)
             # X, bounds, slope and Y share one element type: the first that is known.
             types = (scope.types.get(name) for name in (*node.input, *node.output))
@@ -109,7 +115,7 @@ def _judge(node, inner, dtypes, scope, values, producers):
 
 def _module(node: NodeProto) -> str | None:
     """The PyTorch module that a node comes from: its exporter writes the scopes around it."""
-    text = records.get(node, "pkg.torch.onnx.name_scopes")
+    text = records.get(node, "pkg.torch.onnx.name_scopes") or ""
     try:
         return next((s for s in reversed(ast.literal_eval(text)[:-1]) if s), None)
     except (SyntaxError, TypeError, ValueError):

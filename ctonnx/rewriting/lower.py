@@ -17,7 +17,7 @@ def to_primitives(model: ModelProto) -> None:
     ours = [function for function in model.functions if ctu.is_ctu(function)]
     op_types = {}
     for scope in scopes(model):
-        for node in scope.body.node:
+        for node in scope.graph.node:
             if scope.function is not None and ctu.is_ctu(scope.function):
                 if node.op_type in activations.STEERABLE:
                     records.mark_lowered(node, "")
@@ -29,7 +29,7 @@ def to_primitives(model: ModelProto) -> None:
         raise ModelError(f"cannot be lowered to primitives: {error}") from None
     model.CopyFrom(inlined)
     for scope in scopes(model):
-        for node in scope.body.node:
+        for node in scope.graph.node:
             op_type = op_types.get((scope.path, node.output[0] if node.output else ""))
             if op_type is not None:
                 records.mark_lowered(node, op_type)

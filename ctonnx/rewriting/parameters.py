@@ -89,14 +89,14 @@ def pass_into_functions(model: ModelProto, parameters: list[str]) -> None:
         if scope.function is not None:
             scopes_of[key_of(scope.function)].append(scope)
     needs = {
-        key: {name for scope in inner for node in scope.body.node for name in node.input}
+        key: {name for scope in inner for node in scope.graph.node for name in node.input}
         & set(parameters)
         for key, inner in scopes_of.items()
     }
 
     def callees(inner):
         for scope in inner:
-            for node in scope.body.node:
+            for node in scope.graph.node:
                 if key_of(node) in functions:
                     yield node, key_of(node)
 
@@ -117,7 +117,7 @@ def pass_into_functions(model: ModelProto, parameters: list[str]) -> None:
             node.input.extend(name for name in parameters if name in needs[key])
     for key, function in functions.items():
         function.input.extend(name for name in parameters if name in needs[key])
-        if any(ctu.is_ctu(node) for scope in scopes_of[key] for node in scope.body.node):
+        if any(ctu.is_ctu(node) for scope in scopes_of[key] for node in scope.graph.node):
             function.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
 
 
@@ -175,7 +175,7 @@ class Parameters:
                     del inputs[i]
 
         for scope in scopes(model):
-            for node in scope.body.node if sees(scope) else ():
+            for node in scope.graph.node if sees(scope) else ():
                 merge(node.input, passed.get(key_of(node), ()))
                 for i, parameter in enumerate(node.input):
                     if parameter in betas and ctu.is_ctu(node):
@@ -200,7 +200,7 @@ def _check_exclusive(model, parameters, slot):
         )
     passed, sees = _passed(model, parameters)
     for scope in scopes(model):
-        for node in scope.body.node if sees(scope) else ():
+        for node in scope.graph.node if sees(scope) else ():
             allowed = {slot} if ctu.is_ctu(node) else passed.get(key_of(node), ())
             for i, name in enumerate(node.input):
                 if name in parameters and i not in allowed:
@@ -224,7 +224,7 @@ def _passed(model, parameters):
         for key, function in functions.items()
     }
     for scope in scopes(model):
-        for node in scope.body.node:
+        for node in scope.graph.node:
             indices = passed.get(key_of(node))
             if indices:
                 names = functions[key_of(node)].input

@@ -184,7 +184,8 @@ def resolve(
             if pair is not None:
                 own[i] = _checked(activations[i].path, pair)
         params = None
-    matches = {key: _matches(key, activations) for key in params or {}}
+    params = params or {}
+    matches = {key: _matches(key, activations) for key in params}
     # Names after patterns, as the last decides.
     for key in sorted(matches, key=lambda key: matches[key][0]):
         values, (_, indices) = _checked(key, params[key]), matches[key]

@@ -106,14 +106,14 @@ def steer(
     _check_parameters(values, opset, beta_as, report)
 
     # Functions came with IR 8; before IR 4 every initializer had to be listed as an input as well.
-    any_function = with_function or any(s.steering.op_type != ctu.OP_TYPE for s in sites)
+    any_function = with_function or any(s.becomes.op_type != ctu.OP_TYPE for s in sites)
     before = ModelProto()
     _raise_ir(model, 8 if any_function and lowering != "primitives" else 4, before, report)
     parameters = NewParameters(model)
-    if beta_as != "initializer":
+    if beta_as != "initializer" and beta is not None:
         report.beta_name = parameters.add_input("beta", beta, optional=beta_as == "input")
         report.notes.append(f"beta is the graph's input {report.beta_name!r}")
-    sloped = with_function and any(site.steering.sloped for site in sites)
+    sloped = with_function and any(site.becomes.sloped for site in sites)
     for site, value in zip(sites, values, strict=True):
         inputs = _inputs(site, value, usual, sloped, parameters, report)
         _steer_node(site, inputs, parameters)
@@ -182,7 +182,7 @@ def _check_unsteered(steered: SteeredModel) -> None:
     # The model's own imports do not count: ONNX Runtime adds ours to what it saves, once it has
     # loaded the op library.
     imports = [entry for function in model.functions for entry in function.opset_import]
-    nodes = [node for scope in scopes(model) for node in scope.body.node]
+    nodes = [node for scope in scopes(model) for node in scope.graph.node]
     if any(entry.domain == ctu.DOMAIN for entry in (*imports, *model.functions, *nodes)):
         raise ModelError(f"the model uses the domain {ctu.DOMAIN!r} for something else")
     if any(function.domain in DEFAULT_DOMAINS for function in model.functions):
@@ -281,7 +281,7 @@ def _pattern(option: str, text: str | None) -> re.Pattern | None:
 
 def _too_old(site: Site, opset: int) -> str | None:
     """Why the ops of `opset` cannot make up the fallback of a Site, or None."""
-    if opset < 7 and site.steering.sloped and isinstance(site.steering.operands[0], str):
+    if opset < 7 and site.becomes.sloped and isinstance(site.becomes.operands[0], str):
         return "its slope broadcasts otherwise before opset 7"
     return None
 
@@ -316,11 +316,11 @@ def _of_fitting_types(
     type too, unless CastLike (opset 15) is there to follow X.
     """
     commonest = Counter(min(site.dtypes, default=0) for site in candidates).most_common(1)
-    sloped = any(site.steering.sloped for site in candidates)
+    sloped = any(site.becomes.sloped for site in candidates)
     one_type = opset < 15 and with_function
     sites = []
     for site in candidates:
-        typed = sloped or any(not isinstance(o, str) for o in site.steering.operands)
+        typed = sloped or any(not isinstance(o, str) for o in site.becomes.operands)
         if len(site.dtypes) > 1 and (typed or one_type):
             report.skip(site.activation, "its function is called with several element types")
         elif one_type and min(site.dtypes) != commonest[0][0]:
@@ -382,13 +382,14 @@ def _inputs(
     report: Report,
 ) -> list[str]:
     """The names of a CTU's inputs behind X: beta, c and operands."""
-    operands = list(site.steering.operands)
-    if sloped and site.steering.op_type == ctu.OP_TYPE and not operands:
+    operands = list(site.becomes.operands)
+    if sloped and site.becomes.op_type == ctu.OP_TYPE and not operands:
         # A function has one signature: next to a LeakyRelu a Relu passes its slope too.
         operands = [0.0]
     dtype = next(iter(site.dtypes), usual)
-    fed = value.common and report.beta_name is not None
-    beta = report.beta_name if fed else parameters.add("beta", value.beta)
+    beta = report.beta_name if value.common else None
+    if beta is None:
+        beta = parameters.add("beta", value.beta)
     coeff = parameters.add("coeff", value.coeff)
     report.beta_names.add(beta)
     names = [o if isinstance(o, str) else parameters.add_operand(o, dtype) for o in operands]
@@ -397,7 +398,7 @@ def _inputs(
 
 def _steer_node(site: Site, inputs: list[str], parameters: NewParameters) -> None:
     """Turn the site's node, or the one fused into it, into an op of ours with `inputs` behind X."""
-    node, x = site.node, site.steering.x
+    node, x = site.node, site.becomes.x
     if site.inner is None:
         records.record_node(node)
     else:
@@ -407,7 +408,7 @@ def _steer_node(site: Site, inputs: list[str], parameters: NewParameters) -> Non
         activations.take_out(node, x)
         node = site.inner
         records.record_op_type(node)
-    node.op_type, node.domain = site.steering.op_type, ctu.DOMAIN
+    node.op_type, node.domain = site.becomes.op_type, ctu.DOMAIN
     del node.attribute[:], node.input[:]
     node.input.extend([x, *inputs])
 
@@ -417,20 +418,20 @@ def _insert_activations(model: ModelProto, sites: list[Site]) -> None:
     behind = {}
     for site in sites:
         if site.inner is not None:
-            behind[id(site.scope.body), site.node.output[0]] = site.inner
+            behind[id(site.scope.graph), site.node.output[0]] = site.inner
     if not behind:
         return
     # Innermost subgraphs first, as a subgraph is copied along with the node that holds it.
     for scope in reversed(list({id(site.scope): site.scope for site in sites}.values())):
         nodes = []
-        for node in scope.body.node:
+        for node in scope.graph.node:
             nodes.append(node)
-            inner = behind.get((id(scope.body), node.output[0] if node.output else ""))
+            inner = behind.get((id(scope.graph), node.output[0] if node.output else ""))
             if inner is not None:
                 nodes.append(inner)
         copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del scope.body.node[:]
-        scope.body.node.extend(copies)
+        del scope.graph.node[:]
+        scope.graph.node.extend(copies)
 
 
 def _import_domain(model: ModelProto, before: ModelProto) -> None:
@@ -450,7 +451,7 @@ def _add_functions(
         dtypes = set().union(*(site.dtypes or unknown for site in sites))
         model.functions.append(ctu.function(opset, dtypes, sloped))
     # The other ops have no kernel: their functions run everywhere.
-    ops = {site.steering.op_type for site in sites} - {ctu.OP_TYPE}
+    ops = {site.becomes.op_type for site in sites} - {ctu.OP_TYPE}
     if "CTUHardSigmoid" in ops:
         ops.add("CTUClip")
     model.functions.extend(ctu.kinked_function(op, opset, sloped) for op in sorted(ops))
@@ -483,7 +484,7 @@ def _note_quantized(model: ModelProto, sites: list[Site], report: Report) -> Non
     quantized = {
         name
         for scope in scopes(model)
-        for node in scope.body.node
+        for node in scope.graph.node
         if node.op_type == "QuantizeLinear"
         for name in node.input[:1]
     }
@@ -498,7 +499,7 @@ def _note_opset(
     opset: int, sites: list[Site], with_function: bool, lowering: str, report: Report
 ) -> None:
     """Note where ONNX Runtime has no kernels for the standard ops that stand for CTUs."""
-    needed = lowering == "primitives" or any(s.steering.op_type != ctu.OP_TYPE for s in sites)
+    needed = lowering == "primitives" or any(s.becomes.op_type != ctu.OP_TYPE for s in sites)
     if opset < 7 and (needed or with_function):
         library = "" if needed else ", or load the op library"
         report.notes.append(

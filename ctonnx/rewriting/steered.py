@@ -9,7 +9,8 @@ from onnx import ModelProto, NodeProto
 
 from .. import ctu
 from ..errors import NothingToDo, UsageError
-from ..model.graph import Scope, check_names, keep, scopes, typed_scopes
+from ..model.graph import Scope, check_names, keep, scopes
+from ..model.inference import typed_scopes
 from .find import Activation, Site, decimal, survey
 from .parameters import Parameters, fill, scalar, scalar_input
 from .records import Metadata, has_record, lowered_op
@@ -40,15 +41,15 @@ class SteeredModel:
     """
 
     def __init__(self, proto: ModelProto, betas: Names | None = None):
-        check_names(proto)
         self.proto = proto
+        check_names(proto, self._scopes)
         self.metadata = Metadata(proto)
         self._betas = betas
 
     @cached_property
     def ctus(self) -> list[NodeProto]:
         """The CTU nodes, without those in the functions of our ops."""
-        return [n for scope in self._scopes_with_ctus for n in scope.body.node if ctu.is_ctu(n)]
+        return [n for scope in self._scopes_with_ctus for n in scope.graph.node if ctu.is_ctu(n)]
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -59,7 +60,7 @@ class SteeredModel:
         """
         parameters = {*self.parameters.betas, *self.parameters.coeffs}
         values = {t.name: decimal(t) for t in self.proto.graph.initializer if t.name in parameters}
-        return list(survey(typed_scopes(self.proto), values))
+        return list(survey(typed_scopes(self.proto, self._scopes), values))
 
     @cached_property
     def activations(self) -> list[Activation]:
@@ -201,7 +202,7 @@ class SteeredModel:
         return list(scopes(self.proto))
 
     def _nodes(self) -> Iterator[NodeProto]:
-        return (node for scope in self._scopes for node in scope.body.node)
+        return (node for scope in self._scopes for node in scope.graph.node)
 
     @cached_property
     def _scopes_with_ctus(self) -> list[Scope]:
@@ -209,7 +210,7 @@ class SteeredModel:
             scope
             for scope in self._scopes
             if not (scope.function and ctu.is_ctu(scope.function))
-            and any(map(ctu.is_ctu, scope.body.node))
+            and any(map(ctu.is_ctu, scope.graph.node))
         ]
 
     def _check_ctus(self) -> None:

@@ -19,7 +19,7 @@ def unsteer(model: ModelProto, steered: list[Scope]) -> None:
     """
     parameters, inserted = set(), False
     for scope in steered:
-        for node in scope.body.node:
+        for node in scope.graph.node:
             if ctu.is_ctu(node):
                 parameters.update(node.input[1:])
                 records.restore_node(node)
@@ -29,13 +29,13 @@ def unsteer(model: ModelProto, steered: list[Scope]) -> None:
                     inserted = True
     for scope in scopes(model):
         # A PRelu's slope belongs to the model: what restored nodes use is no parameter of ours.
-        if isinstance(scope.body, FunctionProto):
-            keep(scope.body.input, lambda name: name not in parameters)
-        for node in scope.body.node:
+        if isinstance(scope.graph, FunctionProto):
+            keep(scope.graph.input, lambda name: name not in parameters)
+        for node in scope.graph.node:
             if records.is_recorded(node):
                 records.restore_node(node)
         if inserted:
-            keep(scope.body.node, lambda node: node.op_type)
+            keep(scope.graph.node, lambda node: node.op_type)
     keep(model.functions, lambda function: not ctu.is_ctu(function))
     metadata = records.Metadata(model)
     before = metadata.original()

@@ -145,7 +145,7 @@ def resteer(model):
     given, released = {}, set()
     opset = next(entry.version for entry in model.opset_import if not entry.domain)
     for scope in graph.scopes(model):
-        for node in scope.body.node:
+        for node in scope.graph.node:
             if not ctu.is_ctu(node):
                 continue
             pair = [_least(_constant(scope, name, opset)) for name in node.input[1:3]]
@@ -189,11 +189,11 @@ def _constant(scope, name, opset):
         UsageError: it depends on the model's inputs.
     """
     while scope is not None:
-        if isinstance(scope.body, GraphProto):
-            for tensor in scope.body.initializer:
+        if isinstance(scope.graph, GraphProto):
+            for tensor in scope.graph.initializer:
                 if tensor.name == name:
                     return numpy_helper.to_array(tensor)
-        for node in scope.body.node:
+        for node in scope.graph.node:
             if name in node.output:
                 feeds = {key: _constant(scope, key, opset) for key in node.input if key}
                 return _run(node, name, feeds, opset)
@@ -227,8 +227,8 @@ def _drop_unused(model, released):
     """Remove what computed `released`, names of tensors, as far as nothing else uses it."""
     while released:
         found = list(graph.scopes(model))
-        used = {name for scope in found for node in scope.body.node for name in node.input}
-        graphs = [scope.body for scope in found if isinstance(scope.body, GraphProto)]
+        used = {name for scope in found for node in scope.graph.node for name in node.input}
+        graphs = [scope.graph for scope in found if isinstance(scope.graph, GraphProto)]
         used.update(value.name for body in graphs for value in body.output)
         unused, released = released - used, set()
 
@@ -236,10 +236,10 @@ def _drop_unused(model, released):
             return unused.isdisjoint(node.output) or not used.isdisjoint(node.output)
 
         for scope in found:
-            for node in scope.body.node:
+            for node in scope.graph.node:
                 if not needed(node):
                     released.update(node.input)
-            graph.keep(scope.body.node, needed)
+            graph.keep(scope.graph.node, needed)
         for body in graphs:
             for values in body.initializer, body.value_info:
                 graph.keep(values, lambda value, unused=unused: value.name not in unused)
