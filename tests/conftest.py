@@ -45,6 +45,15 @@ SMALLER = {
     "zfnet512": (224, {4096: 64}),
 }
 
+# What takes longest, in this order: the others are short, and what is left of them at the end keeps
+# no process waiting for another.
+LONGEST = ("fuzz", "backend_data", "docs", "real_models", "kernels")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 def parsed(text):
     """A checked ModelProto from ONNX text."""
