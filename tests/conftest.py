@@ -40,6 +40,7 @@ HEAVY = ("bvlc_alexnet", "vgg19", "zfnet512")
 # Where `light_model` cannot change the image alone: its size, and what other sizes become.
 SMALLER = {
     "bvlc_alexnet": (224, {4096: 64}),
+    "resnet50": (64, {512: 128, 1024: 256, 2048: 512}),
     "shufflenet": (224, {}),
     "vgg19": (64, {512: 64, 512 * 7 * 7: 64 * 2 * 2, 4096: 64}),
     "zfnet512": (224, {4096: 64}),
@@ -177,8 +178,8 @@ def without_steering(model):
 
 
 def light_model(name):
-    """A light model of onnx on a smaller image, the widest layers of a heavy one made narrow: every
-    node is there, and computes the same on less."""
+    """A light model of onnx on a smaller image, the widest layers of some made narrow: every node
+    is there, and computes the same on less."""
     model = onnx.load(LIGHT / f"light_{name}.onnx")
     size, others = SMALLER.get(name, (64, {}))
     for tensor in model.graph.initializer:
