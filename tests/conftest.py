@@ -38,6 +38,23 @@ LIGHT_MODELS = [
 ]
 # Hundreds of megabytes of weights, and no op that the other light models lack.
 HEAVY = ("bvlc_alexnet", "vgg19", "zfnet512")
+# Where `light_model` cannot change the image alone: its size, and what other sizes become.
+SMALLER = {
+    "bvlc_alexnet": (224, {4096: 64}),
+    "resnet50": (64, {512: 128, 1024: 256, 2048: 512}),
+    "shufflenet": (224, {}),
+    "vgg19": (64, {512: 64, 512 * 7 * 7: 64 * 2 * 2, 4096: 64}),
+    "zfnet512": (224, {4096: 64}),
+}
+
+# What takes longest, in this order: the others are short, and what is left of them at the end keeps
+# no process waiting for another.
+LONGEST = ("fuzz", "backend_data", "docs", "real_models", "kernels")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def parsed(text):
@@ -92,6 +109,8 @@ def backend_cases(kind):
 
 
 def _value(data):
+    if isinstance(data, np.generic):  # Newer releases of ONNX Runtime take arrays alone.
+        return np.asarray(data)
     return numpy_helper.to_array(data) if isinstance(data, TensorProto) else data
 
 
@@ -157,6 +176,26 @@ def without_steering(model):
     drop(rest.opset_import, lambda entry: entry.domain == ctu.DOMAIN)
     drop(rest.functions, ctu.is_ctu)
     return rest
+
+
+def light_model(name):
+    """A light model of onnx on a smaller image, the widest layers of some made narrow: every node
+    is there, and computes the same on less."""
+    model = onnx.load(LIGHT / f"light_{name}.onnx")
+    size, others = SMALLER.get(name, (64, {}))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.INT64:  # the shape of weights
+            shape = [others.get(n, n) for n in numpy_helper.to_array(tensor).ravel().tolist()]
+            tensor.CopyFrom(numpy_helper.from_array(np.int64(shape), tensor.name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "AveragePool" and attribute.ints == [7, 7]:  # what is left of 224
+                attribute.ints[:] = [size // 32] * 2
+    held = {tensor.name for tensor in model.graph.initializer}
+    (image,) = (value for value in model.graph.input if value.name not in held)
+    for dim in image.type.tensor_type.shape.dim[2:]:
+        dim.dim_value = size
+    return model
 
 
 def vary_weights(model):

@@ -8,6 +8,7 @@ of their page, those of docs/ at the root. What is not run is in NOT_RUN, with t
 import doctest
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -133,23 +134,45 @@ def test_the_figure_is_what_its_script_draws(tmp_path):
     assert {"β = 0.9", "c = 0.5"} < set(drawn)
 
 
-def test_the_training_script_runs(tmp_path):
+@pytest.fixture
+def in_process(monkeypatch, capsys, tmp_path):
+    """A function that runs a script in `tmp_path` and gives what it prints. In a process of its own
+    importing PyTorch and its exporter would take as long as the training. Settings are put back.
+    """
+    torch = pytest.importorskip("torch")
+    threads, exactly = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+    def run(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        with torch.random.fork_rng():
+            runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(exactly)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_training_script_runs(in_process, tmp_path):
     """One epoch from the committed script gives a model and held-out data of the same form."""
     pytest.importorskip("sklearn")
     pytest.importorskip("onnxscript")
     script = ROOT / "samples" / "digits" / "train.py"
-    out = run([sys.executable, str(script), "--epochs", "1", "--out", str(tmp_path)], tmp_path)
+    out = in_process(script, "--epochs", 1, "--out", tmp_path)
     assert "test accuracy, ONNX Runtime" in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["digits.onnx", "digits_test.npz"]
     committed = (script.parent / "digits_test.npz").read_bytes()
     assert (tmp_path / "digits_test.npz").stat().st_size == len(committed)
 
 
-def test_the_playground_is_made_by_its_training_script(tmp_path):
+@pytest.mark.filterwarnings("ignore")
+def test_the_playground_is_made_by_its_training_script(in_process, tmp_path):
     """Machines may round otherwise: the data are the committed ones, the networks as good."""
     pytest.importorskip("onnxscript")
     folder = ROOT / "samples" / "playground"
-    out = run([sys.executable, str(folder / "train.py"), "--out", str(tmp_path)], tmp_path)
+    out = in_process(folder / "train.py", "--out", tmp_path)
     first = re.search(r"beta 1.0  spiral accuracy (.*)  squared error (.*)", out)
     assert float(first[1]) > 0.97
     assert float(first[2]) < 0.08

@@ -14,6 +14,7 @@ import resource
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -301,9 +302,26 @@ LOCATIONS = st.sampled_from(
 RECORDS = st.sampled_from(
     ["ctonnx.original", "ctonnx.version", "ctonnx.lowered", *(["names"] * 20)]
 )
+KINDS = st.sampled_from(["f", "i", "s", "t", "g", "g", "g", "ref", "none", "many"])
+# Mostly the right one.
+ATTRIBUTE_TYPES = {
+    kind: st.sampled_from([right] * 6 + [0, 1, 3, 5, 6, 8, 10])
+    for kind, right in {
+        "f": 1,
+        "i": 2,
+        "s": 3,
+        "t": 4,
+        "g": 5,
+        "ref": 0,
+        "none": 0,
+        "many": 0,
+    }.items()
+}
 VALUES = st.sampled_from(["", "result", "inside", "AAAA", "CgF4IgRSZWx1", "!", "0.85"])
 
 
+# What makes strategies is cached: made anew for each draw they take longer than what they draw.
+@cache
 def some(strategy, most=3):
     return st.lists(strategy, max_size=most)
 
@@ -328,6 +346,7 @@ TENSORS = st.builds(
 )
 
 
+@cache
 @st.composite
 def value_infos(draw):
     value = ValueInfoProto(name=draw(NAMES))
@@ -343,10 +362,11 @@ def value_infos(draw):
     return value
 
 
+@cache
 @st.composite
 def attributes(draw, depth):
     attribute = AttributeProto(name=draw(ATTRIBUTES))
-    kind = draw(st.sampled_from([*(["f", "i", "s", "t", "g", "g", "g", "ref"]), "none", "many"]))
+    kind = draw(KINDS)
     if kind == "f":
         attribute.f = draw(FLOATS)
     elif kind == "i":
@@ -365,11 +385,11 @@ def attributes(draw, depth):
         attribute.tensors.extend(draw(some(TENSORS, 1)))
         if depth:
             attribute.graphs.extend(draw(some(graphs(depth - 1), 1)))
-    right = {"f": 1, "i": 2, "s": 3, "t": 4, "g": 5}.get(kind, 0)
-    attribute.type = draw(st.sampled_from([right] * 6 + [0, 1, 3, 5, 6, 8, 10]))
+    attribute.type = draw(ATTRIBUTE_TYPES[kind])
     return attribute
 
 
+@cache
 def nodes(depth):
     return st.builds(
         NodeProto,
@@ -383,6 +403,7 @@ def nodes(depth):
     )
 
 
+@cache
 def graphs(depth):
     return st.builds(
         GraphProto,

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ def level(request):
     return request.param
 
 
+@cache
 def supported_levels():
     code = (
         "from ctonnx import doctor; from ctonnx.ort import library; "

@@ -301,6 +301,17 @@ def test_large_models_are_refused(monkeypatch):
     assert reason_of(steered()) == "the model is larger than 0 MiB"
 
 
+def test_weights_in_other_files_count_for_the_size(tmp_path):
+    """They are not read: those that the model uses are few, and the rest of the file is a hole."""
+    path, weights = tmp_path / "net.onnx", tmp_path / "net.data"
+    onnx.save(steered(), path, save_as_external_data=True, size_threshold=0, location=weights.name)
+    with weights.open("r+b") as file:
+        file.truncate((256 << 20) + 1)
+    session, reason = layout.open_session(path, CPU, new_options())
+    assert session is None
+    assert reason == "the model is larger than 256 MiB"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -480,6 +480,20 @@ def test_old_ir_versions_are_raised_and_restored():
     assert changed == model
 
 
+def test_primitives_need_no_ir_version_of_functions():
+    """Those of a Clip are functions until they are inlined; in the other lowerings they stay."""
+    model = parsed(OLD_CLIPS)
+    versions = {
+        lowering: steered(model, 0.5, lowering=lowering)[0].ir_version
+        for lowering in rewrite.LOWERINGS
+    }
+    assert versions == {"portable": 8, "op": 8, "primitives": 4}
+    model.ir_version = 7
+    changed, report = steered(model, 0.5, lowering="primitives")
+    assert changed.ir_version == 7
+    assert not any("IR version" in note for note in report.notes)
+
+
 def test_ops_include_exclude():
     model = parsed(PLAIN)
     for node in model.graph.node:
