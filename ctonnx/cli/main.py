@@ -347,7 +347,7 @@ def _transform(preset, **given):
 
     if preset is None and all(value is None for value in given.values()):
         return None
-    return images.transform(preset or "plain", **given)
+    return images.preset_transform(preset or "plain", **given)
 
 
 @cli.command()

@@ -268,7 +268,7 @@ def _kl(scores, _, original):
 
 
 def _custom(spec):
-    function = user_code.load(spec) if isinstance(spec, str) else spec
+    function = user_code.function_named(spec) if isinstance(spec, str) else spec
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", "metric")
 
     def statistics(outputs, labels, _):

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InputFileError, UsageError
 from ..model import files
-from ..optional import check
+from ..optional import check_installed
 from . import intervals, racing
 from .engine import ORIGINAL
 
@@ -172,7 +172,7 @@ def check_format(path):
     if kind not in FORMATS:
         raise UsageError(f"{path}: results go to {', '.join(FORMATS)}")
     if kind == ".parquet":
-        check("pyarrow")
+        check_installed("pyarrow")
     return kind
 
 
