@@ -295,7 +295,7 @@ MISTAKES = [
     ([*SWEEP, "few.npz", "--mean", "a"], 2, "'a' is no list of numbers"),
     ([*SWEEP, "few.npz", "--preset", "best"], 2, "no preset 'best': choose among plain, imagenet"),
     ([*SWEEP, "few.npz", "--beta-as", "input"], 2, "--beta-as goes with --save-best"),
-    ([*SWEEP, "few.npz", "--gpus", "1"], 2, "address and gpus are of engine ray"),
+    ([*SWEEP, "few.npz", "--gpus", "1"], 2, "address and gpus apply only to engine ray"),
     ([*SWEEP, "few.npz", "--gpus", "-1"], 2, "-1.0 is not in the range x>=0"),
     ([*SWEEP, "few.npz", "--skip-broken"], 2, "the option skip-broken does not apply to few.npz"),
     ([*SWEEP, "few.npz", "--resume"], 2, "--resume goes with -o"),
@@ -719,7 +719,7 @@ def test_the_choices_are_those_of_the_library():
     from ctonnx.rewriting import activations
 
     named = {option.name: option.help for option in (*cli.sweep.params[1:], *cli.patch.params[1:])}
-    assert set(metrics.NAMES) <= set(re.findall(r"\w+", named["metric"]))
+    assert set(metrics.METRICS) <= set(re.findall(r"\w+", named["metric"]))
     assert {op.lower() for op in activations.STEERABLE} <= set(re.findall(r"\w+", named["ops"]))
     options = {option.name: option.type for option in cli.sweep.params}
     assert tuple(options["search"].choices) == sweeping.SEARCHES

@@ -131,7 +131,7 @@ def test_fixed_batches_external_data_and_several_outputs(tmp_path):
 
 def test_a_constant_metric_says_so():
     result = ctonnx.sweep(MODEL, DATA, [0.999, 0.9995], metric=lambda outputs, labels: labels * 1.0)
-    assert "at every point: it tells nothing apart" in result.notes[-1]
+    assert "at every point: none is better than the original" in result.notes[-1]
     assert result.best is result.original
 
 
@@ -208,7 +208,7 @@ def test_racing_finds_the_grids_best_with_few_passes(accuracy):
         )
         values = scores.mean(1)
         best = int(values.argmax())
-        difference, error, _ = intervals.compare(
+        difference, error, _ = intervals.paired_difference(
             metric, scores[best][:, None], scores[outcome.best][:, None]
         )
         found += (
@@ -336,9 +336,9 @@ def test_an_interrupted_sweep_is_resumed(tmp_path, search):
     # As if it had been cut off while a line was written.
     with open(progress, "ab") as stream:
         stream.write(b'{"batch": 4, "poi')
-    with pytest.raises(UsageError, match="holds an interrupted sweep: go on with --resume"):
+    with pytest.raises(UsageError, match="holds an interrupted sweep: continue with --resume"):
         ctonnx.sweep(MODEL, Interrupted(None), BETAS, output=output, **options)
-    with pytest.raises(UsageError, match="is of another sweep: it differs in points: remove it"):
+    with pytest.raises(UsageError, match="another sweep, which differs in points: remove it"):
         ctonnx.sweep(MODEL, Interrupted(None), [0.5], output=output, resume=True, **options)
     with pytest.raises(KeyboardInterrupt):
         ctonnx.sweep(MODEL, Interrupted(again), BETAS, output=output, resume=True, **options)
@@ -443,7 +443,7 @@ def test_a_damaged_progress_file_is_one_line(tmp_path):
     with pytest.raises(InputFileError, match=r"progress: is damaged: remove it to start anew"):
         journal.Journal(path, header, resume=True)
     path.write_text('{"a": 1}\n')
-    with pytest.raises(UsageError, match="is no sweep's progress"):
+    with pytest.raises(UsageError, match="is not a sweep's progress file"):
         journal.Journal(path, header, resume=True)
 
 
@@ -582,8 +582,8 @@ def test_a_missing_folder_is_told(tmp_path):
     result = ctonnx.sweep(MODEL, tmp_path, [0.8])
     assert result.original.value < 0.6
     assert result.notes[1].endswith(
-        "has folders of 9 classes, the model scores of 10: they were labelled 0 to 8, in order; "
-        "where one is missing, make an empty folder of its name"
+        "has 9 class folders, but the model scores 10 classes: the folders are labelled 0 to 8, in "
+        "order; for a missing class, add an empty folder of its name"
     )
 
 
@@ -726,11 +726,11 @@ def test_mistakes_are_one_clear_line():
             *((MODEL, DATA), {"metric": lambda outputs, labels: 1 / 0}),
             *(UsageError, "<lambda>: fails when it is called: ZeroDivisionError: division"),
         ),
-        ((MODEL, DATA), {"gpus": 1}, UsageError, "address and gpus are of engine ray"),
+        ((MODEL, DATA), {"gpus": 1}, UsageError, "address and gpus apply only to engine ray"),
         ((parsed(relu), alike), {"metric": "r2"}, UsageError, "labels, or samples, are all alike"),
         ((MODEL, DATA), {"search": "all"}, UsageError, "search must be one of grid, racing"),
         ((MODEL, DATA), {"confidence": 1.0}, UsageError, "confidence must lie in [0.5, 1)"),
-        ((MODEL, DATA), {"resume": True}, UsageError, "resume goes with an output"),
+        ((MODEL, DATA), {"resume": True}, UsageError, "resume needs an output"),
         ((MODEL, DATA), {"coeffs": "2"}, UsageError, "coeff must lie in [0, 1]"),
         (
             *((steered(lowering="primitives", beta_as="input"), DATA), {"coeffs": "0.5"}),

@@ -451,7 +451,7 @@ def sweep(
         raise click.UsageError("--beta-as goes with --save-best: it is how that is written")
     transform = _transform(preset, resize=resize, crop=crop, mean=mean, std=std)
     if drawing is not None:
-        plot.check(None if drawing == "-" else drawing)
+        plot.check_drawing(None if drawing == "-" else drawing)
     for path in filter(None, (save_best, None if drawing == "-" else drawing)):
         files.check_output(path, force)
     written = {"--output": output, "--save-best": save_best, "--plot": drawing}

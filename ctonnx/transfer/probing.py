@@ -25,7 +25,7 @@ from .. import ctu
 from ..data.open import DataOptions, open_source
 from ..errors import CtonnxError, InputFileError, ModelError, UsageError
 from ..measure import engine, intervals, metrics
-from ..measure.results import Table, without_nan
+from ..measure.results import ResultTable, without_nan
 from ..measure.sweeping import grid
 from ..model import files, flow
 from ..optional import require
@@ -41,7 +41,7 @@ _MOST_BYTES = 2 << 30
 # A message lists no more labels.
 _SHOWN = 10
 
-_ACCURACY = metrics.NAMES["accuracy"]
+_ACCURACY = metrics.METRICS["accuracy"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Seed:
 
 
 @dataclass(frozen=True)
-class Probe(Table):
+class Probe(ResultTable):
     """The result.
 
     `points` by β, among them `original`, which is plain linear probing, and `best`, that with the
@@ -352,7 +352,7 @@ class _Set:
 
 def _read(runner, source, head, points):
     rows, labels, broken, kinds = [[] for _ in points], [], 0, set()
-    for _, batch in engine.ahead(source, zip(itertools.count())):
+    for _, batch in engine.prefetch(source, zip(itertools.count())):
         broken += batch.broken
         if not len(batch):
             continue
@@ -530,11 +530,11 @@ def _measure(opened, source, output, classes):
             raise
         notes.append("the model holds no fallback: it was measured with the op library")
     right = [[] for _ in models]
-    for _, batch in engine.ahead(source, zip(itertools.count())):
+    for _, batch in engine.prefetch(source, zip(itertools.count())):
         if not len(batch):
             continue
         target = _indices(_labels(batch.labels, source), classes)
-        given = engine.filled(batch, source.inputs)
+        given = engine.padded(batch, source.inputs)
         for model, held in zip(models, right, strict=True):
             scores = model.run(given)[output][: len(batch)]
             held.append((scores.argmax(1), target))
