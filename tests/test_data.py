@@ -42,8 +42,11 @@ def test_every_source_gives_the_same(tmp_path, monkeypatch, arrays, kind):
     lines = ["a,b,label,c", *(f"{r[0]!r},{r[1]!r},{v},{r[2]!r}" for r, v in zip(x.tolist(), y))]  # noqa: B905
     (tmp_path / "d.csv").write_text("\n".join(lines) + "\n\n")
     spec, labels = {
-        **{"npz": ("d.npz", None), "compressed": ("c.npz", None), "npy": ("x.npy", "y.npy")},
-        **{"csv": ("d.csv", None), "tuple": ((x, y), None)},
+        "npz": ("d.npz", None),
+        "compressed": ("c.npz", None),
+        "npy": ("x.npy", "y.npy"),
+        "csv": ("d.csv", None),
+        "tuple": ((x, y), None),
         "factory": (lambda: ((x[i : i + 32], y[i : i + 32]) for i in range(0, 70, 32)), None),
     }[kind]
     source = open_source(spec, X, DataOptions(labels=labels))

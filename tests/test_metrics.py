@@ -131,7 +131,9 @@ MISFITS = [
     ("accuracy", LOGITS, LABELS + 1, "label 5 is out of range: the output has classes 0 to 4"),
     ("accuracy", LOGITS, LABELS - 1, "label -1 is out of range"),
     (
-        *("accuracy", LOGITS, np.append(LABELS[:-1] * 1.0, 2.5)),
+        "accuracy",
+        LOGITS,
+        np.append(LABELS[:-1] * 1.0, 2.5),
         "accuracy needs whole numbers as labels, got 2.5",
     ),
     ("nll", LOGITS, np.stack([LABELS, LABELS], 1), "nll needs one label per sample"),

@@ -81,7 +81,7 @@ class Output:
             check_format(self.path)
             files.check_output(self.path, self.force)
         elif self.resume:
-            raise UsageError("resume needs an output: progress is kept beside it")
+            raise UsageError("resume needs an output: progress is saved beside it")
 
 
 def sweep(
