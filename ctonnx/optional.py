@@ -21,7 +21,7 @@ _PACKAGES = {
 
 
 def require(module: str) -> ModuleType:
-    """Import a module of an optional package.
+    """Import a module of an optional package and return it.
 
     Raises:
         MissingDependency: the package, or one that it needs, is not installed.
@@ -32,8 +32,12 @@ def require(module: str) -> ModuleType:
         raise _missing(module) from None
 
 
-def check(package: str) -> None:
-    """Raise what `require` raises for a package that is not there, without importing it."""
+def check_installed(package: str) -> None:
+    """Check that an optional package is installed, without importing it.
+
+    Raises:
+        MissingDependency: it is not.
+    """
     if importlib.util.find_spec(package) is None:
         raise _missing(package)
 

@@ -294,13 +294,13 @@ MISTAKES = [
     ([*SWEEP, "few.npz", "--metric", "speed"], 2, "no metric 'speed': choose among accuracy"),
     ([*SWEEP, "few.npz", "--confidence", "1"], 2, "confidence must lie in [0.5, 1), got 1.0"),
     ([*SWEEP, "few.npz", "--batch", "0"], 2, "the batch size must be at least 1, got 0"),
-    ([*SWEEP, "few.npz", "--crop", "9"], 2, "no folder of images: leave it out"),
+    ([*SWEEP, "few.npz", "--crop", "9"], 2, "which is not a folder of images: leave them out"),
     ([*SWEEP, "few.npz", "--mean", "a"], 2, "'a' is no list of numbers"),
     ([*SWEEP, "few.npz", "--preset", "best"], 2, "no preset 'best': choose among plain, imagenet"),
     ([*SWEEP, "few.npz", "--beta-as", "input"], 2, "--beta-as goes with --save-best"),
-    ([*SWEEP, "few.npz", "--gpus", "1"], 2, "address and gpus are of engine ray"),
+    ([*SWEEP, "few.npz", "--gpus", "1"], 2, "address and gpus apply only to engine ray"),
     ([*SWEEP, "few.npz", "--gpus", "-1"], 2, "-1.0 is not in the range x>=0"),
-    ([*SWEEP, "few.npz", "--skip-broken"], 2, "the option skip-broken is not for few.npz"),
+    ([*SWEEP, "few.npz", "--skip-broken"], 2, "the option skip-broken does not apply to few.npz"),
     ([*SWEEP, "few.npz", "--resume"], 2, "--resume goes with -o"),
     ([*SWEEP, "few.npz", "-o", "r.txt"], 2, "r.txt: results go to .csv, .json, .parquet"),
     ([*SWEEP, "few.npz", "--save-best", "taken.onnx"], 2, "taken.onnx: exists already"),
@@ -722,7 +722,7 @@ def test_the_choices_are_those_of_the_library():
     from ctonnx.rewriting import activations
 
     named = {option.name: option.help for option in (*cli.sweep.params[1:], *cli.patch.params[1:])}
-    assert set(metrics.NAMES) <= set(re.findall(r"\w+", named["metric"]))
+    assert set(metrics.METRICS) <= set(re.findall(r"\w+", named["metric"]))
     assert {op.lower() for op in activations.STEERABLE} <= set(re.findall(r"\w+", named["ops"]))
     options = {option.name: option.type for option in cli.sweep.params}
     assert tuple(options["search"].choices) == sweeping.SEARCHES

@@ -42,8 +42,11 @@ def test_every_source_gives_the_same(tmp_path, monkeypatch, arrays, kind):
     lines = ["a,b,label,c", *(f"{r[0]!r},{r[1]!r},{v},{r[2]!r}" for r, v in zip(x.tolist(), y))]  # noqa: B905
     (tmp_path / "d.csv").write_text("\n".join(lines) + "\n\n")
     spec, labels = {
-        **{"npz": ("d.npz", None), "compressed": ("c.npz", None), "npy": ("x.npy", "y.npy")},
-        **{"csv": ("d.csv", None), "tuple": ((x, y), None)},
+        "npz": ("d.npz", None),
+        "compressed": ("c.npz", None),
+        "npy": ("x.npy", "y.npy"),
+        "csv": ("d.csv", None),
+        "tuple": ((x, y), None),
         "factory": (lambda: ((x[i : i + 32], y[i : i + 32]) for i in range(0, 70, 32)), None),
     }[kind]
     source = open_source(spec, X, DataOptions(labels=labels))
@@ -132,7 +135,7 @@ def folder(tmp_path):
 def test_a_folder_of_images(folder):
     from PIL import Image
 
-    from ctonnx.data.images import transform
+    from ctonnx.data.images import preset_transform
 
     nchw, nhwc = ([Input("x", FLOAT, shape)] for shape in (IMAGE, (None, 8, 8, 3)))
     held, labels, _ = everything(open_source(folder, nchw))
@@ -145,15 +148,15 @@ def test_a_folder_of_images(folder):
     other, _, _ = everything(open_source(folder, nhwc))
     np.testing.assert_array_equal(other["x"].transpose(0, 3, 1, 2), held["x"])
     # The shorter side to 8, the middle 8 by 8 of it: as torchvision's imagenet transform does.
-    given = transform("imagenet", resize=8, crop=8)
-    held, _, _ = everything(open_source(folder, nchw, DataOptions(images=given)))
+    given = preset_transform("imagenet", resize=8, crop=8)
+    held, _, _ = everything(open_source(folder, nchw, DataOptions(transform=given)))
     middle = picture(0).resize((9, 8), Image.Resampling.BILINEAR).crop((0, 0, 8, 8))
     mean, std = np.float32(given.mean), np.float32(given.std)
     expected = (np.asarray(middle) / np.float32(255) - mean) / std
     np.testing.assert_allclose(held["x"][0], expected.transpose(2, 0, 1), rtol=1e-6)
     # Caffe's: blue first, 0 to 255 less the mean.
-    given = transform("caffe", resize=8, crop=8)
-    held, _, _ = everything(open_source(folder, nchw, DataOptions(images=given)))
+    given = preset_transform("caffe", resize=8, crop=8)
+    held, _, _ = everything(open_source(folder, nchw, DataOptions(transform=given)))
     expected = (np.asarray(middle, np.float32) - [123, 117, 104])[:, :, ::-1]
     np.testing.assert_allclose(held["x"][0], expected.transpose(2, 0, 1), atol=1e-4)
     gray, _, _ = everything(open_source(folder, [Input("x", np.dtype(np.uint8), (2, 1, 8, 8))]))
@@ -183,7 +186,7 @@ def test_images_of_16_bits_are_scaled(tmp_path):
     for dtype in np.int32, np.float32:
         Image.fromarray(pixels.astype(dtype)).save(tmp_path / "a.tif")
         with pytest.raises(
-            InputFileError, match=r"a\.tif: cannot be read as an image: its 32 bits"
+            InputFileError, match=r"a\.tif: cannot be read as an image: 32-bit pixels"
         ):
             everything(open_source(tmp_path, inputs))
 
@@ -263,7 +266,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
         ("missing.csv", X, {}, "missing.csv: no such file"),
         ("bare.csv", X, {}, "its first line holds numbers: a header of names is missing"),
         ("d.txt", X, {}, "expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY"),
-        ("other.npz", X, {}, "holds no array 'x', an input of the model, but z"),
+        ("other.npz", X, {}, "holds no array 'x', which the model takes: it holds z"),
         ("rows.npz", X, {}, "the numbers of rows differ: x 70, labels 5"),
         ("wide.npz", X, {}, "x: the data are float32[N,2], the model takes float32[N,3]"),
         ("d.npz", [Input("x", np.dtype(np.int64), (None, 3))], {}, "the model takes int64[N,3]"),
@@ -273,24 +276,24 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
         (
             "d.npz",
             X,
-            {"images": object()},
-            "preparing images (preset, resize, crop, mean, std) is not for d.npz, no folder of",
+            {"transform": object()},
+            "the image options (preset, resize, crop, mean, std) do not apply to d.npz, which is",
         ),
-        ("d.npz", X, {"labels": np.zeros(70)}, "labels is a name or a path: give arrays as"),
-        ("d.npz", X, {"skip_broken": True}, "the option skip-broken is not for d.npz"),
+        ("d.npz", X, {"labels": np.zeros(70)}, "labels must be a name or a path: give arrays as"),
+        ("d.npz", X, {"skip_broken": True}, "the option skip-broken does not apply to d.npz"),
         (
             lambda: [(x, y)],
             X,
             {"labels": "y"},
-            "the option labels is not for a factory: leave it out",
+            "the option labels does not apply to a factory: leave it out",
         ),
         (
             lambda: [(x, y)],
             X,
             {"batch_size": 3},
-            "the option batch is not for a factory: leave it out",
+            "the option batch does not apply to a factory: leave it out",
         ),
-        ((x, y), X, {"labels": "y"}, "the option labels is not for arrays: leave it out"),
+        ((x, y), X, {"labels": "y"}, "the option labels does not apply to arrays: leave it out"),
         ("objects.npz", X, {}, "holds objects"),
         ("none.npz", X, {}, "none.npz: holds no samples"),
         ("f.npy", X, {}, "is in Fortran order"),
@@ -304,7 +307,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
         ("head.csv", X, {}, "holds no rows below a header"),
         ("text.csv", image, {}, "has no column 'path'"),
         ("empty", image, {}, "empty: holds no images"),
-        ("images", X, {}, "holds images, the model does not take one image"),
+        ("images", X, {}, "holds images, but the model does not take exactly one image"),
         ("images", [Input("x", FLOAT, (None, 3, 9, None))], {}, "images differ in size"),
         ("no_such_module:make", X, {}, "cannot be imported"),
         ("mod:b", X, {}, "mod:b: the module has no function of that name"),
@@ -320,7 +323,7 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
         (lambda: {"x": x}, X, {}, "fails when it is called: KeyError"),
         (lambda: [None], X, {}, "a batch holds None, expected a row per sample"),
         (lambda: [(x, 3)], X, {}, "labels: a batch holds 3, expected a row per sample"),
-        ("part.csv", [Input("x", np.dtype(np.int64), (None, 3))], {}, "1.9 is no whole number"),
+        ("part.csv", [Input("x", np.dtype(np.int64), (None, 3))], {}, "1.9 is not a whole number"),
         (({"z": x}, y), X, {}, "the data lack the input 'x': they hold z"),
     ]:
         if line == "images differ in size":
@@ -333,12 +336,12 @@ def test_mistakes_are_one_clear_line(tmp_path, monkeypatch, folder, arrays):
 
 
 def test_presets_and_their_mistakes():
-    from ctonnx.data.images import transform
+    from ctonnx.data.images import preset_transform
 
-    assert transform("imagenet", crop=192).crop == 192
+    assert preset_transform("imagenet", crop=192).crop == 192
     for given in ({"preset": "unknown"}, {"preset": "plain", "std": (0.0,)}, {"crop": 0}):
         with pytest.raises(UsageError):
-            transform(**({"preset": "plain"} | given))
+            preset_transform(**({"preset": "plain"} | given))
 
 
 @pytest.mark.parametrize("kind", ["npz", "compressed", "csv"])

@@ -307,7 +307,7 @@ def test_weights_in_other_files_count_for_the_size(tmp_path):
     onnx.save(steered(), path, save_as_external_data=True, size_threshold=0, location=weights.name)
     with weights.open("r+b") as file:
         file.truncate((256 << 20) + 1)
-    session, reason = layout.open_session(path, CPU, new_options())
+    session, reason = blocked.open_session(path, CPU, new_options())
     assert session is None
     assert reason == "the model is larger than 256 MiB"
 

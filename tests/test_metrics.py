@@ -5,8 +5,8 @@ import pytest
 
 from ctonnx.errors import UsageError
 from ctonnx.measure import intervals, metrics
-from ctonnx.measure.intervals import compare
-from ctonnx.measure.metrics import find
+from ctonnx.measure.intervals import paired_difference
+from ctonnx.measure.metrics import metric_named
 
 sklearn = pytest.importorskip("sklearn.metrics")
 RNG = np.random.default_rng(0)
@@ -22,7 +22,7 @@ def softmax(logits):
 
 def value(name, outputs, labels=None, original=None, parts=7):
     """The value of a metric that gets the samples in several batches."""
-    metric = find(name)
+    metric = metric_named(name)
 
     def split(array):
         return [None] * parts if array is None else np.array_split(array, parts)
@@ -117,12 +117,12 @@ def test_a_function_of_the_users(tmp_path, monkeypatch):
         "def one(outputs, labels): return 1.0\n"
     )
     monkeypatch.chdir(tmp_path)
-    metric = find("mine:cost")
+    metric = metric_named("mine:cost")
     assert not metric.higher_is_better
     measured = metric.measure({"y": LOGITS}, LABELS, None)
     assert metric.value_of(measured) == pytest.approx(np.abs(LOGITS[:, 0] - LABELS).mean())
     with pytest.raises(UsageError, match=r"mine:one: gave float64\[\], expected a number per"):
-        find("mine:one").measure({"y": LOGITS}, LABELS, None)
+        metric_named("mine:one").measure({"y": LOGITS}, LABELS, None)
 
 
 MISFITS = [
@@ -131,7 +131,9 @@ MISFITS = [
     ("accuracy", LOGITS, LABELS + 1, "label 5 is out of range: the output has classes 0 to 4"),
     ("accuracy", LOGITS, LABELS - 1, "label -1 is out of range"),
     (
-        *("accuracy", LOGITS, np.append(LABELS[:-1] * 1.0, 2.5)),
+        "accuracy",
+        LOGITS,
+        np.append(LABELS[:-1] * 1.0, 2.5),
         "accuracy needs whole numbers as labels, got 2.5",
     ),
     ("nll", LOGITS, np.stack([LABELS, LABELS], 1), "nll needs one label per sample"),
@@ -146,14 +148,14 @@ MISFITS = [
 @pytest.mark.parametrize(("name", "outputs", "labels", "line"), MISFITS)
 def test_what_does_not_fit_is_one_clear_line(name, outputs, labels, line):
     with pytest.raises(UsageError) as caught:
-        find(name).measure(outputs, labels, outputs)
+        metric_named(name).measure(outputs, labels, outputs)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_other_mistakes():
     with pytest.raises(UsageError, match="no metric 'precision': choose among accuracy, f1"):
-        find("precision")
+        metric_named("precision")
     assert np.isnan(value("r2", LOGITS[:, :1], np.ones(200)))
 
 
@@ -167,7 +169,7 @@ def test_nan_is_never_a_value():
 @pytest.mark.parametrize("name", ["accuracy", "f1", "nll", "ece", "r2"])
 def test_errors_are_those_of_resampling(name):
     """The standard error, and that of a paired difference, agree with the bootstrap."""
-    metric, rng = find(name), np.random.default_rng(1)
+    metric, rng = metric_named(name), np.random.default_rng(1)
     labels, sides = LABELS, (LOGITS, OTHER)
     if name == "r2":
         labels = RNG.normal(size=200)
@@ -175,12 +177,12 @@ def test_errors_are_those_of_resampling(name):
     one, other = (metric.measure(np.float64(side), labels, None) for side in sides)
     draws = [rng.integers(0, 200, 200) for _ in range(300)]
     values = np.array([[metric.value_of(side[d]) for side in (one, other)] for d in draws])
-    assert intervals.error(metric, one) == pytest.approx(values[:, 0].std(), rel=0.4)
-    difference, error, _ = compare(metric, one, other)
+    assert intervals.standard_error(metric, one) == pytest.approx(values[:, 0].std(), rel=0.4)
+    difference, error, _ = paired_difference(metric, one, other)
     sign = 1 if metric.higher_is_better else -1
     assert difference == sign * (metric.value_of(one) - metric.value_of(other))
     assert error == pytest.approx((values[:, 0] - values[:, 1]).std(), rel=0.4)
-    assert compare(metric, one, one)[:2] == (0, 0)
+    assert paired_difference(metric, one, one)[:2] == (0, 0)
 
 
 def test_intervals_hold_what_they_promise():
@@ -190,7 +192,7 @@ def test_intervals_hold_what_they_promise():
     for _ in range(1000):
         one, other = rng.normal(size=(2, 20, 1))
         gain, low, high = intervals.gain(metric, one, other)
-        assert gain == compare(metric, one, other)[0]
+        assert gain == paired_difference(metric, one, other)[0]
         held += low <= 0 <= high
     assert 930 <= held <= 970
 

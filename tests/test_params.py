@@ -57,7 +57,7 @@ def test_a_name_outweighs_a_pattern():
 def test_a_name_that_gives_no_beta_leaves_the_one_of_a_pattern():
     """Not the input, which is the beta of all that no key gives one."""
     model = parsed(MODEL)
-    rewrite.steer(
+    steer(
         model,
         0.85,
         params={"[abc]": 0.5, "c": {"coeff": 0.25}, "d": {"coeff": 0.75}},
@@ -65,7 +65,7 @@ def test_a_name_that_gives_no_beta_leaves_the_one_of_a_pattern():
     )
     betas = {node.output[0]: node.input[1] for node in model.graph.node if ctu.is_ctu(node)}
     assert {name for name, held in betas.items() if held == "beta"} == {"d"}
-    assert {a.name: a.beta for a in rewrite.find(model)} == {
+    assert {a.name: a.beta for a in SteeredModel(model).activations} == {
         "a": 0.5,
         "b": 0.5,
         "c": 0.5,

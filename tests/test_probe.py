@@ -457,7 +457,7 @@ def test_the_shared_part_is_not_run_for_points(monkeypatch):
     runs, before = Counter(), engine.Runner._execute
 
     def counted(self, binding):
-        runs["beta" in self._taken] += 1
+        runs["beta" in self._input_names] += 1
         return before(self, binding)
 
     monkeypatch.setattr(engine.Runner, "_execute", counted)

@@ -484,8 +484,7 @@ def test_primitives_need_no_ir_version_of_functions():
     """Those of a Clip are functions until they are inlined; in the other lowerings they stay."""
     model = parsed(OLD_CLIPS)
     versions = {
-        lowering: steered(model, 0.5, lowering=lowering)[0].ir_version
-        for lowering in rewrite.LOWERINGS
+        lowering: steered(model, 0.5, lowering=lowering)[0].ir_version for lowering in LOWERINGS
     }
     assert versions == {"portable": 8, "op": 8, "primitives": 4}
     model.ir_version = 7

@@ -92,7 +92,11 @@ def test_sessions_are_not_opened_for_points(monkeypatch):
 def test_coeff_is_swept_too():
     result = ctonnx.sweep(MODEL, DATA, "0.7,0.8", coeffs=[0.2, 0.5])
     assert [(p.beta, p.coeff) for p in result.points] == [
-        *((0.7, 0.2), (0.8, 0.2), (0.7, 0.5), (0.8, 0.5), (1.0, 0.5))
+        (0.7, 0.2),
+        (0.8, 0.2),
+        (0.7, 0.5),
+        (0.8, 0.5),
+        (1.0, 0.5),
     ]
     values = [p.value for p in result.points]
     assert values[:2] == accuracies([0.7, 0.8], 0.2)
@@ -112,8 +116,11 @@ def test_fixed_batches_external_data_and_several_outputs(tmp_path):
     (weight,) = model.graph.initializer
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight), "w"))
     onnx.save(
-        *(model, tmp_path / "m.onnx"),
-        **{"save_as_external_data": True, "size_threshold": 0, "location": "w"},
+        model,
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        size_threshold=0,
+        location="w",
     )
     x = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32)
     y = np.maximum(x * [1, -2, 3], 0)
@@ -131,7 +138,7 @@ def test_fixed_batches_external_data_and_several_outputs(tmp_path):
 
 def test_a_constant_metric_says_so():
     result = ctonnx.sweep(MODEL, DATA, [0.999, 0.9995], metric=lambda outputs, labels: labels * 1.0)
-    assert "at every point: it tells nothing apart" in result.notes[-1]
+    assert "at every point: none is better than the original" in result.notes[-1]
     assert result.best is result.original
 
 
@@ -203,12 +210,17 @@ def test_racing_finds_the_grids_best_with_few_passes(accuracy):
             runs.append(len(span) * len(points))
 
         outcome = racing.race(
-            *(evaluate, lambda p, end, s=scores: s[p, : 32 * end, None]),
-            *(metric, 31, batches, 1 - betas, 0.95),
+            evaluate,
+            lambda p, end, s=scores: s[p, : 32 * end, None],
+            metric,
+            31,
+            batches,
+            1 - betas,
+            0.95,
         )
         values = scores.mean(1)
         best = int(values.argmax())
-        difference, error, _ = intervals.compare(
+        difference, error, _ = intervals.paired_difference(
             metric, scores[best][:, None], scores[outcome.best][:, None]
         )
         found += (
@@ -237,8 +249,13 @@ def test_racing_where_rare_samples_decide(span):
             scores = -(0.3 + 0.01 * np.arange(11))[:, None] * spread
             scores[:, hard] -= np.where(np.arange(11) > 7, 0.5, 20)[:, None]
         outcome = racing.race(
-            *(lambda *_: None, lambda p, end, s=scores: s[p, : 32 * end, None]),
-            *(metric, 11, 125, 1 - betas, 0.95),
+            lambda *_: None,
+            lambda p, end, s=scores: s[p, : 32 * end, None],
+            metric,
+            11,
+            125,
+            1 - betas,
+            0.95,
         )
         values = scores.mean(1)
         held += values.max() - values[outcome.best] <= outcome.within
@@ -293,7 +310,10 @@ def test_racing_keeps_what_it_cannot_tell_apart():
     outcome = racing.race(
         lambda span, points: seen.update(dict.fromkeys(points, span.stop)),
         lambda p, end: scores[p, : 32 * end],
-        *(metrics.Metric("score", None), 5, 20, np.arange(5.0)),
+        metrics.Metric("score", None),
+        5,
+        20,
+        np.arange(5.0),
     )
     assert (outcome.best, len(outcome.left)) == (0, 5)
     assert outcome.passes <= 0.3 * 100
@@ -336,9 +356,9 @@ def test_an_interrupted_sweep_is_resumed(tmp_path, search):
     # As if it had been cut off while a line was written.
     with open(progress, "ab") as stream:
         stream.write(b'{"batch": 4, "poi')
-    with pytest.raises(UsageError, match="holds an interrupted sweep: go on with --resume"):
+    with pytest.raises(UsageError, match="holds an interrupted sweep: continue with --resume"):
         ctonnx.sweep(MODEL, Interrupted(None), BETAS, output=output, **options)
-    with pytest.raises(UsageError, match="is of another sweep: it differs in points: remove it"):
+    with pytest.raises(UsageError, match="another sweep, which differs in points: remove it"):
         ctonnx.sweep(MODEL, Interrupted(None), [0.5], output=output, resume=True, **options)
     with pytest.raises(KeyboardInterrupt):
         ctonnx.sweep(MODEL, Interrupted(again), BETAS, output=output, resume=True, **options)
@@ -379,8 +399,11 @@ def test_what_was_measured_on_something_else_is_not_taken_over(tmp_path):
     """Weights, labels, images and providers belong to what a progress file is of."""
     Image = pytest.importorskip("PIL.Image")
     onnx.save(
-        *(onnx.load(MODEL), tmp_path / "m.onnx"),
-        **{"save_as_external_data": True, "size_threshold": 99, "location": "w"},
+        onnx.load(MODEL),
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        size_threshold=99,
+        location="w",
     )
     x, y = HELD["image"][:60], HELD["label"][:60]
     np.savez(tmp_path / "d.npz", image=x, label=y, other=y[::-1])
@@ -427,7 +450,9 @@ def test_a_full_disk_is_named(tmp_path):
     arguments = ["sweep", MODEL, "--data", "d.npz", "-o", "r.csv", "--beta", "0.9"]
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 0; "$@"', "_", sys.executable, "-m", "ctonnx", *arguments],
-        **{"cwd": tmp_path, "capture_output": True, "text": True},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert done.stderr == "ctonnx: r.csv.progress: cannot be written: File too large\n"
@@ -443,7 +468,7 @@ def test_a_damaged_progress_file_is_one_line(tmp_path):
     with pytest.raises(InputFileError, match=r"progress: is damaged: remove it to start anew"):
         journal.Journal(path, header, resume=True)
     path.write_text('{"a": 1}\n')
-    with pytest.raises(UsageError, match="is no sweep's progress"):
+    with pytest.raises(UsageError, match="is not a sweep's progress file"):
         journal.Journal(path, header, resume=True)
 
 
@@ -521,9 +546,11 @@ def test_the_command_prints_the_result_alone(tmp_path):
     code, out, err = command(*arguments, *written, cwd=tmp_path)
     assert code == 0, err
     assert err.splitlines() == [
-        *("steered on the fly: 7 activations, 0 skipped", "skipped 1 unreadable images"),
+        "steered on the fly: 7 activations, 0 skipped",
+        "skipped 1 unreadable images",
         "the original is best: best.onnx computes the same, with CT units at beta 1",
-        *("wrote r.json", "wrote best.onnx"),
+        "wrote r.json",
+        "wrote best.onnx",
     ]
     lines = out.splitlines()
     assert lines[0].split() == ["BETA", "ACCURACY", "ERROR", "GAIN", "95", "%"]
@@ -582,8 +609,8 @@ def test_a_missing_folder_is_told(tmp_path):
     result = ctonnx.sweep(MODEL, tmp_path, [0.8])
     assert result.original.value < 0.6
     assert result.notes[1].endswith(
-        "has folders of 9 classes, the model scores of 10: they were labelled 0 to 8, in order; "
-        "where one is missing, make an empty folder of its name"
+        "has 9 class folders, but the model scores 10 classes: the folders are labelled 0 to 8, in "
+        "order; for a missing class, add an empty folder of its name"
     )
 
 
@@ -723,30 +750,38 @@ def test_mistakes_are_one_clear_line():
         ((MODEL, (images, None)), {}, UsageError, "accuracy needs labels"),
         ((MODEL, DATA), {"metric": "miou"}, UsageError, "miou needs scores (N, classes, H, W)"),
         (
-            *((MODEL, DATA), {"metric": lambda outputs, labels: 1 / 0}),
-            *(UsageError, "<lambda>: fails when it is called: ZeroDivisionError: division"),
+            (MODEL, DATA),
+            {"metric": lambda outputs, labels: 1 / 0},
+            UsageError,
+            "<lambda>: fails when it is called: ZeroDivisionError: division",
         ),
-        ((MODEL, DATA), {"gpus": 1}, UsageError, "address and gpus are of engine ray"),
+        ((MODEL, DATA), {"gpus": 1}, UsageError, "address and gpus apply only to engine ray"),
         ((parsed(relu), alike), {"metric": "r2"}, UsageError, "labels, or samples, are all alike"),
         ((MODEL, DATA), {"search": "all"}, UsageError, "search must be one of grid, racing"),
         ((MODEL, DATA), {"confidence": 1.0}, UsageError, "confidence must lie in [0.5, 1)"),
-        ((MODEL, DATA), {"resume": True}, UsageError, "resume goes with an output"),
+        ((MODEL, DATA), {"resume": True}, UsageError, "resume needs an output"),
         ((MODEL, DATA), {"coeffs": "2"}, UsageError, "coeff must lie in [0, 1]"),
         (
-            *((steered(lowering="primitives", beta_as="input"), DATA), {"coeffs": "0.5"}),
-            *(UsageError, "c cannot be swept: the model is lowered to primitives"),
+            (steered(lowering="primitives", beta_as="input"), DATA),
+            {"coeffs": "0.5"},
+            UsageError,
+            "c cannot be swept: the model is lowered to primitives",
         ),
         ((steered(lowering="primitives"), DATA), {}, NothingToDo, "no CTU"),
         ((42, DATA), {}, UsageError, "expected a path or a ModelProto, got int"),
         (("missing.onnx", DATA), {}, ModelError, "missing.onnx: no such file"),
         (
-            *((MODEL, lambda: iter([(images, labels)])), {"search": "racing"}),
-            *(UsageError, "the factory's iterable must have a length"),
+            (MODEL, lambda: iter([(images, labels)])),
+            {"search": "racing"},
+            UsageError,
+            "the factory's iterable must have a length for racing",
         ),
         ((MODEL, lambda: []), {}, InputFileError, "the data hold no sample that can be read"),
         (
             (parsed(relu.replace("Relu", "Sigmoid")), pair),
-            *({}, NothingToDo, "no activation to steer"),
+            {},
+            NothingToDo,
+            "no activation to steer",
         ),
     ]:
         with pytest.raises(kind) as caught:

@@ -118,4 +118,4 @@ def _transform(preset, **options):
 
     if preset is None and all(value is None for value in options.values()):
         return None
-    return images.transform(preset or "plain", **options)
+    return images.preset_transform(preset or "plain", **options)

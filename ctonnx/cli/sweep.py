@@ -122,7 +122,7 @@ def _check(model, drawing, save_best, beta_as, **choices):
     if beta_as is not None and save_best is None:
         raise click.UsageError("--beta-as goes with --save-best: it is how that is written")
     if drawing is not None:
-        plot.check(picture)
+        plot.check_drawing(picture)
     for path in filter(None, (save_best, picture)):
         files.check_output(path, choices["force"])
     outputs = {"--output": output, "--save-best": save_best, "--plot": drawing}

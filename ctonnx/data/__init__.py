@@ -1,0 +1,1 @@
+"""Data sets as batches of arrays that a model takes."""

@@ -1,56 +1,84 @@
-"""What a batch is, what of it a model takes, and what things are called."""
+"""Batches of data, the model's inputs that they feed, and checking that the two fit."""
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..errors import UsageError
 from ..model.values import cast
 
-# Names that labels go by in an .npz or CSV file with more than one candidate.
+# Names of the labels in an .npz or CSV file with more than one candidate.
 LABELS = ("label", "labels", "target", "targets", "y")
+
+Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class Input:
-    """An input of the model: its dtype, and its shape with None for what is not fixed."""
+    """An input of the model.
+
+    Attributes:
+        name: its name in the graph.
+        dtype: its NumPy dtype.
+        shape: its shape, with None for dimensions that are not fixed; None if the rank is unknown.
+    """
 
     name: str
     dtype: np.dtype
-    shape: tuple | None
+    shape: Shape | None
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How samples become batches.
+
+    Attributes:
+        inputs: the model's inputs to feed.
+        batch_size: samples per batch.
+        shuffle: take the samples in a random order, which is always the same.
+    """
+
+    inputs: Sequence[Input]
+    batch_size: int
+    shuffle: bool = False
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Input name -> array with a row per sample, labels or None, how many were unreadable."""
+    """Some samples.
 
-    inputs: dict
+    Attributes:
+        inputs: input name -> array with a row per sample.
+        labels: array with a row per sample, or None.
+        broken: how many samples were left out because they are unreadable.
+    """
+
+    inputs: dict[str, np.ndarray]
     labels: np.ndarray | None
     broken: int = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
 
-def conform(batch, inputs):
-    """The Batch with what the inputs take, in their dtypes.
+def conform(batch: Batch, inputs: Iterable[Input]) -> Batch:
+    """Reduce a batch to the arrays that the model takes, in their dtypes.
 
     Raises:
-        UsageError: an input is missing, or of another shape or kind.
+        UsageError: an input is missing, or has another shape or kind of numbers.
     """
     arrays, counts = {}, set()
     for i in inputs:
         if i.name not in batch.inputs:
             raise UsageError(
-                f"the data lack the input {i.name!r}: they hold {names_of(batch.inputs)}"
+                f"the data lack the input {i.name!r}: they hold {listed(batch.inputs)}"
             )
         array = _rows(i.name, batch.inputs[i.name])
-        shape = [None, *array.shape[1:]]
-        fits = i.shape is None or (
-            len(shape) == len(i.shape)
-            and all(want in (None, have) for have, want in zip(shape[1:], i.shape[1:], strict=True))
-        )
-        if not fits or not np.can_cast(array.dtype, i.dtype, "same_kind"):
+        shape = (None, *array.shape[1:])
+        if not _fits(shape, i.shape) or not np.can_cast(array.dtype, i.dtype, "same_kind"):
             raise UsageError(
                 f"{i.name}: the data are {array.dtype}{_text(shape)}, "
                 f"the model takes {i.dtype}{_text(i.shape)}"
@@ -61,30 +89,57 @@ def conform(batch, inputs):
     if labels is not None:
         counts.add(len(labels))
     if len(counts) > 1:
-        raise UsageError(f"a batch's inputs and labels have {sorted(counts)} rows")
+        raise UsageError(
+            f"the inputs and labels of a batch differ in their numbers of rows: "
+            f"{listed(sorted(counts))}"
+        )
     return Batch(arrays, labels, batch.broken)
 
 
-def _rows(name, given):
-    array = np.asarray(given)
+def _rows(name: str, value: ArrayLike) -> np.ndarray:
+    array = np.asarray(value)
     if not array.ndim:
-        raise UsageError(f"{name}: a batch holds {given!r}, expected a row per sample")
+        raise UsageError(f"{name}: a batch holds {value!r}, expected a row per sample")
     return array
 
 
-def label_column(path, header, inputs, labels):
-    """The index of the column of labels; None where there is none."""
+def _fits(shape: Shape, wanted: Shape | None) -> bool:
+    """Whether a shape of data fits a model's, apart from the number of rows."""
+    if wanted is None:
+        return True
+    return len(shape) == len(wanted) and all(
+        want in (None, have) for have, want in zip(shape[1:], wanted[1:], strict=True)
+    )
+
+
+def label_column(
+    path: str | PathLike, header: list[str], inputs: Collection[str], labels: str | None
+) -> int | None:
+    """Find the column of labels in a CSV file.
+
+    Args:
+        path: the file, for messages.
+        header: the names of its columns.
+        inputs: the names of columns that are inputs.
+        labels: the column's name; one of LABELS if None.
+
+    Returns:
+        the column's index, None if there is none.
+
+    Raises:
+        UsageError: there is no column named `labels`.
+    """
     if labels is not None and labels not in header:
-        raise UsageError(f"{path}: has no column {labels!r}: it has {names_of(header)}")
+        raise UsageError(f"{path}: has no column {labels!r}: it has {listed(header)}")
     rest = [name for name in header if name not in inputs]
-    found = labels or next((name for name in LABELS if name in rest), None)
-    return None if found is None else header.index(found)
+    column = labels or next((name for name in LABELS if name in rest), None)
+    return None if column is None else header.index(column)
 
 
-def names_of(names):
+def listed(names: Iterable) -> str:
     """Names for a message."""
     return ", ".join(map(str, names)) or "nothing"
 
 
-def _text(shape):
+def _text(shape: Shape | None) -> str:
     return "" if shape is None else f"[{','.join('N' if d is None else str(d) for d in shape)}]"

@@ -1,39 +1,42 @@
-"""Images from a folder with one sub-folder per class, or from a CSV file of path and label."""
+"""Images from a folder with one sub-folder per class, or from a CSV file of paths and labels."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import InputFileError, UsageError, first_line
 from ..optional import require
-from .batches import Batch, label_column
+from .batches import Batch, Batching, Shape, label_column
 from .rows import Lines
 from .source import Indexed, digest, stamp
 
 
 @dataclass(frozen=True)
 class Transform:
-    """From image to array: resize, crop, (pixel / 255 - mean) / std.
+    """How an image becomes an array: resize, crop, (pixel / 255 - mean) / std.
 
     Args:
-        resize: the length of the shorter side; None for the model's height and width, whatever the
-            image's, where there is no crop.
-        crop: height and width of the middle to keep.
-        mean, std: one number, or one per channel.
-        reverse: channels in the order blue, green, red.
+        resize: length of the shorter side after resizing, in pixels. If None and `crop` is None
+            too, images are stretched to the model's height and width.
+        crop: height and width of the middle part to keep, in pixels.
+        mean: one number, or one per channel.
+        std: one number, or one per channel.
+        reverse: order the channels blue, green, red.
     """
 
     resize: int | None = None
     crop: int | None = None
-    mean: tuple = (0.0,)
-    std: tuple = (1.0,)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     reverse: bool = False
 
 
-# imagenet: as torchvision's models are fed. caffe: as Caffe's ImageNet models are, 0 to 255.
+# "imagenet" is what torchvision's models are fed; "caffe" is what Caffe's ImageNet models are fed,
+# pixels from 0 to 255.
 PRESETS = {
     "plain": Transform(),
     "imagenet": Transform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -41,166 +44,212 @@ PRESETS = {
 }
 
 
-def transform(preset, **given):
-    """A preset's Transform, changed by what is given and not None.
+def preset_transform(preset: str, **changes: Any) -> Transform:
+    """A preset's Transform with some fields changed; changes that are None are ignored.
 
     Raises:
-        UsageError: there is no such preset, or a value is out of place.
+        UsageError: there is no such preset, or a value is out of range.
     """
     if preset not in PRESETS:
         raise UsageError(f"no preset {preset!r}: choose among {', '.join(PRESETS)}")
-    given = {name: value for name, value in given.items() if value is not None}
-    made = replace(PRESETS[preset], **given)
-    if any(side is not None and side < 1 for side in (made.resize, made.crop)):
+    changes = {name: value for name, value in changes.items() if value is not None}
+    transform = replace(PRESETS[preset], **changes)
+    if any(side is not None and side < 1 for side in (transform.resize, transform.crop)):
         raise UsageError("resize and crop must be at least 1")
-    if not all(made.std):
+    if not all(transform.std):
         raise UsageError("std must not be 0")
-    return made
+    return transform
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How image files are read: the Transform, and whether to leave out unreadable files."""
+
+    transform: Transform
+    skip_broken: bool
+
+
+class _Layout(NamedTuple):
+    """The layout of the model's input: height and width are None if they are not fixed."""
+
+    channels_last: bool
+    channels: int
+    height: int | None
+    width: int | None
+
+
+class _Folder(NamedTuple):
+    """Image files in a folder: paths relative to it, and the index of each one's class, if any."""
+
+    files: list[str]
+    labels: np.ndarray | None
+    classes: list[str]
+    notes: list[str]
 
 
 class Images(Indexed):
     """Image files, decoded by several threads.
 
-    Args:
-        path: a folder with one sub-folder per class, labelled 0, 1, ... in the order of their
-            names, or with images only; or a CSV file with the columns `path`, relative to it, and
-            labels.
-        skip: leave out what cannot be read.
+    A folder has one sub-folder per class, labelled 0, 1, ... in the order of their names, which
+    `classes` gives; or it holds images without labels. A CSV file has a column `path`, relative to
+    the file, and may have one of labels.
 
-    `classes` are the names of the sub-folders, in the order of the labels.
+    Args:
+        path: a folder or a CSV file.
+        labels: the column of labels in a CSV file; found by its name if None.
+        batching: how images become batches.
+        options: how images are read.
+
+    Raises:
+        MissingDependency: Pillow is not installed.
+        InputFileError: the file or folder cannot be read, or holds no images.
+        UsageError: the images or options do not fit the model or each other.
     """
 
-    classes = ()
-
-    def __init__(self, path, inputs, labels, size, shuffle, transform, skip):
-        if len(inputs) != 1 or len(inputs[0].shape or ()) != 4:
-            raise UsageError(f"{path}: holds images, the model does not take one image")
-        self._path, self._skip = path, skip
+    def __init__(
+        self, path: Path, labels: str | None, batching: Batching, options: ImageOptions
+    ) -> None:
+        self._path, self._labels = path, labels
+        self._transform, self._skip_broken = options.transform, options.skip_broken
+        self._input, *others = batching.inputs
+        shape = self._input.shape
+        if others or shape is None or len(shape) != 4:
+            raise UsageError(f"{path}: holds images, but the model does not take exactly one image")
         self._pillow = require("PIL.Image")
-        self._transform = transform or Transform()
-        self._nhwc, self._channels, self._height, self._width = _layout(inputs[0])
-        self._integral = np.issubdtype(inputs[0].dtype, np.integer)
+        self._layout = _layout(self._input.name, shape)
+        self._integral = np.issubdtype(self._input.dtype, np.integer)
         if self._integral and (self._transform.mean, self._transform.std) != ((0.0,), (1.0,)):
-            raise UsageError(f"{inputs[0].name}: takes {inputs[0].dtype} pixels: no mean and std")
+            raise UsageError(
+                f"the input {self._input.name!r} takes {self._input.dtype} pixels: leave out mean "
+                "and std"
+            )
+        self._lines: Lines | None = None
         if path.is_dir():
             if labels is not None:
-                raise UsageError("labels are the sub-folders of a folder: leave out --labels")
-            self._lines = None
-            self._files, self._labels, self.classes, self.notes = self._walk(path)
+                raise UsageError("a folder's labels are its sub-folders: leave out --labels")
+            self._folder = self._walk(path)
+            self.classes, self.notes = self._folder.classes, self._folder.notes
+            count = len(self._folder.files)
         else:
             self._lines = Lines(path)
             if "path" not in self._lines.header:
-                raise UsageError(f"{path}: has no column 'path', as a CSV file of images must")
+                raise UsageError(f"{path}: has no column 'path', which a CSV file of images needs")
             self._label = label_column(path, self._lines.header, ["path"], labels)
-        count = len(self._files if self._lines is None else self._lines)
+            count = len(self._lines)
+        super().__init__(count, batching, path)
 
-        def identified():
-            # Not `skip`: what is broken may be found after hours, and is left out from there on.
-            list_ = [] if self._lines is None else stamp(path)
-            return [*list_, labels, astuple(self._transform), self._stamped()]
+    def _fingerprint(self) -> list:
+        # Without `skip_broken`: a sweep that stopped at a broken image can be resumed with it.
+        table = [] if self._lines is None else stamp(self._path)
+        return [*table, self._labels, astuple(self._transform), self._stamps()]
 
-        super().__init__(count, inputs, size, shuffle, path, identified)
-
-    def _stamped(self):
-        """A digest of the files' names, sizes and times; one that is missing has none."""
+    def _stamps(self) -> str:
+        """A digest of the files' names, sizes and times; of a missing file the name alone."""
         stamps = []
-        for file in self._paths(np.arange(self._count)):
+        for file in self._files(np.arange(self._count)):
             try:
                 stamps.append(stamp(file))
             except OSError:
                 stamps.append([str(file)])
         return digest(repr(stamps).encode())
 
-    def _paths(self, indices):
+    def _files(self, indices: np.ndarray) -> list[Path]:
         if self._lines is None:
-            return [self._path / self._files[i] for i in indices]
+            return [self._path / self._folder.files[i] for i in indices]
         column = self._lines.header.index("path")
         return [self._path.parent / row[column] for row in self._lines[indices]]
 
-    def _walk(self, folder):
-        """The image files in order, the index of the class of each or None, the classes' names in
-        order, of numbers by their value, and notes on what is left out."""
+    def _labels_of(self, indices: np.ndarray) -> np.ndarray | None:
+        if self._lines is None:
+            return None if self._folder.labels is None else self._folder.labels[indices]
+        if self._label is None:
+            return None
+        return self._lines.labels(self._lines[indices], self._label)
+
+    def _walk(self, folder: Path) -> _Folder:
+        """Find the images of a folder, by class."""
         known = self._pillow.registered_extensions()
 
-        def images(where):
+        def images(where: Path) -> list[str]:
             names = sorted(e.name for e in os.scandir(where) if e.is_file())
             return [n for n in names if Path(n).suffix.lower() in known]
 
-        # What other tools leave behind is no class.
-        found = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] not in "._"]
-        numbers = all(name.isdecimal() for name in found)
-        classes = sorted(found, key=int) if numbers else sorted(found)
+        # Other tools leave hidden folders behind, such as .cache and __MACOSX.
+        names = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] not in "._"]
+        numbers = all(name.isdecimal() for name in names)
+        classes = sorted(names, key=int) if numbers else sorted(names)
         files, labels, notes = [], [], []
         for label, name in enumerate(classes):
-            found = images(folder / name)
-            if not found:
+            inside = images(folder / name)
+            if not inside:
                 notes.append(f"{folder / name} holds no images that can be read")
-            files.extend(f"{name}/{file}" for file in found)
-            labels.extend([label] * len(found))
+            files.extend(f"{name}/{file}" for file in inside)
+            labels.extend([label] * len(inside))
         beside = images(folder)
         if not classes:
-            files, labels = beside, None
+            files = beside
         elif beside:
             notes.append(f"left out {len(beside)} images beside the sub-folders of {folder}")
         if not files:
             raise InputFileError(f"{folder}: holds no images, in sub-folders or itself")
-        return files, None if labels is None else np.array(labels), classes, notes
+        return _Folder(files, np.array(labels) if classes else None, classes, notes)
 
-    def _read(self, indices):
-        paths = self._paths(indices)
-        labels = None
-        if self._lines is None:
-            labels = None if self._labels is None else self._labels[indices]
-        elif self._label is not None:
-            labels = self._lines.labels(self._lines[indices], self._label)
+    def _read(self, indices: np.ndarray) -> Batch:
+        labels = self._labels_of(indices)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            decoded = list(pool.map(self._decode, paths))
-        kept = [i for i, image in enumerate(decoded) if image is not None]
-        shapes = {decoded[i].shape for i in kept}
-        if len(shapes) > 1:
+            decoded = list(pool.map(self._decode, self._files(indices)))
+        readable = [i for i, image in enumerate(decoded) if image is not None]
+        images = [image for image in decoded if image is not None]
+        if len({image.shape for image in images}) > 1:
             raise UsageError(f"{self._path}: images differ in size: give --resize and --crop")
-        empty = np.zeros((0, *(d or 1 for d in self.inputs[0].shape[1:])), self.inputs[0].dtype)
-        array = np.stack([decoded[i] for i in kept]) if kept else empty
-        labels = None if labels is None else labels[kept]
-        return Batch({self.inputs[0].name: array}, labels, len(paths) - len(kept))
+        if images:
+            array = np.stack(images)
+        else:
+            sides = (side or 1 for side in (self._input.shape or ())[1:])
+            array = np.zeros((0, *sides), self._input.dtype)
+        labels = None if labels is None else labels[readable]
+        return Batch({self._input.name: array}, labels, len(decoded) - len(images))
 
-    def _decode(self, path):
-        """The array of an image in the model's layout; None for one that is skipped."""
+    def _decode(self, path: Path) -> np.ndarray | None:
+        """Read an image as an array in the model's layout; None if it is broken and skipped."""
         try:
             with self._pillow.open(path) as image:
                 image = self._resized(self._eight_bits(image))
         except (OSError, SyntaxError, ValueError, self._pillow.DecompressionBombError) as error:
-            if self._skip:
+            if self._skip_broken:
                 return None
             reason = getattr(error, "strerror", None) or first_line(error)
             raise InputFileError(
-                f"{path}: cannot be read as an image: {reason} (--skip-broken leaves such out)"
+                f"{path}: cannot be read as an image: {reason} (--skip-broken leaves it out)"
             ) from None
         array = np.asarray(image)
         array = array[:, :, None] if array.ndim == 2 else array
         if not self._integral:
-            mean, std = (np.float32(v) for v in (self._transform.mean, self._transform.std))
-            if {len(mean), len(std)} - {1, self._channels}:
-                raise UsageError(f"mean and std must hold 1 or {self._channels} numbers")
-            array = (array.astype(np.float32) / 255 - mean) / std
+            mean, std = self._transform.mean, self._transform.std
+            if {len(mean), len(std)} - {1, self._layout.channels}:
+                raise UsageError(f"mean and std must hold 1 or {self._layout.channels} numbers")
+            array = array.astype(np.float32) / 255
+            array = (array - np.array(mean, np.float32)) / np.array(std, np.float32)
         if self._transform.reverse:
             array = array[:, :, ::-1]
-        return array if self._nhwc else array.transpose(2, 0, 1)
+        return array if self._layout.channels_last else array.transpose(2, 0, 1)
 
-    def _eight_bits(self, image):
-        """An image with the model's channels; Pillow's own conversion would clip, not scale."""
-        if image.mode.startswith("I;16"):
+    def _eight_bits(self, image: Any) -> Any:
+        """Convert a Pillow image to 8 bits and the model's channels."""
+        if image.mode.startswith("I;16"):  # Pillow's own conversion clips instead of scaling.
             scaled = np.rint(np.asarray(image) / 257).astype(np.uint8)
             image = self._pillow.fromarray(scaled)
         elif image.mode in ("I", "F"):
-            raise ValueError("its 32 bits have no range that is known: save it as PNG of 8 or 16")
-        return image.convert("L" if self._channels == 1 else "RGB")
+            raise ValueError("32-bit pixels have no known range: save it as a PNG of 8 or 16 bits")
+        return image.convert("L" if self._layout.channels == 1 else "RGB")
 
-    def _resized(self, image):
+    def _resized(self, image: Any) -> Any:
+        """Resize and crop a Pillow image."""
         resize, crop = self._transform.resize, self._transform.crop
         if resize is None and crop is None:
-            if self._height and self._width:
-                return image.resize((self._width, self._height), self._pillow.Resampling.BILINEAR)
+            width, height = self._layout.width, self._layout.height
+            if width and height:
+                return image.resize((width, height), self._pillow.Resampling.BILINEAR)
             return image
         if resize is not None:
             size = [side * resize // min(image.size) for side in image.size]
@@ -211,15 +260,15 @@ class Images(Indexed):
         return image.crop((left, top, left + crop, top + crop))
 
 
-def _layout(value):
-    """Whether channels come last, how many there are, height and width (None where not fixed).
+def _layout(name: str, shape: Shape) -> _Layout:
+    """The layout of an image input of four dimensions.
 
     Raises:
         UsageError: neither the second nor the last dimension can be that of channels.
     """
-    _, second, third, last = value.shape
+    _, second, third, last = shape
     if second in (1, 3):
-        return False, second, third, last
+        return _Layout(False, second, third, last)
     if last in (1, 3):
-        return True, last, second, third
-    raise UsageError(f"{value.name}: neither dimension 1 nor 3 of {value.shape} is 1 or 3 channels")
+        return _Layout(True, last, second, third)
+    raise UsageError(f"{name}: its shape {shape} has no channels: dimension 1 or 3 must be 1 or 3")

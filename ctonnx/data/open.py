@@ -1,107 +1,163 @@
-"""Opening data sets: what a source is made from, by the kind of data that is given."""
+"""Opening a data set: which source reads it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputFileError, UsageError
-from .batches import LABELS, names_of
-from .images import Images, Transform
+from .batches import LABELS, Batching, Input, listed
+from .images import ImageOptions, Images, Transform
 from .rows import Archive, Rows
-from .source import Arrays, Stream, Table, digest, named, only, stamp
-
-_OF_IMAGES = "preparing images (preset, resize, crop, mean, std)"
+from .source import Arrays, CsvTable, Source, Stream, by_name, digest, only_input, stamp
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """How data become batches.
 
-    `labels` is the name of the labels' array or column, or the path of an .npy file; found where
-    None. `batch_size` is the number of samples per batch: the model's own where it is fixed, 32
-    where None. `images` prepares images, by the defaults of Transform where None, and
-    `skip_broken` leaves out those that cannot be read, and counts them.
+    Attributes:
+        labels: name of the labels' array or column, or path of an .npy file; found if None.
+        batch_size: samples per batch; if None the model's own where that is fixed, else 32.
+        transform: how images are prepared; by the defaults of Transform if None.
+        skip_broken: leave out images that cannot be read, and count them.
     """
 
     labels: str | os.PathLike | None = None
     batch_size: int | None = None
-    images: Transform | None = None
+    transform: Transform | None = None
     skip_broken: bool = False
 
 
-def open_source(data, inputs, options=None, *, shuffle=False):
-    """The source of a data set.
+def open_source(
+    data: Any,
+    inputs: Sequence[Input],
+    options: DataOptions | None = None,
+    *,
+    shuffle: bool = False,
+) -> Source:
+    """Open a data set.
 
     Args:
         data: a path (.npz, .npy, .csv, or a folder of images), "PKG:FACTORY", a function without
             arguments that gives an iterable of (inputs, labels), (inputs, labels) themselves, or
             inputs alone; inputs are an array, or a dict from input name to array, with a row per
             sample.
-        inputs: the model's Inputs.
-        options: DataOptions; the defaults where None.
+        inputs: the model's inputs.
+        options: how the data become batches; the defaults if None.
         shuffle: give the samples, or a factory's batches, in a random order, always the same.
 
     Raises:
-        UsageError: the data do not fit the model.
+        UsageError: the data do not fit the model, or an option does not apply to them.
         InputFileError: the data cannot be read.
+        MissingDependency: the data are images and Pillow is not installed.
     """
     options = options or DataOptions()
-    labels, images, skip = options.labels, options.images, options.skip_broken
-    if not isinstance(labels, str | os.PathLike | None):
-        raise UsageError("labels is a name or a path: give arrays as (inputs, labels)")
-    wanted, size = options.batch_size, _batch_size(options.batch_size, inputs)
+    if not isinstance(options.labels, str | os.PathLike | None):
+        raise UsageError("labels must be a name or a path: give arrays as (inputs, labels)")
+    batching = Batching(inputs, _batch_size(options.batch_size, inputs), shuffle)
     if callable(data) or (isinstance(data, str) and not os.path.exists(data) and ":" in data):
-        _refuse("a factory", labels=labels, batch=wanted, images=images, skip_broken=skip)
+        _refuse("a factory", "labels", options.labels is not None)
+        _refuse("a factory", "batch", options.batch_size is not None)
+        _refuse_image_options("a factory", options)
         return Stream(data, inputs, shuffle)
-    if not isinstance(data, str | os.PathLike):
-        _refuse("arrays", labels=labels, images=images, skip_broken=skip)
-        arrays, target = named(_pair(data), inputs)
-        arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        target = None if target is None else np.asarray(target)
-        return Arrays(
-            arrays,
-            target,
-            inputs,
-            size,
-            shuffle,
-            "the arrays",
-            lambda: [digest(b"".join(map(_described, [*arrays.values(), target])))],
-        )
-    path = Path(data)
+    if isinstance(data, str | os.PathLike):
+        return _open_path(Path(data), batching, options)
+    _refuse("arrays", "labels", options.labels is not None)
+    _refuse_image_options("arrays", options)
+    return _open_arrays(data, batching)
+
+
+def _open_path(path: Path, batching: Batching, options: DataOptions) -> Source:
     kind = path.suffix.lower()
-    rank = len(inputs[0].shape or ())
+    labels: Any = options.labels
+    rank = len(batching.inputs[0].shape or ())
     if path.is_dir() or (kind == ".csv" and rank == 4):
-        return Images(path, inputs, labels, size, shuffle, images, skip)
-    _refuse(f"{path}, no folder of images", images=images, skip_broken=skip)
+        reading = ImageOptions(options.transform or Transform(), options.skip_broken)
+        return Images(path, labels, batching, reading)
+    _refuse_image_options(f"{path}, which is not a folder of images", options)
     if kind == ".csv":
-        return Table(path, inputs, labels, size, shuffle)
+        return CsvTable(path, labels, batching)
     if not path.is_file():
         raise InputFileError(f"{path}: no such file")
     if kind == ".npz":
-        archive = Archive(path)
-        held, name = _split(archive, inputs, labels)
-        target = None if name is None else archive.rows(name)
-        source = Arrays(
-            *(held, target, inputs, size, shuffle, path),
-            *(lambda: [*stamp(path), labels], archive.folder),
-        )
-        if name not in (None, labels, *LABELS):
-            source.notes = [f"{path}: took {name!r} for the labels"]
-        return source
+        return _open_npz(path, labels, batching)
     if kind == ".npy":
-        target = None if labels is None else Rows(labels)
-        held = {only(inputs, path).name: Rows(path)}
-        return Arrays(
-            *(held, target, inputs, size, shuffle, path),
-            lambda: [stamp(each) for each in (path, labels) if each],
-        )
+        return _open_npy(path, labels, batching)
     raise UsageError(f"{path}: expected .npz, .npy, .csv, a folder of images, or PKG:FACTORY")
 
 
-def _pair(data):
-    """Inputs, an array or dict, and labels or None, from either shape they are given in."""
+def _open_npz(path: Path, labels: str | None, batching: Batching) -> Arrays:
+    archive = Archive(path)
+    names = [i.name for i in batching.inputs]
+    label_name = _label_array(archive, names, labels)
+    arrays = {name: archive.rows(name) for name in names}
+    target = None if label_name is None else archive.rows(label_name)
+    source = Arrays(
+        arrays,
+        target,
+        batching,
+        name=path,
+        fingerprint=lambda: [*stamp(path), labels],
+        folder=archive.folder,
+    )
+    if label_name not in (None, labels, *LABELS):
+        source.notes = [f"{path}: took {label_name!r} for the labels"]
+    return source
+
+
+def _label_array(archive: Archive, inputs: list[str], labels: str | None) -> str | None:
+    """The name of the labels' array in an archive; None if there is none.
+
+    Raises:
+        UsageError: an input, or the array named `labels`, is missing.
+    """
+    path, names = archive.path, archive.names
+    missing = [name for name in inputs if name not in names]
+    if missing:
+        raise UsageError(
+            f"{path}: holds no array {missing[0]!r}, which the model takes: it holds "
+            f"{listed(names)}"
+        )
+    if labels is not None:
+        if labels not in names:
+            raise UsageError(f"{path}: holds no array {labels!r}: it holds {listed(names)}")
+        return labels
+    rest = [name for name in names if name not in inputs]
+    if len(rest) == 1:
+        return rest[0]
+    return next((name for name in LABELS if name in rest), None)
+
+
+def _open_npy(path: Path, labels: str | os.PathLike | None, batching: Batching) -> Arrays:
+    target = None if labels is None else Rows(labels)
+    return Arrays(
+        {only_input(batching.inputs, path).name: Rows(path)},
+        target,
+        batching,
+        name=path,
+        fingerprint=lambda: [stamp(each) for each in (path, labels) if each],
+    )
+
+
+def _open_arrays(data: Any, batching: Batching) -> Arrays:
+    inputs, labels = _inputs_and_labels(data)
+    arrays = {name: np.asarray(array) for name, array in by_name(inputs, batching.inputs).items()}
+    target = None if labels is None else np.asarray(labels)
+    return Arrays(
+        arrays,
+        target,
+        batching,
+        name="the arrays",
+        fingerprint=lambda: [digest(b"".join(map(_array_bytes, [*arrays.values(), target])))],
+    )
+
+
+def _inputs_and_labels(data: Any) -> tuple[Any, Any]:
+    """Inputs, an array or dict, and labels or None, from a pair or inputs alone."""
     if _is_array(data) or isinstance(data, dict):
         return data, None
     pair = isinstance(data, tuple | list) and len(data) == 2
@@ -110,53 +166,44 @@ def _pair(data):
             f"expected a path, PKG:FACTORY, (inputs, labels) as arrays, or a function that gives "
             f"batches, got a {type(data).__name__}"
         )
-    return data
+    inputs, labels = data
+    return inputs, labels
 
 
-def _is_array(data):
+def _is_array(data: Any) -> bool:
     return hasattr(data, "__array__")
 
 
-def _refuse(what, **options):
-    """Raise where an option was given that has no meaning for `what`."""
-    for name, value in options.items():
-        if value not in (None, False):
-            shown = _OF_IMAGES if name == "images" else f"the option {name.replace('_', '-')}"
-            raise UsageError(f"{shown} is not for {what}: leave it out")
+def _refuse(what: str, option: str, is_set: bool) -> None:
+    """Raise if an option is set that does not apply to `what`."""
+    if is_set:
+        raise UsageError(f"the option {option} does not apply to {what}: leave it out")
 
 
-def _split(archive, inputs, labels):
-    """The arrays that are inputs, and the name of the labels among the others or None."""
-    path, arrays = archive.path, archive.names
-    names = [i.name for i in inputs]
-    missing = [name for name in names if name not in arrays]
-    if missing:
+def _refuse_image_options(what: str, options: DataOptions) -> None:
+    """Raise if an option for images is set."""
+    if options.transform is not None:
         raise UsageError(
-            f"{path}: holds no array {missing[0]!r}, an input of the model, but {names_of(arrays)}"
+            f"the image options (preset, resize, crop, mean, std) do not apply to {what}: leave "
+            "them out"
         )
-    if labels is None:
-        rest = [name for name in arrays if name not in names]
-        found = rest if len(rest) == 1 else [name for name in LABELS if name in rest][:1]
-        labels = found[0] if found else None
-    elif labels not in arrays:
-        raise UsageError(f"{path}: holds no array {labels!r}: it holds {names_of(arrays)}")
-    return {name: archive.rows(name) for name in names}, labels
+    _refuse(what, "skip-broken", options.skip_broken)
 
 
-def _batch_size(size, inputs):
-    """The number of samples per batch: the model may have it fixed."""
-    fixed = {i.shape[0] for i in inputs if i.shape} - {None}
-    if size is not None and size < 1:
-        raise UsageError(f"the batch size must be at least 1, got {size}")
+def _batch_size(wanted: int | None, inputs: Sequence[Input]) -> int:
+    """The number of samples per batch, which the model may fix."""
+    fixed = {i.shape[0] for i in inputs if i.shape and i.shape[0] is not None}
+    if wanted is not None and wanted < 1:
+        raise UsageError(f"the batch size must be at least 1, got {wanted}")
     if not fixed:
-        return size or 32
-    if size not in (None, *fixed):
-        raise UsageError(f"the model takes batches of {max(fixed)}, got a batch size of {size}")
+        return wanted or 32
+    if wanted not in (None, *fixed):
+        raise UsageError(f"the model takes batches of {max(fixed)}, got a batch size of {wanted}")
     return max(fixed)
 
 
-def _described(array):
-    """Bytes of an array with its kind, or of None."""
+def _array_bytes(array: np.ndarray | None) -> bytes:
+    """An array's bytes, with its dtype and shape in front."""
     if array is None:
         return b"none"
     return f"{array.dtype}{array.shape}".encode() + array.tobytes()

@@ -1,4 +1,4 @@
-"""Rows of files larger than memory, read by number: arrays of .npy and .npz, lines of CSV."""
+"""Reading single rows of files larger than memory: arrays in .npy and .npz, lines of CSV."""
 
 import csv
 import shutil
@@ -6,105 +6,125 @@ import tempfile
 import zipfile
 import zlib
 from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputFileError, first_line
 
-# RuntimeError: an encrypted archive; NotImplementedError: a rare kind of compression.
+# RuntimeError: an encrypted archive, or (as NotImplementedError) a rare kind of compression.
 _FAILURES = (ValueError, EOFError, RuntimeError, csv.Error, zipfile.BadZipFile, zlib.error)
 
 
 class Rows:
-    """An array in a file, of which only what is asked for is read.
+    """An array in a file, indexed like a NumPy array by row numbers; only those rows are read.
 
-    Neither memory nor address space grows with the file, as they would with a mapped one.
+    Unlike with a memory-mapped array, neither memory nor address space grows with the file.
 
-    Args:
-        path: the file.
-        offset: where its .npy data start in it.
-        name: what messages call it; the path where None.
-
-    Raises:
-        InputFileError: it is no array of numbers in C order.
+    Attributes:
+        shape: the array's shape.
+        dtype: its NumPy dtype.
     """
 
-    def __init__(self, path, offset=0, name=None):
+    def __init__(self, path: str | PathLike, offset: int = 0, name: str | None = None) -> None:
+        """Open an array.
+
+        Args:
+            path: the file.
+            offset: the byte at which the array's .npy data start.
+            name: the array's name in messages; the path if None.
+
+        Raises:
+            InputFileError: it is not an array of numbers in C order.
+        """
         self.path, name = Path(path), name or str(path)
         with _reading(name), open(path, "rb") as stream:
             stream.seek(offset)
             version = np.lib.format.read_magic(stream)
-            # A third version exists, for structures whose fields have names in Unicode.
+            # Version 3 is for structures whose fields have names in Unicode.
             read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
             if version[0] not in read:
-                raise ValueError("it holds a structure")
-            shape, fortran, dtype = read[version[0]](stream)
+                raise ValueError("structured arrays are not supported")
+            header: tuple[tuple[int, ...], bool, np.dtype] = read[version[0]](stream)
+            self.shape, fortran, self.dtype = header
             self._start = stream.tell()
-        if dtype.hasobject or not shape:
+        if self.dtype.hasobject or not self.shape:
             raise InputFileError(
                 f"{name}: holds objects or a single value, expected rows of numbers"
             )
-        if fortran and len(shape) > 1:
+        if fortran and len(self.shape) > 1:
             raise InputFileError(f"{name}: is in Fortran order: save np.ascontiguousarray of it")
-        self.shape, self.dtype = shape, dtype
-        self._stride = dtype.itemsize * int(np.prod(shape[1:]))
-        if self._start + self._stride * shape[0] > self.path.stat().st_size:
+        self._stride = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        if self._start + self._stride * len(self) > self.path.stat().st_size:
             raise InputFileError(f"{name}: is truncated")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, indices):
-        """The rows of an ascending array of indices."""
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """Read the rows of an ascending array of indices.
+
+        Raises:
+            InputFileError: the file has become shorter.
+        """
         rows = np.empty((len(indices), *self.shape[1:]), self.dtype)
         if not rows.size:
             return rows
-        # The bytes, as a view: memoryview refuses half of the dtypes.
+        # As bytes, because memoryview refuses half of the dtypes.
         view = rows.reshape(len(indices), -1).view(np.uint8).reshape(-1)
-        breaks = np.flatnonzero(np.diff(indices) != 1) + 1
         with open(self.path, "rb", buffering=0) as stream:
-            for first, last in _runs(breaks, len(indices)):
+            for first, last in _runs(indices):
                 stream.seek(self._start + int(indices[first]) * self._stride)
-                wanted = memoryview(view[first * self._stride : last * self._stride])
-                while wanted:
-                    count = stream.readinto(wanted)
+                rest = view[first * self._stride : last * self._stride].data
+                while rest:
+                    count = stream.readinto(rest)
                     if not count:
-                        raise InputFileError(f"{self.path}: was cut while it was read")
-                    wanted = wanted[count:]
+                        raise InputFileError(f"{self.path}: was truncated while it was read")
+                    rest = rest[count:]
         return rows
 
 
-def _runs(breaks, count):
-    edges = [0, *breaks.tolist(), count]
-    return pairwise(edges)
+def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Positions (first, behind last) of the runs of consecutive numbers in `indices`."""
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    return pairwise([0, *breaks.tolist(), len(indices)])
 
 
 class Archive:
     """An .npz file, of which only the arrays asked for are opened.
 
-    What is compressed is unpacked to a temporary folder first, for it cannot be read from the
-    middle: `folder` must be kept as long as the rows are used.
+    Compressed arrays cannot be read from the middle, so they are unpacked to a temporary folder.
 
-    Raises:
-        InputFileError: it is no .npz file.
+    Attributes:
+        path: the file.
+        names: the names of its arrays.
+        folder: the temporary folder, None if there is none. Keep a reference while rows are read:
+            the folder is removed with its last one.
     """
 
-    def __init__(self, path):
-        self.path, self.folder = path, None
-        with _reading(path), zipfile.ZipFile(path) as archive:
-            self._held = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
-        self.names = list(self._held)
+    def __init__(self, path: Path) -> None:
+        """Read an archive's table of contents.
 
-    def rows(self, name):
-        """Rows of an array.
+        Raises:
+            InputFileError: it is not an .npz file.
+        """
+        self.path = path
+        self.folder: tempfile.TemporaryDirectory | None = None
+        with _reading(path), zipfile.ZipFile(path) as archive:
+            self._members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+        self.names = list(self._members)
+
+    def rows(self, name: str) -> Rows:
+        """Open an array.
 
         Raises:
             InputFileError: it cannot be read or unpacked.
         """
-        info, label = self._held[name], f"{self.path}: {name}"
+        info, label = self._members[name], f"{self.path}: {name}"
         if info.compress_type == zipfile.ZIP_STORED:
             with _reading(self.path):
                 return Rows(self.path, _data_offset(self.path, info), label)
@@ -127,15 +147,18 @@ class Archive:
         return Rows(unpacked, 0, label)
 
 
-def _data_offset(path, info):
-    """Where a stored member's data start: behind a header that holds two lengths at 26."""
+def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """The byte at which a member's data start.
+
+    They follow a local header of 30 bytes, a name and an extra field, whose lengths are at 26.
+    """
     with open(path, "rb") as stream:
         stream.seek(info.header_offset + 26)
         lengths = np.frombuffer(stream.read(4), "<u2")
     return info.header_offset + 30 + int(lengths.sum())
 
 
-def _is_number(text):
+def _is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
@@ -144,13 +167,19 @@ def _is_number(text):
 
 
 class Lines:
-    """A CSV file with a header: its rows by number. A row is one line.
+    """The rows of a CSV file, indexed by their numbers. A row is one line.
 
-    Raises:
-        InputFileError: it cannot be read, or holds no rows.
+    Attributes:
+        path: the file.
+        header: the names of its columns.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | PathLike) -> None:
+        """Find where each row starts.
+
+        Raises:
+            InputFileError: the file cannot be read, or holds no header or no rows.
+        """
         self.path = Path(path)
         self._offsets = array("Q")
         with _reading(path), open(path, "rb") as stream:
@@ -167,11 +196,15 @@ class Lines:
                 f"{path}: its first line holds numbers: a header of names is missing"
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, indices):
-        """The rows of an array of indices, as lists of str."""
+    def __getitem__(self, indices: Iterable[int]) -> list[list[str]]:
+        """Read the rows with these numbers, each a list with a text per column.
+
+        Raises:
+            InputFileError: the file cannot be read, or a row is not as long as the header.
+        """
         rows = []
         with _reading(self.path), open(self.path, "rb") as stream:
             for index in indices:
@@ -185,23 +218,27 @@ class Lines:
                 rows.append(row)
         return rows
 
-    def labels(self, rows, column):
-        """A column of such rows as an array: of numbers, or of text where one is no number."""
+    def labels(self, rows: Sequence[list[str]], column: int) -> np.ndarray:
+        """Convert a column of such rows to an array: of float64, or of text if one is no number.
+
+        Raises:
+            InputFileError: a label is missing.
+        """
         texts = [row[column] for row in rows]
         if not all(texts):
             raise InputFileError(f"{self.path}: a label is missing")
         return np.array([float(t) for t in texts] if all(map(_is_number, texts)) else texts)
 
-    def _parsed(self, line):
+    def _parsed(self, line: bytes) -> list[str]:
         return [field.strip() for field in next(csv.reader([line.decode("utf-8-sig")]), [])]
 
 
 @contextmanager
-def _reading(name, through=()):
-    """Turn what reading a file raises into a InputFileError that names it, but for `through`."""
+def _reading(name: str | PathLike, passed_on: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Turn what reading a file raises, apart from `passed_on`, into an InputFileError."""
     try:
         yield
-    except through:
+    except passed_on:
         raise
     except FileNotFoundError:
         raise InputFileError(f"{name}: no such file") from None

@@ -1,199 +1,313 @@
-"""Data in batches: arrays in files or memory, CSV, or what a function of the user's gives.
+"""Sources of batches: arrays in files or memory, tables in CSV, functions of the user's.
 
-A source is a sequence of batches: `source.batch(i)`, which is None behind the last, and
-`len(source)` where that is known. Only the batches asked for are in memory.
+Only the batches asked for are in memory.
 """
 
 import hashlib
 import os
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from .. import user_code
 from ..errors import InputFileError, UsageError
-from .batches import Batch, conform, label_column, names_of
-from .rows import Lines
+from .batches import Batch, Batching, Input, conform, label_column, listed
+from .rows import Lines, Rows
 
-# Behind the last batch.
+# What stands for the batch behind the last.
 _END = object()
 
 
-class Indexed:
-    """Base of sources whose samples have numbers; `_read` gives the Batch of an array of them.
+class Source:
+    """Base of a data set as a sequence of batches.
 
-    `identified` is a function that gives what tells these data from others, for JSON; `notes` are
-    lines that a user should see.
+    `len(source)` is the number of batches; TypeError if that is unknown.
+
+    Attributes:
+        inputs: the model's inputs that the batches feed.
+        random: whether the batches come in a random order.
+        notes: lines that a user should see.
+        classes: the names of the classes, in the order of the labels, if the data name them.
     """
 
-    random, notes = True, ()
+    inputs: Sequence[Input]
+    random: bool
+    notes: Sequence[str] = ()
+    classes: Sequence[str] = ()
 
-    def __init__(self, count, inputs, size, shuffle, name, identified):
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batch(self, i: int) -> Batch | None:
+        """Read batch `i`; None behind the last.
+
+        Raises:
+            InputFileError: the data cannot be read.
+            UsageError: they do not fit the model.
+        """
+        raise NotImplementedError
+
+    def identity(self) -> list:
+        """What tells the data, and their order, from others, for JSON."""
+        raise NotImplementedError
+
+
+class Indexed(Source):
+    """Base of sources whose samples have numbers: a subclass reads the samples with some numbers.
+
+    Args:
+        count: the number of samples.
+        batching: how they become batches.
+        name: the data's name in messages.
+
+    Raises:
+        InputFileError: there is no sample.
+    """
+
+    def __init__(self, count: int, batching: Batching, name: str | os.PathLike) -> None:
         if not count:
             raise InputFileError(f"{name}: holds no samples")
-        self._count, self.inputs, self._size = count, inputs, size
-        self._shuffle, self._name, self._identified = shuffle, name, identified
-        self._order = np.random.default_rng(0).permutation(count) if shuffle else None
+        self.inputs, self.random = batching.inputs, batching.shuffle
+        self._count, self._batching, self._name = count, batching, name
+        self._order = np.random.default_rng(0).permutation(count) if batching.shuffle else None
 
-    def __len__(self):
-        return -(-self._count // self._size)
+    def _read(self, indices: np.ndarray) -> Batch:
+        """Read the samples with these numbers, in ascending order."""
+        raise NotImplementedError
 
-    def identity(self):
-        """What tells the data, and their order, from others."""
-        return [str(self._name), *self._identified(), self._count, self._size, self._shuffle]
+    def _fingerprint(self) -> list:
+        """What tells the samples from others, for JSON; changes when a file changes."""
+        raise NotImplementedError
 
-    def batch(self, i):
+    def __len__(self) -> int:
+        return -(-self._count // self._batching.batch_size)
+
+    def identity(self) -> list:
+        size, shuffle = self._batching.batch_size, self._batching.shuffle
+        return [str(self._name), *self._fingerprint(), self._count, size, shuffle]
+
+    def batch(self, i: int) -> Batch | None:
         if i >= len(self):
             return None
-        span = np.arange(i * self._size, min((i + 1) * self._size, self._count))
+        size = self._batching.batch_size
+        indices = np.arange(i * size, min((i + 1) * size, self._count))
         if self._order is not None:
-            span = np.sort(self._order[span])
-        return conform(self._read(span), self.inputs)
+            indices = np.sort(self._order[indices])
+        return conform(self._read(indices), self.inputs)
 
 
 class Arrays(Indexed):
-    """Arrays, or Rows, with a row per sample."""
+    """Arrays with a row per sample.
 
-    def __init__(self, arrays, labels, inputs, size, shuffle, name, identified, folder=None):
-        counts = {name: len(array) for name, array in arrays.items()}
+    Args:
+        arrays: input name -> array, in memory or in a file.
+        labels: array, or None.
+        batching: how samples become batches.
+        name: the data's name in messages.
+        fingerprint: returns what tells the arrays from others, for JSON. Not called unless needed:
+            it may read all data.
+        folder: temporary folder to keep while the arrays are used.
+
+    Raises:
+        UsageError: the arrays differ in their numbers of rows.
+        InputFileError: there is no row.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray | Rows],
+        labels: np.ndarray | Rows | None,
+        batching: Batching,
+        name: str | os.PathLike,
+        fingerprint: Callable[[], list],
+        folder: TemporaryDirectory | None = None,
+    ) -> None:
+        counts = {key: len(array) for key, array in arrays.items()}
         if labels is not None:
             counts["labels"] = len(labels)
         if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{key} {count}" for key, count in counts.items())
-            raise UsageError(f"{name}: the numbers of rows differ: {listed}")
-        super().__init__(min(counts.values()), inputs, size, shuffle, name, identified)
+            shown = ", ".join(f"{key} {count}" for key, count in counts.items())
+            raise UsageError(f"{name}: the numbers of rows differ: {shown}")
+        super().__init__(min(counts.values()), batching, name)
         self._arrays, self._labels, self._folder = arrays, labels, folder
+        self._compute_fingerprint = fingerprint
 
-    def _read(self, indices):
+    def _fingerprint(self) -> list:
+        return self._compute_fingerprint()
+
+    def _read(self, indices: np.ndarray) -> Batch:
         labels = None if self._labels is None else self._labels[indices]
         return Batch({name: array[indices] for name, array in self._arrays.items()}, labels)
 
 
-class Table(Indexed):
-    """A CSV file of numbers: a column per input where their names agree, features otherwise.
-    Labels may be text."""
+class CsvTable(Indexed):
+    """A CSV file of numbers, and labels, which may be text.
 
-    def __init__(self, path, inputs, labels, size, shuffle):
+    If all inputs are names of columns, each is fed its column; otherwise the only input is fed all
+    columns but the labels.
+
+    Args:
+        path: the file.
+        labels: the column of labels; found by its name if None.
+        batching: how samples become batches.
+
+    Raises:
+        InputFileError: the file cannot be read or has no rows.
+        UsageError: there is no such column, or the columns do not fit the inputs.
+    """
+
+    def __init__(self, path: os.PathLike, labels: str | None, batching: Batching) -> None:
         self._lines = Lines(path)
+        self._labels = labels
         header = self._lines.header
-        self._label = label_column(path, header, [i.name for i in inputs], labels)
-        names = [i.name for i in inputs]
+        names = [i.name for i in batching.inputs]
+        self._label = label_column(path, header, names, labels)
         if set(names) <= set(header):
             self._columns = {name: [header.index(name)] for name in names}
         else:
-            rest = [c for c in range(len(header)) if c != self._label]
-            self._columns = {only(inputs, path).name: rest}
-        super().__init__(
-            *(len(self._lines), inputs, size, shuffle, path), lambda: [*stamp(path), labels]
-        )
+            features = [column for column in range(len(header)) if column != self._label]
+            self._columns = {only_input(batching.inputs, path).name: features}
+        super().__init__(len(self._lines), batching, path)
 
-    def _read(self, indices):
+    def _fingerprint(self) -> list:
+        return [*stamp(self._lines.path), self._labels]
+
+    def _read(self, indices: np.ndarray) -> Batch:
         rows, arrays = self._lines[indices], {}
         for i in self.inputs:
             columns = self._numbers(rows, self._columns[i.name])
             if np.issubdtype(i.dtype, np.integer):
-                broken = columns[columns != np.floor(columns)]
-                if broken.size:
+                fractions = columns[columns != np.floor(columns)]
+                if fractions.size:
                     raise UsageError(
-                        f"{self._lines.path}: {broken[0]:g} is no whole number, which "
-                        f"{i.name!r} takes: {i.dtype}"
+                        f"{self._lines.path}: {fractions[0]:g} is not a whole number, but the "
+                        f"input {i.name!r} takes {i.dtype}"
                     )
                 columns = columns.astype(i.dtype)
             arrays[i.name] = columns[:, 0] if len(i.shape or ()) == 1 else columns
         labels = None if self._label is None else self._lines.labels(rows, self._label)
         return Batch(arrays, labels)
 
-    def _numbers(self, rows, columns):
+    def _numbers(self, rows: list[list[str]], columns: list[int]) -> np.ndarray:
         try:
             return np.array([[float(row[column]) for column in columns] for row in rows])
         except ValueError as error:
             raise InputFileError(f"{self._lines.path}: {error}") from None
 
 
-class Stream:
-    """The batches that a factory gives, in turn; where they can be indexed, by index, and in a
-    random order where `shuffle`. `random` tells whether they are in that order."""
+class Stream(Source):
+    """The batches that a factory's iterable gives: by index if it can be indexed, else in turn.
 
-    notes = ()
+    Args:
+        factory: a function without arguments, or its name "PKG:FACTORY", that returns an iterable
+            of (inputs, labels) or of inputs.
+        inputs: the model's inputs.
+        shuffle: take the batches in a random order, always the same, if they can be indexed.
 
-    def __init__(self, factory, inputs, shuffle=False):
-        self._factory = user_code.load(factory) if isinstance(factory, str) else factory
-        self._name = getattr(factory, "__name__", type(factory).__name__)
+    Raises:
+        UsageError: there is no such function, it fails, or it returns something else.
+    """
+
+    def __init__(
+        self, factory: str | Callable[[], Any], inputs: Sequence[Input], shuffle: bool = False
+    ) -> None:
         if isinstance(factory, str):
-            self._name = factory
+            self._factory, self._name = user_code.function_named(factory), factory
+        else:
+            self._factory = factory
+            self._name = getattr(factory, "__name__", type(factory).__name__)
         self.inputs = inputs
-        self._batches, self._next = self._made(), 0
+        self._batches, self._next = self._iterable(), 0
         self._indexable = hasattr(self._batches, "__getitem__") and hasattr(
             self._batches, "__len__"
         )
-        self._iterator = None if self._indexable else self._call(iter, self._batches)
+        self._iterator = iter(()) if self._indexable else self._call(iter, self._batches)
         self.random, self._order = shuffle and self._indexable, None
         if self.random:
             self._order = np.random.default_rng(0).permutation(len(self._batches)).tolist()
 
-    def _call(self, function, *arguments):
+    def _call(self, function: Callable, *arguments: Any) -> Any:
         return user_code.call(function, self._name, *arguments)
 
-    def _made(self):
-        made = self._call(self._factory)
-        if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
+    def _iterable(self) -> Any:
+        """Call the factory."""
+        iterable = self._call(self._factory)
+        if not hasattr(iterable, "__iter__") and not hasattr(iterable, "__getitem__"):
             raise UsageError(
-                f"{self._name}: gave a {type(made).__name__}, expected an iterable of "
+                f"{self._name}: gave a {type(iterable).__name__}, expected an iterable of "
                 "(inputs, labels)"
             )
-        return made
+        return iterable
 
-    def __len__(self):
-        return len(self._batches)  # TypeError where it has none.
+    def __len__(self) -> int:
+        return len(self._batches)  # TypeError if it has no length.
 
-    def identity(self):
-        """As Indexed.identity; of the code only its name."""
+    def identity(self) -> list:
+        """What tells the data from others, for JSON: only the name of the user's code."""
         return [self._name, self.random]
 
-    def batch(self, i):
-        if self._indexable:
-            at = i if self._order is None or i >= len(self._order) else self._order[i]
-            count = len(self._batches)
-            given = self._call(self._batches.__getitem__, at) if at < count else _END
-        else:
-            if i < self._next:
-                self._iterator, self._next = self._call(iter, self._made()), 0
-            given = self._call(next, islice(self._iterator, i - self._next, None), _END)
-            self._next = i + 1
-        if given is _END:
+    def batch(self, i: int) -> Batch | None:
+        item = self._item(i)
+        if item is _END:
             return None
-        # A list is what PyTorch's DataLoader makes of a tuple.
-        if not isinstance(given, tuple | list):
-            given = given, None
-        if len(given) != 2:
-            raise UsageError(f"{self._name}: gave {len(given)} values, expected inputs and labels")
-        arrays, labels = named(given, self.inputs)
-        return conform(Batch(arrays, labels), self.inputs)
+        # PyTorch's DataLoader makes a list of a tuple.
+        if not isinstance(item, tuple | list):
+            item = item, None
+        if len(item) != 2:
+            raise UsageError(f"{self._name}: gave {len(item)} values, expected inputs and labels")
+        inputs, labels = item
+        return conform(Batch(by_name(inputs, self.inputs), labels), self.inputs)
+
+    def _item(self, i: int) -> Any:
+        """What the iterable gives for batch `i`; _END behind the last."""
+        if self._indexable:
+            if i >= len(self._batches):
+                return _END
+            at = i if self._order is None else self._order[i]
+            return self._call(self._batches.__getitem__, at)
+        if i < self._next:
+            self._iterator, self._next = self._call(iter, self._iterable()), 0
+        item = self._call(next, islice(self._iterator, i - self._next, None), _END)
+        self._next = i + 1
+        return item
 
 
-def digest(data):
+def digest(data: bytes) -> str:
     """A short digest of bytes."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def named(given, inputs):
-    """Inputs as a dict, and labels."""
-    arrays, labels = given
-    if not isinstance(arrays, dict):
-        arrays = {only(inputs, "the data").name: arrays}
-    return arrays, labels
+def by_name(arrays: Any, inputs: Sequence[Input]) -> dict[str, Any]:
+    """Inputs, a dict by name or the array of the only input, as a dict.
+
+    Raises:
+        UsageError: there is one array for several inputs.
+    """
+    return arrays if isinstance(arrays, dict) else {only_input(inputs, "the data").name: arrays}
 
 
-def only(inputs, what):
+def only_input(inputs: Sequence[Input], name: str | os.PathLike) -> Input:
+    """The model's only input; `name` is the data's in messages.
+
+    Raises:
+        UsageError: there are several.
+    """
     if len(inputs) > 1:
-        names = names_of(i.name for i in inputs)
+        names = listed(i.name for i in inputs)
         raise UsageError(
-            f"{what}: the model has several inputs, {names}: give them by name in .npz"
+            f"{name}: the model has several inputs, {names}: give them by name in an .npz file"
         )
     return inputs[0]
 
 
-def stamp(path):
-    """What tells a file from another, or from itself before a change."""
-    held = os.stat(path)
-    return [str(path), held.st_size, held.st_mtime_ns]
+def stamp(path: str | os.PathLike) -> list:
+    """Name, size and time of a file, for JSON: they tell it from others, and show changes.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = os.stat(path)
+    return [str(path), status.st_size, status.st_mtime_ns]

@@ -1,0 +1,1 @@
+"""Measuring a model at many points (β, c), and finding the best."""

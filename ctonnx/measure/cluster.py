@@ -1,36 +1,40 @@
-"""Sweeping on a Ray cluster: tasks of a batch and some points, in any order, on any node.
+"""Sweeping on a Ray cluster: each task is one batch at some points, in any order, on any node.
 
-A task that is lost with its worker or node is done again, a few times. Statistics are per sample
-and are put together in the order of the batches, so the result is the local one, as long as the
-nodes' CPUs run the same kernels. Files are read and modules imported on the nodes: they must be
-there under the same absolute names. Where the folder that the sweep was started in is there, the
-workers change to it.
+A task whose worker or node is lost is done again, a few times. Statistics are per sample and are
+put together in the order of the batches, so the result is the local one, as long as the nodes' CPUs
+run the same kernels. Workers read the files and import the modules themselves, which must exist on
+their nodes under the same absolute names. Workers change to the folder in which the sweep was
+started, if their node has it.
 """
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
+
+import numpy as np
 
 from ..errors import CtonnxError, MissingDependency, UsageError, first_line
 from ..optional import require
-from .engine import Runner, measure
+from .engine import Job, Measured, Runner, Work
 
-# Points of a task: its batch is decoded once for all of them.
+# The most points of a task: its batch is decoded once for all of them.
 _POINTS = 8
 
-# How often a task is done again whose worker or node was lost: a batch may be what kills it.
+# How often a task is done again after its worker or node was lost: the batch may be the reason.
 _RETRIES = 4
 
-# Seconds that tasks have to end in when a sweep ends before them.
+# Seconds that submitted tasks have to end if a sweep ends before them.
 _GRACE = 5
 
-# Tasks that are submitted before results are waited for, per CPU of the cluster.
-_AHEAD = 2
+# How many tasks are submitted at a time, per CPU of the cluster.
+_SUBMITTED = 2
 
-# What this process, a worker, has opened: one job's session and data.
+# In a worker: what it has opened, for one job at a time.
 _opened = {}
 
-# The addresses that this process, a driver, has connected to.
+# In a driver: the addresses that it has connected to.
 _connected = set()
 
 
@@ -38,43 +42,36 @@ class Cluster:
     """A connection to a Ray cluster, for one sweep.
 
     Args:
-        address: as for ray.init; where None the cluster that this process is connected to, or the
+        job: what to measure.
+        address: as for ray.init; if None, the cluster that this process is connected to, or the
             running one.
         gpus: GPUs that a task asks for.
-        opening: a function that opens the source; every worker does for itself.
-        providers, steerable, metric, points: as for engine.Runner and run_local.
 
     Raises:
         MissingDependency: ray is not installed, or there is no cluster.
-        UsageError: this process is connected to another cluster; no node has as many GPUs.
+        UsageError: this process is connected to another cluster; no node has that many GPUs.
     """
 
-    def __init__(self, address, gpus, opening, providers, steerable, metric, points):
+    def __init__(self, job: Job, address: str | None = None, gpus: float = 0) -> None:
         self._ray = ray = require("ray")
-        if ray.is_initialized():
-            here = ray.get_runtime_context().gcs_address
-            if address not in (None, "auto", here, *_connected):
-                raise UsageError(f"Ray is connected to {here} already: ray.shutdown() ends that")
-        else:
-            _connected.clear()
-            try:
-                ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                line = first_line(error)
-                raise MissingDependency(f"no Ray cluster to connect to: {line}") from None
-            _connected.add(address)
-        held = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
-        if gpus > max(held, default=0):
+        _connect(ray, address)
+        available = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
+        if gpus > max(available, default=0):
             raise UsageError(f"the Ray cluster has no node with {gpus:g} GPUs")
-        job = ray.get_runtime_context().get_job_id()
-        self._task = ray.remote(_work).options(num_cpus=1, num_gpus=gpus, max_retries=_RETRIES)
-        # Within a list Ray hands over the reference: a worker gets the value once, not per task.
-        self._held = [ray.put((opening, providers, steerable, metric, points))]
-        self._key = f"{job}-{self._held[0].hex()}"
-        self._limit = max(1, int(_AHEAD * ray.cluster_resources().get("CPU", 1)))
+        options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": _RETRIES}
+        self._task = ray.remote(_work).options(**options)
+        # Ray passes a reference inside a list on as it is: a worker fetches the job once.
+        self._job = [ray.put(job)]
+        self._key = f"{ray.get_runtime_context().get_job_id()}-{self._job[0].hex()}"
+        self._limit = max(1, int(_SUBMITTED * ray.cluster_resources().get("CPU", 1)))
 
-    def run(self, work):
-        """As engine.run_local; results come as they are ready."""
+    def run(self, work: Work) -> Iterator[Measured]:
+        """Do the work on the cluster; yields each piece as it is done.
+
+        Raises:
+            MissingDependency: a batch kills its worker each time.
+            CtonnxError: what the job raises on a worker.
+        """
         ray = self._ray
         tasks = (
             (batch, chosen[i : i + _POINTS])
@@ -85,46 +82,81 @@ class Cluster:
         try:
             while True:
                 while len(waiting) < self._limit and (task := next(tasks, None)):
-                    waiting[self._task.remote(self._key, os.getcwd(), self._held, *task)] = task
+                    waiting[self._task.remote(self._key, os.getcwd(), self._job, *task)] = task
                 if not waiting:
                     return
                 (ready, *_), _ = ray.wait(list(waiting))
                 batch, chosen = waiting.pop(ready)
-                try:
-                    statistics, broken = ray.get(ready)
-                except ray.exceptions.RayTaskError as error:
-                    # A user's mistake comes back as what it was raised as.
-                    if isinstance(error.cause, CtonnxError):
-                        raise error.cause from None
-                    raise
-                except ray.exceptions.RayError as error:
-                    raise MissingDependency(
-                        f"batch {batch} ends its worker {_RETRIES + 1} times, for lack of memory? "
-                        f"{type(error).__name__}: {first_line(error)}"
-                    ) from None
-                yield batch, chosen, statistics, broken
+                statistics, broken = self._result(ready, batch)
+                yield Measured(batch, chosen, statistics, broken)
         finally:
-            for task in waiting:
-                ray.cancel(task)
-            # Ray prints the errors that nobody asked for.
-            left = list(waiting)
-            for task in left and ray.wait(left, num_returns=len(left), timeout=_GRACE)[0]:
+            self._cancel(list(waiting))
+
+    def _result(self, ready: Any, batch: int) -> tuple[np.ndarray | None, int]:
+        """What a finished task returned, or raise what it raised."""
+        ray = self._ray
+        try:
+            return ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            # A user's mistake is raised here as it was on the worker.
+            if isinstance(error.cause, CtonnxError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:
+            raise MissingDependency(
+                f"batch {batch} killed its worker {_RETRIES + 1} times, perhaps for lack of "
+                f"memory: {type(error).__name__}: {first_line(error)}"
+            ) from None
+
+    def _cancel(self, tasks: list) -> None:
+        """Cancel tasks, and wait a little for them to end."""
+        ray = self._ray
+        for task in tasks:
+            ray.cancel(task)
+        if tasks:
+            ended, _ = ray.wait(tasks, num_returns=len(tasks), timeout=_GRACE)
+            for task in ended:
+                # Ray prints the error of a task whose result nobody asks for.
                 with suppress(Exception):
                     ray.get(task)
 
 
-def _work(key, folder, held, batch, chosen):
-    """Runs on a worker: the statistics of a batch at the points `chosen`."""
-    import ray
+def _connect(ray: Any, address: str | None) -> None:
+    """Connect this process to a cluster, unless it is connected to that."""
+    if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", here, *_connected):
+            raise UsageError(f"Ray is already connected to {here}: call ray.shutdown() first")
+        return
+    _connected.clear()
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        line = first_line(error)
+        raise MissingDependency(f"no Ray cluster to connect to: {line}") from None
+    _connected.add(address)
 
+
+def _work(
+    key: str, folder: str, reference: list, index: int, chosen: list[int]
+) -> tuple[np.ndarray | None, int]:
+    """A task, on a worker: the statistics of a batch at some points, and its unreadable samples.
+
+    Args:
+        key: tells the job from others.
+        folder: the folder in which the sweep was started.
+        reference: Ray's reference to the Job, in a list.
+        index: the index of the batch.
+        chosen: the indices of the points.
+    """
     if key not in _opened:
         _opened.clear()
-        # Before the function's own modules are imported, on unpickling.
+        # Before unpickling the job, which imports the modules of the user's functions.
         if os.path.isdir(folder):
             os.chdir(folder)
             sys.path.insert(0, folder)
-        opening, providers, steerable, metric, points = ray.get(held[0])
-        _opened[key] = Runner(steerable, providers, threads=1), opening(), metric, points
-    runner, source, metric, points = _opened[key]
-    given = source.batch(batch)
-    return measure(runner, given, metric, points, chosen), given.broken
+        job = require("ray").get(reference[0])
+        _opened[key] = job, Runner(job.steerable, job.providers, threads=1), job.open_source()
+    job, runner, source = _opened[key]
+    batch = source.batch(index)
+    return runner.measure(batch, job.metric, job.points, chosen), batch.broken

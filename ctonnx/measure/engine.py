@@ -1,16 +1,18 @@
-"""Running one model at many points, (β, c), over batches: one session, fed at run time."""
+"""Running one model at many points (β, c) over batches: one session, whose β and c are inputs."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from .. import ctu
-from ..data.batches import Input
-from ..data.source import digest, stamp
+from ..data.batches import Batch, Input
+from ..data.source import Source, digest, stamp
 from ..errors import CtonnxError, ModelError, UsageError, first_line
 from ..model import files
 from ..model.external import check_external_data
@@ -19,20 +21,32 @@ from ..ort.runs import beside
 from ..ort.session import session
 from ..rewriting.steer import steer
 from ..rewriting.steered import SteeredModel
+from .metrics import Metric
 
-# The point that is the original network, in every list of points the first.
-ORIGINAL = 0
+# The index of the original network, β = 1, in every list of points.
+ORIGINAL_POINT = 0
+
+# β and c; the model's own c where that is None.
+BetaCoeff = tuple[float, float | None]
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
 @dataclass
 class Steerable:
-    """A steered model whose β, and c where it is swept, are inputs that must be fed.
+    """A steered model whose β, and c if that is swept, are graph inputs that must be fed.
 
-    `inputs` are those of the data, `outputs` all names, `measurable` those of floating type, and
-    `scores` how many numbers the first of these has for a sample, None where that is not known;
-    `folder` is where external data are, if there are any, and `external` their files.
+    Attributes:
+        data: the serialized ModelProto.
+        folder: the folder of its external data; None if it has none.
+        inputs: the inputs that data feed: all but those of β and c.
+        outputs: the names of all outputs.
+        measurable: the names of the outputs of floating type.
+        scores: how many numbers the first of these has per sample; None if that is unknown.
+        betas: the names of the inputs that take β.
+        coeffs: the names of the inputs that take c.
+        external: the paths of the files with external data.
+        notes: lines that a user should see.
     """
 
     data: bytes
@@ -47,21 +61,26 @@ class Steerable:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def output(self):
+    def output(self) -> str:
         """The name of the output that is measured: the first of floating type."""
         return self.measurable[0]
 
-    def open(self, providers=None, threads=0):
-        """A session; `threads` 0 leaves their number to ONNX Runtime.
+    def open(self, providers: Sequence | None = None, threads: int = 0) -> Any:
+        """Open an onnxruntime.InferenceSession.
+
+        Args:
+            providers: execution providers, as for `ctonnx.session`.
+            threads: threads of a node; ONNX Runtime's choice if 0.
 
         Raises:
             ModelError: ONNX Runtime does not load the model.
+            MissingDependency: as `ctonnx.session`.
         """
         ort = library.import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        with self._beside_its_data() as model:
+        with self._beside_external_data() as model:
             try:
                 return session(model, providers, options)
             except CtonnxError:
@@ -70,19 +89,19 @@ class Steerable:
                 line = first_line(error)
                 raise ModelError(f"ONNX Runtime cannot load the model: {line}") from error
 
-    def identity(self):
+    def identity(self) -> list:
         """What tells the model from others, for JSON."""
         return [digest(self.data), *map(stamp, self.external)]
 
-    def _beside_its_data(self):
-        """A context of what a session is made of: bytes, or a file where external data are."""
+    def _beside_external_data(self) -> AbstractContextManager[bytes | Path]:
+        """What a session opens: the model's bytes, or a temporary file beside its external data."""
         if self.folder is None:
             return nullcontext(self.data)
         return beside(self.data, self.folder)
 
 
-def prepare(model, sweep_coeff=False):
-    """Make a model Steerable; one that is not steered is steered first.
+def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steerable:
+    """Make a Steerable of a model, which is steered first if it is not yet.
 
     Args:
         model: a path or a ModelProto. It is not changed.
@@ -94,8 +113,9 @@ def prepare(model, sweep_coeff=False):
         UsageError: it is neither of these, or its inputs or outputs are not arrays with a row per
             sample.
     """
-    proto, folder, external = files.own(model), None, {}
-    if not isinstance(model, ModelProto):
+    proto = files.own(model)
+    folder, external = None, {}
+    if isinstance(model, str | Path):
         external = check_external_data(proto, Path(model).parent)
         if external:
             folder = str(Path(model).parent.absolute())
@@ -110,33 +130,34 @@ def prepare(model, sweep_coeff=False):
     if sweep_coeff and not coeffs:
         raise UsageError("c cannot be swept: the model is lowered to primitives")
     if len(betas) > 1:
-        notes.append(f"all activations get one beta, in place of {len(betas)}")
-    held = {tensor.name for tensor in proto.graph.initializer}
-    coeffs = coeffs if sweep_coeff or not coeffs <= held else set()
+        notes.append(f"all activations share one beta, in place of {len(betas)}")
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    if not sweep_coeff and coeffs <= initializers:
+        coeffs = set()
     steered.require_inputs(betas | coeffs)
-    fed = [v for v in proto.graph.input if v.name not in held | betas | coeffs]
+    fed = [v for v in proto.graph.input if v.name not in initializers | betas | coeffs]
     if not fed:
         raise UsageError("the model takes no input: there is nothing to sweep over")
     measurable = _measurable(proto.graph.output)
     dims = measurable[0].type.tensor_type.shape.dim
     return Steerable(
-        proto.SerializeToString(deterministic=True),
-        folder,
-        [_input(value) for value in fed],
-        [value.name for value in proto.graph.output],
-        [value.name for value in measurable],
-        (dims[1].dim_value or None) if len(dims) == 2 else None,
-        sorted(betas),
-        sorted(coeffs),
-        sorted(map(str, external.values())),
-        notes,
+        data=proto.SerializeToString(deterministic=True),
+        folder=folder,
+        inputs=[_input(value) for value in fed],
+        outputs=[value.name for value in proto.graph.output],
+        measurable=[value.name for value in measurable],
+        scores=(dims[1].dim_value or None) if len(dims) == 2 else None,
+        betas=sorted(betas),
+        coeffs=sorted(coeffs),
+        external=sorted(map(str, external.values())),
+        notes=notes,
     )
 
 
-def _input(value):
+def _input(value: ValueInfoProto) -> Input:
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type") or kind.elem_type == TensorProto.STRING:
-        raise UsageError(f"input {value.name!r} is no array of numbers: it cannot be swept")
+        raise UsageError(f"input {value.name!r} is not an array of numbers: it cannot be swept")
     shape = None
     if kind.HasField("shape"):
         shape = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
@@ -145,96 +166,137 @@ def _input(value):
     return Input(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape)
 
 
-def _measurable(outputs):
-    found = [v for v in outputs if v.type.tensor_type.elem_type in _FLOATS]
-    if not found:
+def _measurable(outputs: Iterable[ValueInfoProto]) -> list[ValueInfoProto]:
+    measurable = [v for v in outputs if v.type.tensor_type.elem_type in _FLOATS]
+    if not measurable:
         raise UsageError("the model has no floating-point output to measure")
-    return found
+    return measurable
 
 
 class Runner:
     """A session whose inputs and outputs stay bound to its device.
 
-    On CUDA a batch is copied there once for all points, and only outputs come back; tests run on
-    the CPU alone. One session runs all points. On the CPU `library.session` may open others first
-    to compare layouts, and keeps one: their number does not grow with the points.
+    On CUDA a batch is copied there once for all points, and only outputs come back.
+
+    One session runs all points. On the CPU `ctonnx.session` may first open others to compare
+    layouts, but their number does not grow with the points.
+
+    Args:
+        steerable: the model.
+        providers: execution providers, as for `ctonnx.session`.
+        threads: as for Steerable.open.
+        shared: a model without β and c, run once per batch, whose outputs are inputs of
+            `steerable` besides those of the data.
+
+    Raises:
+        ModelError: ONNX Runtime does not load the model.
     """
 
-    def __init__(self, steerable, providers=None, threads=0, shared=None):
-        """`shared` is a Steerable that makes, once for all points, inputs that the session takes
-        beside those of the data."""
+    def __init__(
+        self,
+        steerable: Steerable,
+        providers: Sequence | None = None,
+        threads: int = 0,
+        shared: Steerable | None = None,
+    ) -> None:
         self._model = steerable
-        self._shared = shared and Runner(shared, providers, threads)
+        self._shared = None if shared is None else Runner(shared, providers, threads)
         self._session = steerable.open(providers, threads)
-        self._taken = {i.name for i in self._session.get_inputs()}
+        self._input_names = {i.name for i in self._session.get_inputs()}
         self._device = "cpu", 0
-        # A plug-in need not tell its options.
-        for name, held in self._session.get_provider_options().items():
+        # A plug-in provider may not tell its options.
+        for name, options in self._session.get_provider_options().items():
             if name in library.CUDA_PROVIDERS:
-                self._device = "cuda", int(held.get("device_id", 0))
+                self._device = "cuda", int(options.get("device_id", 0))
 
-    def measure(self, batch, points, metric):
-        """The statistics of a metric: array (points, samples, k).
+    def measure(
+        self, batch: Batch, metric: Metric, points: Sequence[BetaCoeff], chosen: list[int]
+    ) -> np.ndarray | None:
+        """Measure a metric on a batch at some points.
 
         Args:
-            batch: batches.Batch.
-            points: list of (beta, coeff); the original comes first.
-            metric: metrics.Metric. What one compares with the original is the first point.
+            batch: the samples.
+            metric: what to measure.
+            points: all points; the first is the original network.
+            chosen: the indices of the points to measure, in ascending order.
+
+        Returns:
+            the metric's statistics, float64 (chosen points, samples, k); None without samples.
+
+        Raises:
+            UsageError: the model does not run on the batch, or the metric does not fit it.
         """
         if not len(batch):
             return None
+        extra = metric.needs_original and ORIGINAL_POINT not in chosen
+        wanted = [ORIGINAL_POINT, *chosen] if extra else chosen
         names = self._model.outputs if metric.takes_all_outputs else [self._model.output]
         original, rows = None, []
-        for outputs in self.outputs(batch, points, names):
+        for outputs in self.outputs(batch, [points[i] for i in wanted], names):
             scores = outputs if metric.takes_all_outputs else outputs[names[0]]
             original = scores if original is None else original
             rows.append(metric.measure(scores, batch.labels, original))
-        return np.stack(rows)
+        return np.stack(rows[1:] if extra else rows)
 
-    def outputs(self, batch, points, names):
-        """Yield output name -> array of the outputs `names` at each point: see `measure`."""
+    def outputs(
+        self, batch: Batch, points: Iterable[BetaCoeff], names: Sequence[str]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Run a batch at each point.
+
+        Args:
+            batch: the samples, at least one.
+            points: where to run.
+            names: the outputs to compute.
+
+        Yields:
+            output name -> array with a row per sample, for each point.
+
+        Raises:
+            UsageError: the model does not run on the batch, or an output has no row per sample.
+        """
         ort = library.import_onnxruntime()
-        given = filled(batch, self._model.inputs)
-        rows = len(next(iter(given.values())))
+        arrays = padded(batch, self._model.inputs)
+        rows = len(next(iter(arrays.values())))
         values = {
             name: ort.OrtValue.ortvalue_from_numpy(array, *self._device)
-            for name, array in given.items()
+            for name, array in arrays.items()
         }
-        if self._shared:
-            values |= self._shared._values(values)
+        if self._shared is not None:
+            values |= self._shared._computed(values)
         binding = self._bound(values, names)
         for beta, coeff in points:
-            fed = dict.fromkeys(self._model.betas, beta)
-            fed |= dict.fromkeys(self._model.coeffs, ctu.COEFF if coeff is None else coeff)
-            # What is bound must live until the run is done.
-            scalars = {name: np.array(value, np.float32) for name, value in fed.items()}
-            for name in self._taken.intersection(scalars):
+            parameters = dict.fromkeys(self._model.betas, beta)
+            parameters |= dict.fromkeys(self._model.coeffs, ctu.COEFF if coeff is None else coeff)
+            # ONNX Runtime does not copy bound inputs: keep them alive until the run is done.
+            scalars = {name: np.array(value, np.float32) for name, value in parameters.items()}
+            for name in self._input_names.intersection(scalars):
                 binding.bind_cpu_input(name, scalars[name])
             outputs = self._run(binding, names, rows)
             yield {name: value[: len(batch)] for name, value in outputs.items()}
 
-    def _bound(self, values, names):
+    def _bound(self, values: dict[str, Any], names: Iterable[str]) -> Any:
+        """A binding of these OrtValues to inputs, and of these outputs to the device."""
         binding = self._session.io_binding()
-        for name in self._taken.intersection(values):
+        for name in self._input_names.intersection(values):
             binding.bind_ortvalue_input(name, values[name])
         for name in names:
             binding.bind_output(name, *self._device)
         return binding
 
-    def _values(self, values):
-        """All outputs, name -> OrtValue, of a model that takes no β."""
+    def _computed(self, values: dict[str, Any]) -> dict[str, Any]:
+        """All outputs, as OrtValues, of a model without β and c."""
         binding = self._bound(values, self._model.outputs)
         self._execute(binding)
         return dict(zip(self._model.outputs, binding.get_outputs(), strict=True))
 
-    def _execute(self, binding):
+    def _execute(self, binding: Any) -> None:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
             line = first_line(error)
             raise UsageError(f"the model does not run on the data: {line}") from error
 
-    def _run(self, binding, names, rows):
+    def _run(self, binding: Any, names: Sequence[str], rows: int) -> dict[str, np.ndarray]:
         self._execute(binding)
         outputs = dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
         for name, value in outputs.items():
@@ -246,26 +308,33 @@ class Runner:
         return outputs
 
 
-def filled(batch, inputs):
-    """The arrays of a Batch by name; where an input's size is fixed, with its last row repeated."""
+def padded(batch: Batch, inputs: Iterable[Input]) -> dict[str, np.ndarray]:
+    """A batch's arrays by input name; to a fixed batch size, by repeating the last row."""
     arrays = {}
     for i in inputs:
         array = batch.inputs[i.name]
-        short = (i.shape[0] or 0) - len(array) if i.shape else 0
-        arrays[i.name] = (
-            np.concatenate([array, np.repeat(array[-1:], short, 0)]) if short > 0 else array
-        )
+        missing = (i.shape[0] or 0) - len(array) if i.shape else 0
+        if missing > 0:
+            array = np.concatenate([array, np.repeat(array[-1:], missing, 0)])
+        arrays[i.name] = array
     return arrays
 
 
-def ahead(source, work):
-    """Yield (item, batch) of each item of `work`, (batch index, ...), until the source ends; the
-    next batch is prepared while one is used."""
-    work = iter(work)
+def prefetch(source: Source, work: Iterable[tuple]) -> Iterator[tuple[tuple, Batch]]:
+    """Read the batches of some work; the next is read while one is used.
+
+    Args:
+        source: where to read.
+        work: tuples whose first item is the index of a batch.
+
+    Yields:
+        each tuple and its batch, until the source ends.
+    """
+    items = iter(work)
     with ThreadPoolExecutor(1) as pool:
 
         def start():
-            item = next(work, None)
+            item = next(items, None)
             return item and (item, pool.submit(source.batch, item[0]))
 
         started = start()
@@ -278,24 +347,51 @@ def ahead(source, work):
             yield item, batch
 
 
-def run_local(runner, source, metric, points, work):
-    """Do the work in this process; the next batch is prepared while one runs.
+@dataclass(frozen=True)
+class Job:
+    """What a sweep measures: all that a process needs to take part.
+
+    Attributes:
+        steerable: the model.
+        open_source: opens the data.
+        metric: what to measure.
+        points: where to measure; the first is the original network.
+        providers: execution providers, as for `ctonnx.session`.
+    """
+
+    steerable: Steerable
+    open_source: Callable[[], Source]
+    metric: Metric
+    points: list[BetaCoeff]
+    providers: Sequence | None = None
+
+
+# Pieces of a Job: the index of a batch, and those of the points to measure on it.
+Work = Iterable[tuple[int, list[int]]]
+
+
+class Measured(NamedTuple):
+    """A piece of work that is done: the metric's statistics as Runner.measure returns them, and
+    how many samples of the batch are unreadable."""
+
+    batch: int
+    points: list[int]
+    statistics: np.ndarray | None
+    broken: int
+
+
+def run_local(job: Job, runner: Runner, source: Source, work: Work) -> Iterator[Measured]:
+    """Do the work in this process, in its order, until the source ends.
 
     Args:
-        points: list of (beta, coeff), the original first.
-        work: iterable of (batch index, list of point indices).
+        job: what to measure.
+        runner: the job's model, opened.
+        source: its data, opened.
+        work: what to do.
 
     Yields:
-        (batch index, point indices, statistics as Runner.measure gives them, count of unreadable
-        samples). It ends where the source does.
+        each piece of work that is done.
     """
-    for (index, chosen), batch in ahead(source, work):
-        yield index, chosen, measure(runner, batch, metric, points, chosen), batch.broken
-
-
-def measure(runner, batch, metric, points, chosen):
-    """As Runner.measure, for the indices `chosen`, with the original where the metric needs it."""
-    extra = metric.needs_original and ORIGINAL not in chosen
-    wanted = [ORIGINAL, *chosen] if extra else chosen
-    rows = runner.measure(batch, [points[i] for i in wanted], metric)
-    return rows[1:] if extra and rows is not None else rows
+    for (index, chosen), batch in prefetch(source, work):
+        statistics = runner.measure(batch, job.metric, job.points, chosen)
+        yield Measured(index, chosen, statistics, batch.broken)

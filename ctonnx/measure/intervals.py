@@ -1,60 +1,83 @@
-"""How sure a value is, and a difference of two on the same samples."""
+"""How sure a metric's value is, and a difference of two on the same samples."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..optional import require
+from .metrics import Metric
 
-# Of the intervals that are reported.
+# Level of the intervals that are reported.
 LEVEL = 0.95
 
-# Groups of the jackknife, for values that are no means.
+# Groups of the jackknife, for values that are not means.
 _GROUPS = 30
 
 
-def error(metric, statistics):
-    """The standard error of the value: of a mean, or by the jackknife over groups of samples."""
+def standard_error(metric: Metric, statistics: np.ndarray) -> float:
+    """The standard error of a metric's value; NaN if the samples cannot tell.
+
+    That of the mean, or for other values by the jackknife over groups of samples.
+
+    Args:
+        metric: the metric.
+        statistics: its statistics, (samples, k).
+    """
     return _spread(metric, [statistics])[0]
 
 
-def compare(metric, one, other):
+def paired_difference(
+    metric: Metric, one: np.ndarray, other: np.ndarray
+) -> tuple[float, float, int]:
     """By how much `one` is better than `other` on the same samples, and how sure that is.
 
+    Args:
+        metric: the metric.
+        one: its statistics, (samples, k).
+        other: its statistics of the same samples.
+
     Returns:
-        the difference of their values (positive where `one` is better), its standard error from
-        paired samples, and the degrees of freedom of that.
+        the difference of the values, positive if `one` is better; its standard error, from paired
+        samples, NaN if they cannot tell; and the degrees of freedom of that.
     """
     sign = 1.0 if metric.higher_is_better else -1.0
     difference = sign * (metric.value_of(one) - metric.value_of(other))
     return difference, *_spread(metric, [one, other])
 
 
-def gain(metric, one, other):
-    """By how much `one` is better than `other` on the same samples, as `compare` has it, and the
-    ends of its interval: NaN where the samples cannot tell, the gain itself of one and the same.
+def gain(metric: Metric, one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """By how much `one` is better than `other`, with its interval of LEVEL.
+
+    Args:
+        metric, one, other: as for `paired_difference`.
+
+    Returns:
+        the difference and the ends of its interval: NaN if the samples cannot tell; equal to the
+        difference if `one` is `other`.
 
     Raises:
         MissingDependency: scipy is not installed.
     """
-    difference, error, dof = compare(metric, one, other)
+    difference, error, dof = paired_difference(metric, one, other)
     half = quantile((1 + LEVEL) / 2, dof) * error if dof else float("nan")
     half = 0.0 if one is other else half
     return difference, difference - half, difference + half
 
 
-def quantile(probability, dof):
-    """The quantile of Student's t.
+def quantile(probability: float, dof: int) -> float:
+    """The quantile of Student's t with `dof` degrees of freedom; infinity without any.
 
     Raises:
         MissingDependency: scipy is not installed.
     """
     if dof < 1:
         return float("inf")
-    # scipy.stats takes seconds to import.
+    # Not scipy.stats, which takes seconds to import.
     return float(require("scipy.special").stdtrit(dof, probability))
 
 
-def _spread(metric, sides):
-    """Standard error of the value of one side, or of the difference of two, and its freedom."""
+def _spread(metric: Metric, sides: Sequence[np.ndarray]) -> tuple[float, int]:
+    """Standard error of one side's value, or of the difference of two; degrees of freedom."""
     count = len(sides[0])
     if count < 2 or any(np.isnan(side).any() for side in sides):
         return float("nan"), 0

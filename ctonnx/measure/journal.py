@@ -1,17 +1,20 @@
-"""What a sweep has measured so far, in memory and in a file to go on from.
+"""What a sweep has measured so far: in memory, and in a file that it can be resumed from.
 
-Memory and file grow by the statistics of each sample at each point: 8 bytes for most metrics, for
-`miou` 16 for each class, for `r2` 16 for each output. The inputs do not count.
+Both grow by the statistics of each sample at each point: 8 bytes for most metrics, 16 bytes per
+class for `miou`, 16 bytes per output for `r2`. The size of the inputs does not matter.
 
-The file holds JSON lines: what was swept, then for each batch the statistics of each point, as
-base64 of float64. A line that was cut off is measured again.
+The file holds JSON lines: first what is swept, then for each batch its statistics at some points,
+as base64 of float64. An incomplete last line is ignored, and measured again.
 """
 
 import base64
 import json
 import math
+from collections.abc import Iterable
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -19,35 +22,53 @@ from ..errors import InputFileError, UsageError
 
 
 class Journal:
-    """Statistics by point and batch.
+    """A metric's statistics by point and batch, and the file that keeps them.
 
-    Args:
-        path: the file; None keeps them in memory alone.
-        header: JSON document of what is swept: results of another are not taken over. The code
-            of the user's functions is not in it.
-        resume: go on from the file, if it is there.
+    As a context manager it removes the file if all went well, and keeps it otherwise.
 
-    Raises:
-        UsageError: the file is there and is not to be resumed, or is of another sweep; when
-            adding, it cannot be written.
-        InputFileError: it is damaged.
+    Attributes:
+        path: the file, None if there is none.
+        broken: batch index -> number of unreadable samples.
     """
 
-    def __init__(self, path, header, resume=False):
-        self._held, self.broken, self._stream, self.path = {}, {}, None, path
-        if path is None:
-            return
-        self.path = path = Path(path)
-        if path.exists() and not resume:
-            raise UsageError(
-                f"{path}: holds an interrupted sweep: go on with --resume, or remove it"
-            )
-        # What json makes of it: lists for tuples.
-        self._header = json.loads(json.dumps({"ctonnx": "sweep", **header}, default=str))
-        self._end = self._read(path, self._header) if path.exists() else 0
+    def __init__(
+        self, path: str | PathLike | None, header: dict | None = None, resume: bool = False
+    ) -> None:
+        """Read the file if it exists; it is not created before there is something to keep.
 
-    def _read(self, path, header):
-        """Take over a file's lines; gives where the last whole one ends."""
+        Args:
+            path: the file; None keeps the statistics in memory alone.
+            header: what is swept, for JSON. A file with another header is refused.
+            resume: continue from the file if it exists.
+
+        Raises:
+            UsageError: the file exists and `resume` is not set, or it belongs to another sweep.
+            InputFileError: it is damaged.
+        """
+        self.path = None if path is None else Path(path)
+        self.broken: dict[int, int] = {}
+        self._statistics: dict[int, dict[int, np.ndarray | None]] = {}  # By point, then batch.
+        self._stream: BinaryIO | None = None
+        self._end = 0
+        if self.path is None:
+            return
+        if self.path.exists() and not resume:
+            raise UsageError(
+                f"{path}: holds an interrupted sweep: continue with --resume, or remove it"
+            )
+        # Through JSON, which makes lists of tuples, to compare it with the file's.
+        self._header = json.loads(json.dumps({"ctonnx": "sweep", **(header or {})}, default=str))
+        if self.path.exists():
+            self._end = self._read(self.path)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(done=kind is None)
+
+    def _read(self, path: Path) -> int:
+        """Read a file's lines; returns where the last complete one ends."""
         end = 0
         with open(path, "rb") as stream:
             for line in stream:
@@ -56,74 +77,96 @@ class Journal:
                 try:
                     entry = json.loads(line)
                     if end:
-                        self._hold(*_decoded(entry))
+                        self._store(*_decoded(entry))
                 except (ValueError, KeyError, TypeError):
                     raise InputFileError(f"{path}: is damaged: remove it to start anew") from None
-                if not end and entry != header:
+                if not end and entry != self._header:
                     raise UsageError(
-                        f"{path}: {_difference(entry, header)}: remove it to start anew"
+                        f"{path}: {_difference(entry, self._header)}: remove it to start anew"
                     )
                 end += len(line)
         return end
 
-    def add(self, batch, points, statistics, broken):
-        """Keep an array (points, samples, k), or None for a batch without samples."""
-        self._hold(batch, points, statistics, broken)
+    def add(
+        self, batch: int, points: list[int], statistics: np.ndarray | None, broken: int
+    ) -> None:
+        """Keep what was measured on a batch.
+
+        Args:
+            batch: its index.
+            points: the indices of the points.
+            statistics: array (points, samples, k); None for a batch without samples.
+            broken: the number of its unreadable samples.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        self._store(batch, points, statistics, broken)
         if self.path is not None:
             shape = None if statistics is None else statistics.shape
             data = b"" if statistics is None else statistics.astype("<f8").tobytes()
-            entry = {"batch": batch, "points": points, "shape": shape, "broken": broken}
-            self._append({**entry, "data": base64.b64encode(data).decode()})
+            entry = {
+                "batch": batch,
+                "points": points,
+                "shape": shape,
+                "broken": broken,
+                "data": base64.b64encode(data).decode(),
+            }
+            self._append(self.path, entry)
 
-    def _append(self, entry):
+    def _append(self, path: Path, entry: dict) -> None:
         lines = [entry]
         try:
-            # Not before there is something to keep: a mistake leaves no file.
             if self._stream is None:
-                self._stream = open(self.path, "ab")  # noqa: SIM115
+                self._stream = open(path, "ab")  # noqa: SIM115
                 self._stream.truncate(self._end)
                 lines = [entry] if self._end else [self._header, entry]
             for line in lines:
                 self._stream.write(json.dumps(line).encode() + b"\n")
             self._stream.flush()
         except OSError as error:
-            raise UsageError(f"{self.path}: cannot be written: {error.strerror}") from None
+            raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
 
-    def _hold(self, batch, points, statistics, broken):
+    def _store(
+        self, batch: int, points: list[int], statistics: np.ndarray | None, broken: int
+    ) -> None:
         self.broken[batch] = broken
         for i, point in enumerate(points):
             rows = None if statistics is None else statistics[i]
-            self._held.setdefault(point, {})[batch] = rows
+            self._statistics.setdefault(point, {})[batch] = rows
 
-    def missing(self, batch, points):
-        """Those of `points` that have no statistics of a batch."""
-        return [point for point in points if batch not in self._held.get(point, {})]
+    def missing(self, batch: int, points: Iterable[int]) -> list[int]:
+        """Those of `points` without statistics of a batch."""
+        return [point for point in points if batch not in self._statistics.get(point, {})]
 
-    def statistics(self, point, end=math.inf):
-        """The statistics of a point, (samples, k), of batches below `end`, in their order."""
-        held = self._held.get(point, {})
-        rows = [held[batch] for batch in sorted(held) if batch < end and held[batch] is not None]
+    def statistics(self, point: int, end: float = math.inf) -> np.ndarray:
+        """The statistics (samples, k) of a point on the batches below `end`, in their order."""
+        by_batch = self._statistics.get(point, {})
+        rows = [by_batch[batch] for batch in sorted(by_batch) if batch < end]
+        rows = [array for array in rows if array is not None]
         return np.concatenate(rows) if rows else np.zeros((0, 1))
 
-    def close(self, done=False):
-        """Close the file, and remove it when the sweep is done."""
+    def close(self, done: bool = False) -> None:
+        """Close the file, and remove it if the sweep is done."""
         if self._stream is not None:
-            # What is left to write, where the disk is full, has been reported.
+            # On a full disk closing fails too, but `add` has reported that.
             with suppress(OSError):
                 self._stream.close()
         if done and self.path is not None:
             self.path.unlink(missing_ok=True)
 
 
-def _decoded(entry):
+def _decoded(entry: dict) -> tuple[int, list[int], np.ndarray | None, int]:
+    """The arguments of `Journal.add` that a line holds."""
     shape = entry["shape"]
     data = np.frombuffer(base64.b64decode(entry["data"]), "<f8")
     statistics = None if shape is None else data.reshape(shape)
     return entry["batch"], entry["points"], statistics, entry["broken"]
 
 
-def _difference(entry, header):
+def _difference(entry: object, header: dict) -> str:
+    """What is wrong with a file whose first line is `entry`."""
     if not isinstance(entry, dict) or entry.get("ctonnx") != "sweep":
-        return "is no sweep's progress"
+        return "is not a sweep's progress file"
     changed = [key for key in header if entry.get(key) != header[key]]
-    return f"is of another sweep: it differs in {', '.join(changed) or 'version'}"
+    return f"belongs to another sweep, which differs in {', '.join(changed) or 'version'}"

@@ -1,13 +1,16 @@
-"""Metrics of a batch's outputs: small numbers per sample, and what they amount to.
+"""Metrics: a few numbers per sample, and the value that they add up to.
 
-A metric turns each sample into a few float64 numbers, its statistics; the value is the mean of
-them, or what `value` makes of all. So data can be streamed, points compared sample by sample, and
-work done in any order or place gives the same value.
+A metric turns each sample into k float64 numbers, its statistics; the metric's value is their mean,
+or another function of those of all samples. So data can be streamed, points can be compared sample
+by sample, and work done in any order or place gives the same value.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -26,25 +29,46 @@ _SMALLEST = 1e-12
 
 @dataclass(frozen=True)
 class Metric:
-    """`statistics(output, labels, original)` gives an array (samples, k); `original` is the output
-    of the original network. `value(statistics)` is a number, the mean where it is None. `span` is
-    the range of a sample's number, where it is known and not much wider than what is common."""
+    """What is measured of a model's outputs.
+
+    Attributes:
+        name: its name.
+        statistics: called with (outputs, labels, original), as `measure`; returns an array with a
+            row per sample.
+        value: called with the statistics of all samples, (samples, k), and returns the metric's
+            value; the mean if None.
+        higher_is_better: whether larger values are better.
+        needs_labels: whether labels are needed.
+        needs_original: whether the outputs of the original network are needed.
+        takes_all_outputs: whether all outputs are needed, not only the first floating-point one.
+        span: the range of a sample's number; None if it is unbounded, or much wider than what is
+            common.
+    """
 
     name: str
-    statistics: Callable
-    value: Callable | None = None
+    statistics: Callable[[Any, Any, Any], Any]
+    value: Callable[[np.ndarray], float] | None = None
     higher_is_better: bool = True
     needs_labels: bool = True
     needs_original: bool = False
     takes_all_outputs: bool = False
     span: float | None = None
 
-    def measure(self, outputs, labels, original):
-        """Statistics of a batch; NaN for samples with NaN among their outputs.
+    def measure(
+        self,
+        outputs: np.ndarray | dict[str, np.ndarray],
+        labels: np.ndarray | None,
+        original: np.ndarray | dict[str, np.ndarray] | None,
+    ) -> np.ndarray:
+        """Compute the statistics of a batch.
 
         Args:
-            outputs, original: the first floating-point output; all, name -> array, where
-                `takes_all_outputs`.
+            outputs: the first floating-point output; output name -> array if `takes_all_outputs`.
+            labels: the labels, or None.
+            original: the same outputs of the original network; None unless `needs_original`.
+
+        Returns:
+            float64 array (samples, k), NaN for samples with NaN in the output.
 
         Raises:
             UsageError: the metric does not fit the outputs or labels.
@@ -53,7 +77,7 @@ class Metric:
             raise UsageError(
                 f"{self.name} needs labels, and none were found: name them with --labels"
             )
-        if self.takes_all_outputs:
+        if isinstance(outputs, dict):
             return self.statistics(outputs, labels, original)
         with np.errstate(all="ignore"):
             result = np.asarray(self.statistics(outputs, labels, original), np.float64)
@@ -61,37 +85,42 @@ class Metric:
         result[np.isnan(outputs).reshape(len(outputs), -1).any(1)] = np.nan
         return result
 
-    def value_of(self, statistics):
+    def value_of(self, statistics: np.ndarray) -> float:
+        """The metric's value, from statistics (samples, k); NaN if one is NaN or there are none."""
         if not len(statistics) or np.isnan(statistics).any():
             return float("nan")
         return float(statistics.mean() if self.value is None else self.value(statistics))
 
 
-def find(spec):
-    """The Metric of a name in NAMES, "top3" with any k, or "PKG:FUNCTION", of the user's.
+def metric_named(spec: str | Callable) -> Metric:
+    """Find a metric.
 
-    The last is called with the outputs, name -> array, and the labels or None, and gives a number
-    per sample, of which the value is the mean. Less is better where its attribute
-    `higher_is_better` is False.
+    Args:
+        spec: a name in METRICS, "top3" with any number, a function of the user's, or its name
+            "PKG:FUNCTION". Such a function is called with the outputs, name -> array, and the
+            labels or None, and returns a number per sample; the metric's value is their mean. Less
+            is better if its attribute `higher_is_better` is False.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is no such metric.
+        MissingDependency: the metric needs scikit-learn, which is not installed.
     """
-    if callable(spec) or ":" in spec:
+    if not isinstance(spec, str) or ":" in spec:
         return _custom(spec)
     if match := re.fullmatch(r"top([1-9]\d*)", spec):
-        return Metric(spec, lambda *given: _in_top(int(match[1]), *given), span=1.0)
-    if spec not in NAMES:
-        raise UsageError(f"no metric {spec!r}: choose among {', '.join(NAMES)}, topK, PKG:FUNCTION")
+        return Metric(spec, partial(_in_top, int(match[1])), span=1.0)
+    if spec not in METRICS:
+        known = ", ".join(METRICS)
+        raise UsageError(f"no metric {spec!r}: choose among {known}, topK, PKG:FUNCTION")
     if spec in ("f1", "r2"):
-        _sklearn()
-    return NAMES[spec]
+        _sklearn_metrics()
+    return METRICS[spec]
 
 
-# --- what is measured
+# --- statistics and values of each metric
 
 
-def _classes(scores, name):
+def _classes(scores: np.ndarray, name: str) -> np.ndarray:
     """Scores as (samples, classes)."""
     if scores.ndim > 2 and set(scores.shape[2:]) == {1}:
         scores = scores.reshape(scores.shape[:2])
@@ -102,7 +131,7 @@ def _classes(scores, name):
     return scores
 
 
-def _indices(labels, count, name):
+def _indices(labels: np.ndarray, count: int, name: str) -> np.ndarray:
     """Labels as class indices."""
     labels = np.asarray(labels)
     if labels.ndim == 2 and labels.shape[1] == 1:
@@ -149,20 +178,22 @@ def _labels_and_choices(scores, labels, _):
 
 def _f1(statistics):
     labels, choices = statistics.astype(np.int64).T
-    return _sklearn().f1_score(labels, choices, average="macro", zero_division=0)
+    return _sklearn_metrics().f1_score(labels, choices, average="macro", zero_division=0)
 
 
-def log_probabilities(scores):
-    """Log-probabilities along axis 1: of probabilities as they are, of logits by softmax.
+def log_probabilities(scores: np.ndarray) -> np.ndarray:
+    """Log-probabilities along axis 1, float64, from probabilities or from logits.
 
-    A sample whose scores are in [0, 1] and sum to 1 within 1e-3 is taken to hold probabilities.
+    Scores in [0, 1] that sum to 1 within 1e-3 are probabilities; others are logits, and get a
+    softmax.
     """
     scores = scores.astype(np.float64)
     total = scores.sum(1, keepdims=True)
-    given = ((scores >= 0) & (scores <= 1)).all(1, keepdims=True) & (np.abs(total - 1) < 1e-3)
+    sums_to_one = np.abs(total - 1) < 1e-3
+    probabilities = ((scores >= 0) & (scores <= 1)).all(1, keepdims=True) & sums_to_one
     shifted = scores - scores.max(1, keepdims=True)
     softmax = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    logs = np.where(given, np.log(np.maximum(scores, _SMALLEST)), softmax)
+    logs = np.where(probabilities, np.log(np.maximum(scores, _SMALLEST)), softmax)
     return np.maximum(logs, np.log(_SMALLEST))
 
 
@@ -185,7 +216,7 @@ def _ece(statistics):
 
 
 def _overlaps(scores, labels, _):
-    """Per class the pixels in both masks and in either."""
+    """The numbers of pixels in both masks and in either, by class."""
     labels = np.asarray(labels)
     if scores.ndim == 4 and labels.shape[1:] == scores.shape[1:3] != scores.shape[2:]:
         scores = np.moveaxis(scores, -1, 1)
@@ -211,7 +242,8 @@ def _miou(statistics):
     return (both[either > 0] / either[either > 0]).mean()
 
 
-def _errors(scores, labels, name):
+def _flattened(scores, labels, name):
+    """Scores and labels as float64 (samples, numbers), for metrics of numbers."""
     labels = np.asarray(labels)
     flat = [a.reshape(len(a), -1) for a in (scores, labels)]
     if flat[0].shape != flat[1].shape or labels.dtype.kind not in "iubf":
@@ -223,26 +255,26 @@ def _errors(scores, labels, name):
 
 
 def _mse(scores, labels, _):
-    scores, labels = _errors(scores, labels, "mse")
+    scores, labels = _flattened(scores, labels, "mse")
     return ((scores - labels) ** 2).mean(1)
 
 
 def _mae(scores, labels, _):
-    scores, labels = _errors(scores, labels, "mae")
+    scores, labels = _flattened(scores, labels, "mae")
     return np.abs(scores - labels).mean(1)
 
 
 def _labels_and_predictions(scores, labels, _):
-    scores, labels = _errors(scores, labels, "r2")
+    scores, labels = _flattened(scores, labels, "r2")
     return np.concatenate([labels, scores], 1)
 
 
 def _r2(statistics):
     labels, scores = np.split(statistics, 2, 1)
-    # Undefined on such a part of the data.
+    # R² is undefined where all labels are equal.
     if (labels == labels[0]).all(0).any():
         return float("nan")
-    return _sklearn().r2_score(labels, scores)
+    return _sklearn_metrics().r2_score(labels, scores)
 
 
 def _over_classes(scores, name):
@@ -267,48 +299,50 @@ def _kl(scores, _, original):
     return (np.exp(before) * (before - logs)).sum(1).reshape(len(logs), -1).mean(1)
 
 
-def _custom(spec):
-    function = user_code.load(spec) if isinstance(spec, str) else spec
+def _custom(spec: str | Callable) -> Metric:
+    """The metric of a function of the user's."""
+    function = user_code.function_named(spec) if isinstance(spec, str) else spec
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", "metric")
 
     def statistics(outputs, labels, _):
-        given = np.asarray(user_code.call(function, name, outputs, labels))
+        numbers = np.asarray(user_code.call(function, name, outputs, labels))
         count = len(next(iter(outputs.values())))
-        if given.shape != (count,) or given.dtype.kind not in "iubf":
+        if numbers.shape != (count,) or numbers.dtype.kind not in "iubf":
             raise UsageError(
-                f"{name}: gave {_text(given)}, expected a number per sample, ({count},)"
+                f"{name}: gave {_text(numbers)}, expected a number per sample, ({count},)"
             )
-        return given.astype(np.float64)[:, None]
+        return numbers.astype(np.float64)[:, None]
 
-    better = bool(getattr(function, "higher_is_better", True))
     return Metric(
-        name, statistics, higher_is_better=better, needs_labels=False, takes_all_outputs=True
+        name,
+        statistics,
+        higher_is_better=bool(getattr(function, "higher_is_better", True)),
+        needs_labels=False,
+        takes_all_outputs=True,
     )
 
 
-def _text(array):
+def _text(array: np.ndarray) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
-def _sklearn():
+def _sklearn_metrics() -> ModuleType:
     return require("sklearn.metrics")
 
 
-_free = {"needs_labels": False}
-_less = {"higher_is_better": False}
-NAMES = {
+METRICS = {
     metric.name: metric
     for metric in (
         Metric("accuracy", _accuracy, span=1.0),
         Metric("f1", _labels_and_choices, _f1),
-        Metric("nll", _nll, **_less),
-        Metric("ece", _confidence_and_hit, _ece, **_less),
+        Metric("nll", _nll, higher_is_better=False),
+        Metric("ece", _confidence_and_hit, _ece, higher_is_better=False),
         Metric("miou", _overlaps, _miou),
-        Metric("mse", _mse, **_less),
-        Metric("mae", _mae, **_less),
+        Metric("mse", _mse, higher_is_better=False),
+        Metric("mae", _mae, higher_is_better=False),
         Metric("r2", _labels_and_predictions, _r2),
-        Metric("agreement", _agreement, needs_original=True, span=1.0, **_free),
-        Metric("entropy", _entropy, **_less, **_free),
-        Metric("kl", _kl, needs_original=True, **_less, **_free),
+        Metric("agreement", _agreement, needs_labels=False, needs_original=True, span=1.0),
+        Metric("entropy", _entropy, higher_is_better=False, needs_labels=False),
+        Metric("kl", _kl, higher_is_better=False, needs_labels=False, needs_original=True),
     )
 }

@@ -1,9 +1,15 @@
-"""The curve of a sweep, with intervals: as PNG or SVG by matplotlib, as text by plotext."""
+"""The curve of a sweep, with intervals: as PNG or SVG by matplotlib, as text by plotext.
+
+A sweep is a results.Sweep, which this module does not import: results draws by it.
+"""
 
 import io
 import shutil
+from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +24,14 @@ FORMATS = (".png", ".svg")
 _HALF = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
-def draw(result, path=None):
-    """Draw a Sweep into a file; without one, return the drawing as text.
+def draw(result: Any, path: str | PathLike | None = None) -> str | None:
+    """Draw a sweep into a file, or return the drawing as text if `path` is None.
 
     Raises:
         UsageError: another suffix, or it cannot be written.
         MissingDependency: the package that draws is not installed.
     """
-    check(path)
+    check_drawing(path)
     if path is None:
         return _text(result)
     buffer = io.BytesIO()
@@ -34,17 +40,22 @@ def draw(result, path=None):
     return None
 
 
-def check(path):
-    """Raise what `draw` would raise before there is a result."""
+def check_drawing(path: str | PathLike | None) -> None:
+    """Check that `draw` will work, before there is a result.
+
+    Raises:
+        UsageError: another suffix.
+        MissingDependency: the package that draws is not installed.
+    """
     if path is not None and Path(path).suffix.lower() not in FORMATS:
         raise UsageError(f"{path}: drawings go to {' or '.join(FORMATS)}")
     require("plotext" if path is None else "matplotlib")
 
 
-def _curves(result):
-    """Label -> points, one for each c; the original belongs to all."""
+def _curves(result: Any) -> Iterator[tuple[str, list]]:
+    """Label and points of each curve: one per c, and the original belongs to all."""
     shared = result.original
-    by_coeff = {}
+    by_coeff: dict[float | None, list] = {}
     for point in result.points:
         if point is not shared:
             by_coeff.setdefault(point.coeff, []).append(point)
@@ -53,10 +64,9 @@ def _curves(result):
         yield label, sorted([*points, shared], key=lambda point: point.beta)
 
 
-def _figure(result):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+def _figure(result: Any) -> Any:
+    """A matplotlib Figure."""
+    figure = require("matplotlib.figure").Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for label, points in _curves(result):
         betas = [point.beta for point in points]
@@ -65,9 +75,9 @@ def _figure(result):
         (line, *_) = axes.errorbar(
             betas, values, halves, marker="o", markersize=3, elinewidth=0.7, label=label
         )
-        # The paired interval is the narrower: whether a point differs from the original.
+        # The paired interval is narrower: it shows whether a point differs from the original.
         ends = [[p.gain_low - p.gain for p in points], [p.gain_high - p.gain for p in points]]
-        band = np.add(values, ends)  # Symmetric: it does not matter which way is better.
+        band = np.add(values, ends)  # Symmetric, so for metrics where less is better too.
         axes.fill_between(betas, *band, alpha=0.25, color=line.get_color(), linewidth=0)
     axes.axhline(result.original.value, color="gray", linestyle=":", label="original")
     best = result.best
@@ -81,9 +91,8 @@ def _figure(result):
     return figure
 
 
-def _text(result):
-    import plotext
-
+def _text(result: Any) -> str:
+    plotext = require("plotext")
     figure = plotext.figure
     figure.clear()
     figure.plot_size(min(shutil.get_terminal_size().columns, 100), 20)

@@ -4,16 +4,21 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import InputFileError, UsageError
 from ..model import files
-from ..optional import check
+from ..optional import check_installed, require
 from . import intervals, racing
-from .engine import ORIGINAL
+from .engine import ORIGINAL_POINT, BetaCoeff
+from .journal import Journal
+from .metrics import Metric
 
 FORMATS = (".csv", ".json", ".parquet")
 
@@ -24,7 +29,7 @@ class Point:
 
     `error` is the standard error of `value`. `gain` is by how much it is better than the original
     on the same samples, whichever way the metric goes, and `gain_low` to `gain_high` is its 95 %
-    interval. `coeff` is None where it is the model's own.
+    interval. `coeff` is None where it is the model's own. `samples` is how many were measured.
     """
 
     beta: float
@@ -37,11 +42,21 @@ class Point:
     samples: int
 
 
-class Table:
-    """Base of results with `points`, a list of dataclasses of one kind, and `document()`."""
+class ResultTable:
+    """Base of results with `points`, dataclasses of one kind, which are rows of a table."""
 
-    def to_csv(self, path=None):
-        """Write the points to a CSV file, or return its text where `path` is None."""
+    points: list[Any]
+
+    def document(self) -> dict[str, Any]:
+        """The result as a dict that JSON can hold."""
+        raise NotImplementedError
+
+    def to_csv(self, path: str | PathLike | None = None) -> str | None:
+        """Write the points to a CSV file, or return its text if `path` is None.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
         text = io.StringIO()
         writer = csv.DictWriter(text, list(asdict(self.points[0])), lineterminator="\n")
         writer.writeheader()
@@ -51,7 +66,7 @@ class Table:
         files.write(path, text.getvalue().encode())
         return None
 
-    def write(self, path):
+    def write(self, path: str | PathLike) -> None:
         """Write to a .csv, .json or .parquet file.
 
         Raises:
@@ -65,17 +80,15 @@ class Table:
             text = json.dumps({"schema_version": 1, **self.document()}, indent=2) + "\n"
             files.write(path, text.encode())
         else:
-            import pyarrow
-            import pyarrow.parquet
-
             buffer = io.BytesIO()
-            rows = pyarrow.Table.from_pylist([asdict(point) for point in self.points])
-            pyarrow.parquet.write_table(rows, buffer)
+            rows = [asdict(point) for point in self.points]
+            table = require("pyarrow").Table.from_pylist(rows)
+            require("pyarrow.parquet").write_table(table, buffer)
             files.write(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)
-class Sweep(Table):
+class Sweep(ResultTable):
     """The result: `points` by c and β, `best` and `original` among them.
 
     `race` is a racing.Outcome, None for a grid; `broken` counts samples that were skipped, and
@@ -91,78 +104,119 @@ class Sweep(Table):
     broken: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def document(self):
+    def document(self) -> dict[str, Any]:
         """The result as a dict that JSON can hold."""
-        race = self.race and {
-            **{"passes": self.race.passes, "grid_passes": self.race.grid_passes},
-            **{"within": self.race.within, "confidence": self.race.confidence},
-            **{"approximate": self.race.approximate, "left": len(self.race.left)},
-        }
+        race = None
+        if self.race is not None:
+            race = {
+                "passes": self.race.passes,
+                "grid_passes": self.race.grid_passes,
+                "within": self.race.within,
+                "confidence": self.race.confidence,
+                "approximate": self.race.approximate,
+                "left": len(self.race.left),
+            }
         document = {
-            **{"metric": self.metric, "higher_is_better": self.higher_is_better},
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
             "points": [asdict(point) for point in self.points],
-            **{"best": asdict(self.best), "original": asdict(self.original)},
-            **{"race": race, "broken": self.broken, "notes": self.notes},
+            "best": asdict(self.best),
+            "original": asdict(self.original),
+            "race": race,
+            "broken": self.broken,
+            "notes": self.notes,
         }
         return without_nan(document)
 
-    def plot(self, path=None):
+    def plot(self, path: str | PathLike | None = None) -> str | None:
         """Draw the curve with its 95 % intervals: into a .png or .svg file, or as text,
-        returned."""
+        returned.
+
+        Raises:
+            UsageError: another suffix, or the file cannot be written.
+            MissingDependency: matplotlib, or plotext for text, is not installed.
+        """
         from . import plot
 
         return plot.draw(self, path)
 
 
-def result_of(metric, points, book, outcome, notes):
-    """The Sweep of what a Journal holds; `outcome` is that of a race, or None.
+def result_of(
+    metric: Metric,
+    points: Sequence[BetaCoeff],
+    journal: Journal,
+    outcome: racing.Outcome | None,
+    notes: Sequence[str],
+) -> Sweep:
+    """Make a Sweep of what was measured.
+
+    Args:
+        metric: the metric.
+        points: all points, the original first.
+        journal: the metric's statistics at each.
+        outcome: that of a race; None for a grid.
+        notes: lines that a user should see.
 
     Raises:
         UsageError: the metric is NaN everywhere.
         InputFileError: there was no sample.
     """
-    held = {i: book.statistics(i) for i in range(len(points))}
-    if not len(held[ORIGINAL]):
+    statistics = {i: journal.statistics(i) for i in range(len(points))}
+    original = statistics[ORIGINAL_POINT]
+    if not len(original):
         raise InputFileError("the data hold no sample that can be read")
-    measured = [_point(metric, *points[i], held[i], held[ORIGINAL]) for i in held]
+    results = [_point(metric, points[i], statistics[i], original) for i in statistics]
     notes = list(notes)
-    values = {point.value for point in measured if not math.isnan(point.value)}
+    values = {result.value for result in results if not math.isnan(result.value)}
     if not values:
-        held_nan = np.isnan(held[ORIGINAL]).any()
-        why = "the outputs hold NaN" if held_nan else "the labels, or samples, are all alike"
-        raise UsageError(f"{metric.name} is NaN at every point: {why}")
+        nan = np.isnan(original).any()
+        reason = "the outputs hold NaN" if nan else "the labels, or samples, are all alike"
+        raise UsageError(f"{metric.name} is NaN at every point: {reason}")
     if len(values) == 1 and len(points) > 1:
-        notes.append(f"{metric.name} is {values.pop():.6g} at every point: it tells nothing apart")
+        notes.append(
+            f"{metric.name} is {values.pop():.6g} at every point: none is better than the original"
+        )
     if outcome is None:
         distances = [abs(1 - beta) for beta, _ in points]
-        best = racing.leader(metric, held, list(held), distances)
+        best = racing.leader(metric, statistics, list(statistics), distances)
     else:
         best = outcome.best
-    broken = sum(book.broken.values())
+    broken = sum(journal.broken.values())
     if broken:
         notes.append(f"skipped {broken} unreadable images")
-    ordered = sorted(measured, key=lambda p: (-1 if p.coeff is None else p.coeff, p.beta))
-    first = measured[ORIGINAL]
     return Sweep(
-        metric.name, metric.higher_is_better, ordered, measured[best], first, outcome, broken, notes
+        metric=metric.name,
+        higher_is_better=metric.higher_is_better,
+        points=sorted(results, key=lambda p: (-1 if p.coeff is None else p.coeff, p.beta)),
+        best=results[best],
+        original=results[ORIGINAL_POINT],
+        race=outcome,
+        broken=broken,
+        notes=notes,
     )
 
 
-def _point(metric, beta, coeff, statistics, original):
-    # In a race it may have seen fewer samples: the first ones.
+def _point(
+    metric: Metric, beta_coeff: BetaCoeff, statistics: np.ndarray, original: np.ndarray
+) -> Point:
+    # A point that dropped out of a race has fewer samples: the first ones.
     paired = original if statistics is original else original[: len(statistics)]
+    beta, coeff = beta_coeff
+    gain, low, high = intervals.gain(metric, statistics, paired)
     return Point(
-        beta,
-        coeff,
-        metric.value_of(statistics),
-        intervals.error(metric, statistics),
-        *intervals.gain(metric, statistics, paired),
-        len(statistics),
+        beta=beta,
+        coeff=coeff,
+        value=metric.value_of(statistics),
+        error=intervals.standard_error(metric, statistics),
+        gain=gain,
+        gain_low=low,
+        gain_high=high,
+        samples=len(statistics),
     )
 
 
-def check_format(path):
-    """The suffix of a file of results.
+def check_format(path: str | PathLike) -> str:
+    """Return the suffix of a file that results are to be written to.
 
     Raises:
         UsageError: it is none of FORMATS.
@@ -172,12 +226,12 @@ def check_format(path):
     if kind not in FORMATS:
         raise UsageError(f"{path}: results go to {', '.join(FORMATS)}")
     if kind == ".parquet":
-        check("pyarrow")
+        check_installed("pyarrow")
     return kind
 
 
-def without_nan(value):
-    """A document with None for numbers that JSON has no way to write."""
+def without_nan(value: Any) -> Any:
+    """A document for JSON, with None for NaN and infinity, which JSON cannot write."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

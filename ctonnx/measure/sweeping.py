@@ -1,52 +1,111 @@
-"""Sweeping β, and c, over a data set: `ctonnx.sweep` and what it returns."""
+"""Sweeping β, and c, over a data set: `ctonnx.sweep`."""
 
 import itertools
 import os
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from onnx import ModelProto
 
 from .. import ctu
+from ..data.images import Transform
 from ..data.open import DataOptions, open_source
-from ..data.source import Stream
+from ..data.source import Source, Stream
 from ..errors import UsageError
 from ..model import files
 from ..rewriting.steer import steer_or_set
-from . import engine as runner
-from . import intervals, journal, metrics, racing
-from .results import check_format, result_of
+from . import intervals, racing
+from .engine import BetaCoeff, Job, Measured, Runner, Steerable, Work, prepare, run_local
+from .journal import Journal
+from .metrics import metric_named
+from .results import Sweep, check_format, result_of
 
 SEARCHES = ("grid", "racing")
 ENGINES = ("local", "ray")
 
 _MOST_POINTS = 10_000
 
+# Does some work and yields each piece that is done.
+Execute = Callable[[Work], Iterator[Measured]]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where a sweep runs: the arguments of `sweep` with these names."""
+
+    engine: str = "local"
+    address: str | None = None
+    gpus: float = 0
+    providers: Sequence | None = None
+
+    def check(self) -> None:
+        """Raise a UsageError if the options do not go together."""
+        _check_choice("engine", self.engine, ENGINES)
+        if self.engine == "local" and (self.address is not None or self.gpus):
+            raise UsageError("address and gpus apply only to engine ray: leave them out")
+        if self.gpus < 0:
+            raise UsageError(f"gpus must not be negative, got {self.gpus:g}")
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the best point is looked for: `search` and `confidence`, as for `sweep`."""
+
+    method: str = "grid"
+    confidence: float = 0.95
+
+    def check(self) -> None:
+        """Raise a UsageError if an option is out of range."""
+        _check_choice("search", self.method, SEARCHES)
+        if not 0.5 <= self.confidence < 1:
+            raise UsageError(f"confidence must lie in [0.5, 1), got {self.confidence!r}")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a sweep is written: `output` and its options, as for `sweep`."""
+
+    path: str | PathLike | None = None
+    force: bool = False
+    resume: bool = False
+
+    def check(self) -> None:
+        """Raise a CtonnxError if the result could not be written."""
+        if self.path is not None:
+            check_format(self.path)
+            files.check_output(self.path, self.force)
+        elif self.resume:
+            raise UsageError("resume needs an output: progress is saved beside it")
+
 
 def sweep(
-    model,
-    dataset,
-    betas="0.7:1.0:0.01",
-    metric="accuracy",
+    model: str | Path | ModelProto,
+    dataset: Any,
+    betas: str | float | Iterable[float] = "0.7:1.0:0.01",
+    metric: str | Callable = "accuracy",
     *,
-    coeffs=None,
-    labels=None,
-    batch_size=None,
-    images=None,
-    skip_broken=False,
-    search="grid",
-    confidence=0.95,
-    providers=None,
-    engine="local",
-    address=None,
-    gpus=0,
-    output=None,
-    force=False,
-    resume=False,
-    progress=None,
-):
+    coeffs: str | float | Iterable[float] | None = None,
+    labels: str | PathLike | None = None,
+    batch_size: int | None = None,
+    images: Transform | None = None,
+    skip_broken: bool = False,
+    search: str = "grid",
+    confidence: float = 0.95,
+    providers: Sequence | None = None,
+    engine: str = "local",
+    address: str | None = None,
+    gpus: float = 0,
+    output: str | PathLike | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Callable[[int | None], AbstractContextManager] | None = None,
+) -> Sweep:
     """Measure a model at every β on a data set, and find the best.
 
     Args:
@@ -56,22 +115,27 @@ def sweep(
             labels), one such pair, or inputs alone.
         betas, coeffs: numbers in [0, 1], or as text "0.7:1.0:0.01" or "0.8,0.9". The original, at
             β = 1, is always a point. Without `coeffs` c is the model's own, or 0.5.
-        metric: a name of ctonnx.metrics.NAMES, "top5", "PKG:FUNCTION" or a function.
+        metric: "accuracy", "f1", "nll", "ece", "miou", "mse", "mae", "r2", "agreement", "entropy",
+            "kl", "top5" or another number, "PKG:FUNCTION" or a function: see
+            ctonnx.measure.metrics.
         labels: the name of the labels' array or column, or the path of an .npy file.
-        batch_size: samples per run; the model's own where it is fixed, else 32.
-        images: an images.Transform.
+        batch_size: samples per run; if None, the model's own where that is fixed, else 32.
+        images: how images are prepared: a ctonnx.data.images.Transform.
         skip_broken: leave out images that cannot be read, and count them.
         search: "grid" measures every point on all data. "racing" drops points that are
-            significantly worse on growing random subsets: see ctonnx.racing.
-        confidence: of racing; approximate for most metrics: see ctonnx.racing.
+            significantly worse on growing random subsets: see ctonnx.measure.racing.
+        confidence: that of racing; approximate for most metrics: see ctonnx.measure.racing.
         providers: execution providers, as for `ctonnx.session`.
-        engine: "local", or "ray" for an existing Ray cluster at `address`, with `gpus` per task.
-        output: a .csv, .json or .parquet file to write the points to. What is measured is kept in
-            OUTPUT.progress until then, where `resume` takes it up: with the same model, data and
-            options, but functions are known by their names alone.
+        engine: "local", or "ray" for an existing Ray cluster.
+        address: address of the Ray cluster; the running one if None.
+        gpus: GPUs per task on the Ray cluster.
+        output: a .csv, .json or .parquet file to write the points to. Progress is saved in
+            OUTPUT.progress until it is written.
         force: overwrite `output`.
-        progress: called with the number of runs to do, where known, and gives a context manager
-            for an object whose `update` is called with the runs done since.
+        resume: continue from OUTPUT.progress, which must be of the same model, data and options;
+            functions are known by their names alone.
+        progress: called with the number of runs to do, None if unknown; returns a context manager
+            for an object whose `update` is called with the number of runs done since.
 
     Returns:
         Sweep.
@@ -83,120 +147,177 @@ def sweep(
         InputFileError: the data, or the progress file, cannot be read.
         MissingDependency: a package is missing.
     """
-    _check_choices(search, engine)
-    if not 0.5 <= confidence < 1:
-        raise UsageError(f"confidence must lie in [0.5, 1), got {confidence!r}")
-    if engine == "local" and (address is not None or gpus):
-        raise UsageError("address and gpus are of engine ray: leave them out")
-    if gpus < 0:
-        raise UsageError(f"gpus must not be negative, got {gpus:g}")
-    if output is not None:
-        check_format(output)
-        files.check_output(output, force)
-    elif resume:
-        raise UsageError("resume goes with an output: progress is kept beside it")
+    searching = Search(search, confidence)
+    execution = Execution(engine, address, gpus, providers)
+    target = Output(output, force, resume)
+    for options in searching, execution, target:
+        options.check()
+    intervals.quantile(intervals.LEVEL, 1)  # Fail early if scipy is missing.
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
-    chosen = metrics.find(metric)
-    steerable = runner.prepare(model, coeffs is not None)
+    chosen_metric = metric_named(metric)
+    steerable = prepare(model, coeffs is not None)
     if engine == "ray":  # Its workers may be in another folder.
-        dataset, labels = map(_absolute, (dataset, labels))
-    opening = partial(
+        dataset, labels = _absolute(dataset), _absolute(labels)
+    open_data = partial(
         open_source,
         dataset,
         steerable.inputs,
         DataOptions(labels, batch_size, images, skip_broken),
         shuffle=search == "racing",
     )
-    source = opening()
-    steerable.notes.extend(source.notes)
-    folders = len(getattr(source, "classes", ()))
-    if 1 < folders < (steerable.scores or 0):
-        steerable.notes.append(
-            f"{dataset} has folders of {folders} classes, the model scores of {steerable.scores}: "
-            f"they were labelled 0 to {folders - 1}, in order; where one is missing, make an empty "
-            "folder of its name"
-        )
+    source = open_data()
+    notes = [*steerable.notes, *source.notes, *_class_notes(dataset, source, steerable)]
     count = _length(source)
     if count is None and (search, engine) != ("grid", "local"):
-        raise UsageError(f"{search} search on {engine}: the factory's iterable must have a length")
-    intervals.quantile(intervals.LEVEL, 1)  # What is missing is better said now than in the end.
-    header = {}
-    if output is not None:
-        header = {"version": 2, "model": steerable.identity(), "data": source.identity()}
-        header |= {"points": points, "metric": chosen.name, "providers": providers}
-        header |= {"search": search, "confidence": confidence}
-    if engine == "ray":
-        from .cluster import Cluster
+        what = "racing" if search == "racing" else "engine ray"
+        raise UsageError(f"the factory's iterable must have a length for {what}")
 
-        work_on = Cluster(address, gpus, opening, providers, steerable, chosen, points).run
-    else:
-        runs = runner.Runner(steerable, providers)
-
-        def work_on(work):
-            return runner.run_local(runs, source, chosen, points, work)
-
-    book, outcome = journal.Journal(progress_path(output), header, resume), None
-    share = racing.BUDGET if search == "racing" else 1
-    total = None if count is None else int(share * count * len(points))
-    done = False
-    try:
+    job = Job(steerable, open_data, chosen_metric, points, providers)
+    header = None if output is None else _header(job, source, searching)
+    execute = _executor(job, source, execution)
+    with Journal(progress_path(output), header, resume) as journal:
+        total = _count_runs(searching, count, len(points))
         with progress(total) if progress else nullcontext() as bar:
-            evaluate = _evaluator(book, work_on, bar)
-            if search == "racing":
-                ones = np.array([abs(1 - beta) for beta, _ in points])
-                outcome = racing.race(
-                    evaluate, book.statistics, chosen, len(points), count, ones, confidence
-                )
-                if not source.random:
-                    outcome = replace(outcome, within=float("nan"), confidence=None)
-                elif isinstance(source, Stream) and outcome.passes < outcome.grid_passes:
-                    # A batch's samples may be alike, and count as fewer.
-                    outcome = replace(outcome, approximate=True)
+            outcome = None
+            evaluate = partial(_evaluate, journal, execute, bar)
+            if count is not None and search == "racing":
+                outcome = _race(job, source, count, searching.confidence, journal, evaluate)
             else:
                 evaluate(itertools.count() if count is None else range(count), range(len(points)))
-        result = result_of(chosen, points, book, outcome, steerable.notes)
+        result = result_of(chosen_metric, points, journal, outcome, notes)
         if output is not None:
             result.write(output)
-        done = True
-    finally:
-        book.close(done)
     return result
 
 
-def _evaluator(book, work_on, bar):
-    """A function that does the work on (batches, points) that the journal lacks."""
-
-    def evaluate(batches, points):
-        def missing():
-            for batch in batches:
-                lacking = book.missing(batch, points)
-                if bar:
-                    bar.update(len(points) - len(lacking))
-                if lacking:
-                    yield batch, lacking
-
-        for batch, measured, statistics, broken in work_on(missing()):
-            book.add(batch, measured, statistics, broken)
-            if bar:
-                bar.update(len(measured))
-
-    return evaluate
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _points(betas, coeffs):
-    """All (β, c), the original first: at β = 1 every c gives it."""
+def _points(betas: list[float], coeffs: Sequence[float | None]) -> list[BetaCoeff]:
+    """All points, the original first: at β = 1 every c gives the original network."""
     middle = 0.5 if 0.5 in coeffs else coeffs[0]
     return [(1.0, middle), *((b, c) for c in coeffs for b in betas if b != 1.0)]
 
 
-def save_best(model, result, path, beta_as="initializer", force=False):
-    """Write the model with the best β, and c, baked in, or β as the default of an input.
+def _absolute(path: Any) -> Any:
+    """The absolute path of an existing file or folder; anything else as it is."""
+    exists = isinstance(path, str | os.PathLike) and os.path.exists(path)
+    return os.path.abspath(path) if exists else path
+
+
+def _class_notes(dataset: Any, source: Source, steerable: Steerable) -> list[str]:
+    """A note if the folders of images are fewer than the model's classes."""
+    folders, scores = len(source.classes), steerable.scores or 0
+    if not 1 < folders < scores:
+        return []
+    return [
+        f"{dataset} has {folders} class folders, but the model scores {scores} classes: the "
+        f"folders are labelled 0 to {folders - 1}, in order; for a missing class, add an empty "
+        "folder of its name"
+    ]
+
+
+def _length(source: Source) -> int | None:
+    """The number of batches; None if it is unknown."""
+    try:
+        return len(source)
+    except TypeError:  # A generator has no length; PyTorch's DataLoader raises it too.
+        return None
+
+
+def _header(job: Job, source: Source, searching: Search) -> dict:
+    """What a progress file must agree in to be resumed."""
+    return {
+        "version": 2,
+        "model": job.steerable.identity(),
+        "data": source.identity(),
+        "points": job.points,
+        "metric": job.metric.name,
+        "providers": job.providers,
+        "search": searching.method,
+        "confidence": searching.confidence,
+    }
+
+
+def _executor(job: Job, source: Source, execution: Execution) -> Execute:
+    """Open the model, here or on the cluster, to do work on it."""
+    if execution.engine == "ray":
+        from .cluster import Cluster
+
+        return Cluster(job, execution.address, execution.gpus).run
+    return partial(run_local, job, Runner(job.steerable, job.providers), source)
+
+
+def _count_runs(searching: Search, batches: int | None, points: int) -> int | None:
+    """The number of runs, at most; None if it is unknown."""
+    share = racing.BUDGET if searching.method == "racing" else 1
+    return None if batches is None else int(share * batches * points)
+
+
+def _evaluate(
+    journal: Journal, execute: Execute, bar: Any, batches: Iterable[int], points: Sequence[int]
+) -> None:
+    """Measure these batches at these points, as far as the journal lacks them."""
+
+    def missing() -> Iterator[tuple[int, list[int]]]:
+        for batch in batches:
+            lacking = journal.missing(batch, points)
+            if bar:
+                bar.update(len(points) - len(lacking))
+            if lacking:
+                yield batch, lacking
+
+    for piece in execute(missing()):
+        journal.add(*piece)
+        if bar:
+            bar.update(len(piece.points))
+
+
+def _race(
+    job: Job,
+    source: Source,
+    batches: int,
+    confidence: float,
+    journal: Journal,
+    evaluate: Callable[[range, list[int]], None],
+) -> racing.Outcome:
+    outcome = racing.race(
+        evaluate,
+        journal.statistics,
+        job.metric,
+        len(job.points),
+        batches,
+        distances=[abs(1 - beta) for beta, _ in job.points],
+        confidence=confidence,
+    )
+    if not source.random:
+        return replace(outcome, within=float("nan"), confidence=None)
+    if isinstance(source, Stream) and outcome.passes < outcome.grid_passes:
+        # The samples of a batch may be alike, and then count as fewer.
+        return replace(outcome, approximate=True)
+    return outcome
+
+
+def save_best(
+    model: str | Path,
+    result: Sweep,
+    path: str | PathLike,
+    beta_as: str = "initializer",
+    force: bool = False,
+) -> str | Path:
+    """Write the model with the best β, and c, baked in, or with β as the default of an input.
 
     Args:
         model: the path that was swept.
         result: its Sweep.
+        path: where to write.
         beta_as: "initializer" or "input".
         force: overwrite `path`.
+
+    Returns:
+        the path written.
 
     Raises:
         UsageError: as for `files.Transaction`.
@@ -208,40 +329,25 @@ def save_best(model, result, path, beta_as="initializer", force=False):
     return edit.output
 
 
-def progress_path(output):
-    """Where a sweep keeps what it has measured until `output` is written."""
+def progress_path(output: str | PathLike | None) -> Path | None:
+    """The file that a sweep saves its progress in until `output` is written."""
     return None if output is None else Path(f"{output}.progress")
 
 
-def _check_choices(search, engine):
-    for name, value, choices in ("search", search, SEARCHES), ("engine", engine, ENGINES):
-        if value not in choices:
-            raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+def grid(name: str, spec: str | float | Iterable[float]) -> list[float]:
+    """The numbers of a grid, ascending.
 
-
-def _absolute(path):
-    """The path of a file or folder that is there; anything else as it is."""
-    held = isinstance(path, str | os.PathLike) and os.path.exists(path)
-    return os.path.abspath(path) if held else path
-
-
-def _length(source):
-    try:
-        return len(source)
-    except TypeError:
-        return None
-
-
-def grid(name, given):
-    """The numbers of a grid in [0, 1], ascending: "0.7:1.0:0.01", "0.5,0.7:0.9:0.1", or numbers.
+    Args:
+        name: what they are, for messages.
+        spec: numbers in [0, 1], or as text "0.7:1.0:0.01" or "0.5,0.7:0.9:0.1".
 
     Raises:
         UsageError: it is not of that form, empty, or too long.
     """
-    if isinstance(given, str):
-        parts = [part.split(":") for part in given.split(",")]
+    if isinstance(spec, str):
+        parts = [part.split(":") for part in spec.split(",")]
     else:
-        parts = [[value] for value in np.atleast_1d(np.asarray(given, object))]
+        parts = [[value] for value in np.atleast_1d(np.asarray(spec, object))]
     values = set()
     for part in parts:
         try:

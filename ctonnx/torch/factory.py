@@ -46,7 +46,7 @@ def _made(target):
     module, _, name = target.partition(":")
     if not module or not name:
         raise UsageError(f"{target}: expected PKG:FACTORY, or a .pt2 file of torch.export.save")
-    factory = user_code.load(target)
+    factory = user_code.function_named(target)
     model = user_code.call(factory, target)
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"{target}: gives a {type(model).__name__}, expected an nn.Module")

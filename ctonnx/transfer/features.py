@@ -151,7 +151,7 @@ def _without_steering(model: str | Path | ModelProto) -> ModelProto | None:
 
 def batches(source) -> Iterator[Batch]:
     """All batches of a source, the next one prepared while one is used."""
-    for _, batch in engine.ahead(source, zip(itertools.count())):
+    for _, batch in engine.prefetch(source, zip(itertools.count())):
         yield batch
 
 

@@ -10,12 +10,12 @@ from onnx import ModelProto
 
 from ..errors import ModelError
 from ..measure import engine, intervals, metrics
-from ..measure.results import Table, without_nan
+from ..measure.results import ResultTable, without_nan
 from ..ort import library, runs
 from . import fit
 from .features import FeatureSet, batches
 
-_ACCURACY = metrics.NAMES["accuracy"]
+_ACCURACY = metrics.METRICS["accuracy"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Seed:
 
 
 @dataclass(frozen=True)
-class Probe(Table):
+class Probe(ResultTable):
     """The result.
 
     `points` has a ProbePoint for each β, ascending. Among them are `original`, at β = 1, which is
@@ -130,7 +130,7 @@ def measure_accuracy(
         if not len(batch):
             continue
         targets.append(fit.indices_of(fit.batch_labels(batch.labels, source), classes))
-        inputs = engine.filled(batch, source.inputs)
+        inputs = engine.padded(batch, source.inputs)
         for each, predicted in zip(models, predictions, strict=True):
             scores = each.run(inputs)[output][: len(batch)]
             predicted.append(scores.argmax(1))

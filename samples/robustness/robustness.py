@@ -204,11 +204,11 @@ def _all(right):
 
 def _row(threat, half, beta, right, original):
     """A row with the accuracy and the gain over the original on the same digits."""
-    metric = metrics.find("accuracy")
+    metric = metrics.metric_named("accuracy")
     one, other = (np.asarray(side, np.float64)[:, None] for side in (right, original))
     gain, low, high = intervals.gain(metric, one, other)
     row = {"threat": threat, "half": half, "beta": beta, "digits": len(right)}
-    row |= {"accuracy": metric.value_of(one), "error": intervals.error(metric, one)}
+    row |= {"accuracy": metric.value_of(one), "error": intervals.standard_error(metric, one)}
     return row | {"gain": gain, "low": low, "high": high}
 
 
