@@ -459,7 +459,7 @@ def test_external_data(tmp_path):
     for where in path, str(path):
         y = Reference(where).run({"x": x})["y"]
         np.testing.assert_allclose(y, x @ w.astype(np.float64), rtol=1e-15)
-    with pytest.raises(ModelError, match="external data are not at hand: give its path"):
+    with pytest.raises(ModelError, match="external data is not in the ModelProto: give its path"):
         Reference(onnx.load(path, load_external_data=False))
     (tmp_path / "there").write_bytes(b"")
     with pytest.raises(ModelError, match="too short"):
