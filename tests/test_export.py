@@ -19,8 +19,8 @@ import ctonnx
 from ctonnx import ctu
 from ctonnx.rewriting import params, rewrite
 from ctonnx.rewriting.checkpoint import pairs
-from ctonnx.torch import CTU, export, factory, restore, steer, trainable
-from ctonnx.torch.export import exported
+from ctonnx.torch import CTU, by_name, export, restore, steer, trainable
+from ctonnx.torch.exporting import run_exporter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",
@@ -335,7 +335,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     before = path.read_bytes()
     with pytest.raises(ctonnx.UsageError, match="exists already"):
         write(model)
-    with pytest.raises(ctonnx.NothingToDo, match="holds no CT unit"):
+    with pytest.raises(ctonnx.NothingToDo, match="has no CT unit"):
         write(nn.ReLU(), force=True)
 
     class Moody(nn.Module):
@@ -479,23 +479,23 @@ def test_a_model_by_name_runs_and_stays_as_it_was(named, capsys):
     model, x = Giving(lambda y: y), torch.randn(2, 3)
     target = named(model)
     for beta in 0.7, 0.9:
-        got, units = factory.run(target, [x.numpy()], ["y"], beta, 0.5)
+        got, units = by_name.run_model(target, [x.numpy()], ["y"], beta, 0.5)
         np.testing.assert_array_equal(got["y"], CTU(beta)(x))
         np.testing.assert_array_equal(units, [got["y"]])
     assert capsys.readouterr() == ("", "made\nran\n" * 2)
     assert type(model) is Giving
     for pair, lack in ((None, 0.5), "beta"), ((0.7, None), "c"):
-        with pytest.raises(ctonnx.UsageError, match=f"have no {lack} in common: let it give"):
-            factory.run(target, [x.numpy()], ["y"], *pair)
+        with pytest.raises(ctonnx.UsageError, match=f"do not share one {lack}: make it return"):
+            by_name.run_model(target, [x.numpy()], ["y"], *pair)
 
 
 def test_an_export_by_name_leaves_the_model_as_it_was(named, tmp_path, capsys, monkeypatch):
     def quicker(model, args, dynamo, options):
-        return exported(model, args, False, options)
+        return run_exporter(model, args, False, options)
 
-    monkeypatch.setattr(factory, "exported", quicker)
+    monkeypatch.setattr(by_name, "run_exporter", quicker)
     model = Giving(lambda y: y)
-    factory.export(named(model), [[2, 3]], tmp_path / "m.onnx", beta=0.7)
+    by_name.export_model(named(model), [[2, 3]], tmp_path / "m.onnx", beta=0.7)
     assert type(model) is Giving
     assert capsys.readouterr().out == ""
 
@@ -505,13 +505,13 @@ def test_outputs_of_a_model_by_name(named):
     x = torch.rand(2, 3) + 1
     given = {"a": lambda y: (y, [None, 2 * y]), "b": nn.Parameter, "c": torch.Tensor.bfloat16}
     nested = named(Giving(lambda y: {key: make(y) for key, make in given.items()}))
-    got, _ = factory.run(nested, [x.numpy()], ["first"], 1.0, 0.5)
+    got, _ = by_name.run_model(nested, [x.numpy()], ["first"], 1.0, 0.5)
     want = {"first": x, "output 1": 2 * x, "output 2": x, "output 3": x.bfloat16().float()}
     assert got.keys() == want.keys()
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value)
     for other in 3, np.zeros(2), "y":
         target = named(Giving(lambda y, other=other: (y, {"n": other})))
-        message = f"{target}: gives an output of type {type(other).__name__}, expected tensors"
+        message = f"{target}: returns an output of type {type(other).__name__}, expected tensors"
         with pytest.raises(ctonnx.UsageError, match=message):
-            factory.run(target, [x.numpy()], ["y"], 0.7, 0.5)
+            by_name.run_model(target, [x.numpy()], ["y"], 0.7, 0.5)

@@ -511,11 +511,11 @@ def test_trainable_tells_what_it_cannot_do():
     [
         (
             lambda s: s | dict.fromkeys(("conv._raw_beta", "conv._raw_coeff"), torch.zeros(1)),
-            "'conv', no activation of the model",
+            "'conv', which is no activation of the model",
         ),
         (
             lambda s: {k: v for k, v in s.items() if k != "act._raw_coeff"},
-            "the pair of 'act' in the checkpoint is not complete",
+            "the checkpoint's pair for 'act' is incomplete",
         ),
         (lambda s: {k: v for k, v in s.items() if k != "conv.bias"}, "Missing key(s)"),
         (lambda s: s | {"head.0.weight": torch.zeros(7, 6)}, "size mismatch for head.0.weight"),

@@ -263,7 +263,7 @@ class _Module:
         self.fed = _fed_betas(model)
 
     def run(self, inputs, names=None):
-        from ..torch import factory
+        from ..torch import by_name
 
         betas = _betas(self._model)
         beta = next(
@@ -272,7 +272,7 @@ class _Module:
         )
         graph = self._model.graph
         order = [v.name for v in graph.input if v.name in inputs and v.name not in betas]
-        outputs, activations = factory.run(
+        outputs, activations = by_name.run_model(
             self._target,
             [inputs[name] for name in order],
             [value.name for value in graph.output],
@@ -289,9 +289,9 @@ class _Module:
 
     def differing(self):
         """Notes on weights of the file that the PyTorch model has otherwise."""
-        from ..torch import factory
+        from ..torch import by_name
 
-        names = factory.differing(self._target, self._model.graph.initializer)
+        names = by_name.differing_weights(self._target, self._model.graph.initializer)
         if names:
             yield (
                 f"{len(names)} weights are not those of {self._target}, such as {names[0]!r}: does "

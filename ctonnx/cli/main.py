@@ -788,9 +788,9 @@ def export(model, inputs, output, as_json, **choices):
     current folder, and gives the nn.Module. A .pt2 file of torch.export.save can take its place.
     """
     shapes = [_sizes("input", text, names=True) for text in inputs]
-    from ..torch import factory
+    from ..torch import by_name
 
-    report, written = factory.export(model, shapes, output, **choices)
+    report, written = by_name.export_model(model, shapes, output, **choices)
     _say_of(report, as_json)
     if as_json:
         replaced = [_as_json(a, "module") for a in report.replaced]

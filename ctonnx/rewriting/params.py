@@ -35,7 +35,7 @@ def load(path):
         from . import checkpoint
 
         state = checkpoint.read_checkpoint(path)
-        return Trained(checkpoint.pairs(state), checkpoint.arrays(state))
+        return Trained(checkpoint.pairs(state), checkpoint.weight_arrays(state))
     try:
         if path.suffix == ".npz":
             return _from_arrays(path)

@@ -1,29 +1,41 @@
-"""PyTorch models by name: `PKG:FACTORY`, a function that makes one, or a file of torch.export."""
+"""PyTorch models by name, for the command line: loading, running and exporting them.
+
+A name, called `target` here, is `PKG:FACTORY`, a function of the user's that returns the model, or
+the path of a .pt2 file of torch.export.save.
+"""
 
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from onnx import ModelProto, TensorProto
+from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from .. import user_code
 from ..errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
 from ..model import files
 from ..model.values import arrays
-from ..rewriting import rewrite
-from ..rewriting.checkpoint import arrays as weights_of
-from ..rewriting.checkpoint import pairs, read_checkpoint
-from ..rewriting.params import differing as differing_from
-from .export import exported, resteer
+from ..rewriting import params, rewrite
+from ..rewriting.checkpoint import pairs, read_checkpoint, weight_arrays
+from .exporting import resteer, run_exporter
 from .steering import is_steered, steer
 from .tct import restore
 from .unit import CTU
 
+# The sizes of an input; a name stands for any size.
+Shape = Sequence[int | str]
 
-def load(target):
-    """The model that `target` names.
+
+def load_model(target: str) -> torch.nn.Module | ExportedProgram:
+    """Load the model that `target` names.
 
     Args:
         target: `package.module:function`, imported from the current folder too and called without
@@ -33,39 +45,46 @@ def load(target):
         nn.Module, in eval mode, or torch.export.ExportedProgram.
 
     Raises:
-        UsageError: there is no such function, it fails, or gives something else.
+        UsageError: there is no such function, it fails, or returns something else.
         ModelError: the file cannot be read.
     """
     with redirect_stdout(sys.stderr):  # What the user's code prints is no result.
-        return _program(target) if target.endswith(".pt2") else _made(target)
+        return _load_program(target) if target.endswith(".pt2") else _call_factory(target)
 
 
-def _made(target):
+def _call_factory(target: str) -> torch.nn.Module:
     module, _, name = target.partition(":")
     if not module or not name:
         raise UsageError(f"{target}: expected PKG:FACTORY, or a .pt2 file of torch.export.save")
     factory = user_code.load(target)
     model = user_code.call(factory, target)
     if not isinstance(model, torch.nn.Module):
-        raise UsageError(f"{target}: gives a {type(model).__name__}, expected an nn.Module")
+        raise UsageError(f"{target}: returns a {type(model).__name__}, expected an nn.Module")
     return model.eval()
 
 
-def _program(path):
+def _load_program(path: str) -> ExportedProgram:
     if not os.path.isfile(path):
         raise ModelError(f"{path}: no such file")
     try:
         return torch.export.load(path)
-    except Exception as error:
+    except Exception as error:  # torch.export.load raises many types for a damaged file.
         raise ModelError(f"{path}: cannot be read by torch.export: {cause(error)}") from None
 
 
-class _Record(torch.overrides.TorchFunctionMode):
-    """Keeps what every CT unit gives, in order."""
+def _load_module(target: str) -> torch.nn.Module:
+    model = load_model(target)
+    if isinstance(model, ExportedProgram):
+        raise UsageError(f"{target}: a .pt2 file cannot be steered here: give a PKG:FACTORY")
+    return model
 
-    def __init__(self):
+
+class _Record(TorchFunctionMode):
+    """Keeps the outputs of all CT units, in order."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.values = []
+        self.values: list[torch.Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -74,139 +93,197 @@ class _Record(torch.overrides.TorchFunctionMode):
         return result
 
 
-def run(target, inputs, names, beta=None, coeff=None):
+def run_model(
+    target: str,
+    inputs: Sequence[np.ndarray],
+    names: Sequence[str],
+    beta: float | None = None,
+    coeff: float | None = None,
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     """Run the model that `target` names, steered.
 
     Args:
-        target: as for `load`, but of a function.
-        inputs: arrays, in the order of its arguments.
-        names: of its outputs, in order; one more is called "output N".
-        beta, coeff: numbers to steer it with, where it holds no CT units of its own.
+        target: as for `load_model`, but not a file.
+        inputs: arrays, in the order of the model's arguments.
+        names: names of its outputs, in order; further ones are called "output N".
+        beta, coeff: numbers to steer it with, where it has no CT units of its own.
 
     Returns:
-        dict from name to array of the outputs, and the list of what its CT units gave.
+        dict from name to array of the outputs, and the list of the outputs of its CT units.
 
     Raises:
-        UsageError: as for `load`; it fails with these inputs, gives what is no tensor, or holds no
-            CT units and beta or coeff is None.
-        ModelError: as for `load`.
+        UsageError: as for `load_model`; the model fails with these inputs, returns anything but
+            tensors, or has no CT units while beta or coeff is None.
     """
-    model = load(target)
-    if isinstance(model, torch.export.ExportedProgram):
-        raise UsageError(f"{target}: is a graph, which cannot be steered: name a PKG:FACTORY")
-    own = is_steered(model) or any(isinstance(module, CTU) for module in model.modules())
-    for name, value in ("beta", beta), ("c", coeff):
-        if value is None and not own:
-            raise UsageError(
-                f"{target}: holds no CT units, and those of the ONNX model have no {name} in "
-                "common: let it give the T-CT model, by ctonnx.torch.restore(model, state_dict)"
-            )
-    steering = nullcontext() if own else steer(model, beta, coeff)
+    model = _load_module(target)
+    has_units = is_steered(model) or any(isinstance(module, CTU) for module in model.modules())
+    if has_units:
+        steering = nullcontext()
+    elif beta is None or coeff is None:
+        name = "beta" if beta is None else "c"
+        raise UsageError(
+            f"{target}: has no CT units, and the CTUs of the ONNX model do not share one {name}: "
+            "make it return the T-CT model, by ctonnx.torch.restore(model, state_dict)"
+        )
+    else:
+        steering = steer(model, beta, coeff)
     record = _Record()
     try:
         with redirect_stdout(sys.stderr), steering, torch.no_grad(), record:
             result = model(*map(torch.from_numpy, inputs))
-        values = [_array(value) for value in _flat(result)]
+        values = [_array(value) for value in _flatten(result)]
     except CtonnxError as error:
         raise UsageError(f"{target}: {error}") from None
-    except Exception as error:  # Whatever the user's module raises.
+    except Exception as error:  # The user's module may raise anything.
         raise UsageError(f"{target}: fails with the model's inputs: {cause(error)}") from error
     names = [*names, *(f"output {i}" for i in range(len(names), len(values)))]
     outputs = arrays(zip(names, values, strict=False))
     return outputs, [_array(value) for value in record.values]
 
 
-def differing(target, initializers):
-    """The names of the TensorProtos that are not what the model that `target` names has under their
-    name; `target` as for `run`."""
-    return list(differing_from(weights_of(load(target).state_dict()), initializers))
+def differing_weights(target: str, initializers: Iterable[TensorProto]) -> list[str]:
+    """The names of the initializers that differ from the model's weights of the same name.
+
+    Args:
+        target: as for `run_model`.
+    """
+    weights = weight_arrays(_load_module(target).state_dict())
+    return list(params.differing(weights, initializers))
 
 
-def _flat(result):
-    """What nested dicts, tuples and lists hold, in order; as exporters do it, without None."""
+def _flatten(result: Any) -> list[Any]:
+    """The values in nested dicts, tuples and lists, in the exporters' order, without None."""
     if isinstance(result, dict):
         result = list(result.values())
     if isinstance(result, tuple | list):
-        return [value for part in result for value in _flat(part)]
+        return [value for part in result for value in _flatten(part)]
     return [] if result is None else [result]
 
 
-def _array(value):
+def _array(value: Any) -> np.ndarray:
     if not isinstance(value, torch.Tensor):
-        raise UsageError(f"gives an output of type {type(value).__name__}, expected tensors")
+        raise UsageError(f"returns an output of type {type(value).__name__}, expected tensors")
     value = value.detach().cpu()
-    # NumPy lacks that type, and ONNX Runtime gives no such arrays.
+    # NumPy lacks bfloat16, and ONNX Runtime returns no such arrays.
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
-def export(target, shapes, output, *, beta=None, coeff=0.5, checkpoint=None, force=False):
+def export_model(
+    target: str,
+    shapes: Sequence[Shape],
+    output: str | os.PathLike[str],
+    *,
+    beta: float | None = None,
+    coeff: float = 0.5,
+    checkpoint: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> tuple[rewrite.Report, Path | Literal["-"]]:
     """Export the model that `target` names, steered.
 
     Args:
-        target: as for `load`.
-        shapes: of its float32 inputs, lists of sizes and of names for dimensions that may have any;
-            none for a .pt2 file, which knows its own.
-        output: where to write.
-        beta, coeff: of all activations, or of those that `checkpoint` has no pair for.
+        target: as for `load_model`.
+        shapes: shapes of its float32 inputs, in order; none for a .pt2 file, which has its own.
+        output: where to write, "-" for standard output.
+        beta, coeff: parameters of all activations, or of those without a pair in `checkpoint`.
         checkpoint: the path of a T-CT state dict.
+        force: overwrite an existing file.
 
     Returns:
-        rewrite.Report, and the Path written.
+        rewrite.Report, and the Path written ("-" as it is).
 
     Raises:
-        UsageError: a wrong argument, or as for `load`, `steer` and `restore`.
+        UsageError: a wrong argument, or as for `load_model`, `steer` and `restore`.
+        InputFileError: the checkpoint cannot be read.
         ModelError: the model cannot be read or exported.
         NothingToDo: there is nothing to steer.
-        MissingDependency: onnxscript is missing.
+        MissingDependency: onnxscript is not installed.
     """
     output = files.check_output(output, force)
+    # PyTorch logs and warns about its internals; its errors are exceptions.
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
     with redirect_stdout(sys.stderr):  # What the user's code prints is no result.
-        report, proto = _built(target, shapes, beta, coeff, checkpoint)
+        model = load_model(target)
+        if isinstance(model, ExportedProgram):
+            if shapes or checkpoint:
+                raise UsageError(
+                    f"{target}: has its own inputs and weights: leave out --input and --checkpoint"
+                )
+            proto, report = _export_program(target, model, beta, coeff)
+        else:
+            if not shapes:
+                raise UsageError(
+                    f"{target}: the shape of its input is missing: --input 1x3x224x224"
+                )
+            proto, report = _export_module(target, model, shapes, beta, coeff, checkpoint)
     return report, files.save(proto, output, force)
 
 
-def _arguments(shapes):
-    """The example arguments, whether the newer exporter takes them, and its options."""
-    # Of a size of 1 it would make a constant.
-    examples = [torch.zeros([2 if isinstance(d, str) else d for d in shape]) for shape in shapes]
-    dims = [
-        {i: torch.export.Dim(d) for i, d in enumerate(shape) if isinstance(d, str)}
-        for shape in shapes
-    ]
-    return tuple(examples), True, {"dynamic_shapes": tuple(dims)} if any(dims) else {}
+_NO_UNIT = "has no CT unit: give --beta or --checkpoint"
 
 
-def _built(target, shapes, beta, coeff, checkpoint):
-    """What `export` writes: rewrite.Report and ModelProto."""
-    # PyTorch's log and warnings are of its own inner life, and errors come as exceptions.
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
-    model = load(target)
-    program = isinstance(model, torch.export.ExportedProgram)
-    if program and (shapes or checkpoint):
-        raise UsageError(f"{target}: has inputs and weights: leave --input and --checkpoint out")
-    if not program and not shapes:
-        raise UsageError(f"{target}: the shape of its input is missing: --input 1x3x224x224")
+def _export_program(
+    target: str,
+    program: ExportedProgram,
+    beta: float | None,
+    coeff: float,
+) -> tuple[ModelProto, rewrite.Report]:
+    proto = _to_onnx(target, program, (), {})
+    if beta is not None:
+        return proto, rewrite.steer(proto, beta, coeff)
+    try:
+        return proto, resteer(proto)
+    except NothingToDo:
+        raise NothingToDo(f"{target}: {_NO_UNIT}") from None
+
+
+def _export_module(
+    target: str,
+    model: torch.nn.Module,
+    shapes: Sequence[Shape],
+    beta: float | None,
+    coeff: float,
+    checkpoint: str | os.PathLike[str] | None,
+) -> tuple[ModelProto, rewrite.Report]:
+    state = None
     if checkpoint is not None:
         state = read_checkpoint(checkpoint)
         model = restore(model, state)
-    steering = nullcontext() if beta is None or program else steer(model, beta, coeff)
+    args, options = _examples(shapes)
+    with nullcontext() if beta is None else steer(model, beta, coeff):
+        proto = _to_onnx(target, model, args, options)
     try:
-        with steering, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            proto = exported(model, *_arguments(shapes))
-    except CtonnxError:
-        raise
-    except Exception as error:  # Whatever the exporter raises, or the model when it runs.
-        raise ModelError(f"{target}: cannot be exported: {cause(error)}") from error
-    if program and beta is not None:
-        return rewrite.steer(proto, beta, coeff), proto
-    try:
-        return resteer(proto), proto
+        return proto, resteer(proto)
     except NothingToDo:
-        if beta is None and checkpoint is not None:
-            pairs(state)  # It says that there is none.
-        lack = "holds no CT unit: give --beta or --checkpoint"
         if beta is not None:
             skipped = [a for a in rewrite.find(proto) if a.status == "skipped"]
-            lack = rewrite.nothing_matched(skipped)
-        raise NothingToDo(f"{target}: {lack}") from None
+            raise NothingToDo(f"{target}: {rewrite.nothing_matched(skipped)}") from None
+        if state is not None:
+            pairs(state)  # raises: it has none
+        raise NothingToDo(f"{target}: {_NO_UNIT}") from None
+
+
+def _examples(shapes: Sequence[Shape]) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """Example arguments of these shapes, and the exporter's options for their named sizes."""
+    # 2 for any size, as the exporter would make a constant of 1.
+    sizes = [[2 if isinstance(d, str) else d for d in shape] for shape in shapes]
+    dims = tuple(
+        {i: torch.export.Dim(d) for i, d in enumerate(shape) if isinstance(d, str)}
+        for shape in shapes
+    )
+    return tuple(map(torch.zeros, sizes)), {"dynamic_shapes": dims} if any(dims) else {}
+
+
+def _to_onnx(
+    target: str,
+    model: torch.nn.Module | ExportedProgram,
+    args: tuple[torch.Tensor, ...],
+    options: dict[str, Any],
+) -> ModelProto:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return run_exporter(model, args, True, options)
+    except CtonnxError:
+        raise
+    except Exception as error:  # The exporter may raise anything, as may the model when it runs.
+        raise ModelError(f"{target}: cannot be exported: {cause(error)}") from error
