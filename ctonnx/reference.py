@@ -1,4 +1,4 @@
-"""`ctonnx.reference.Reference`: any ONNX model in float64, see ctonnx.check.reference."""
+"""`ctonnx.reference.Reference`: runs any ONNX model in float64, see ctonnx.check.reference."""
 
 from .check.reference import Reference
 

@@ -26,16 +26,16 @@ pytest.importorskip("torch")
 from ctonnx.check.ops import OPS
 
 BETA = np.float32(0.85)
-# Not one half, which is blind to c and 1 - c swapped.
+# With one half, c and 1 - c could be swapped unnoticed.
 COEFF = np.float32(0.3)
 
-# In how many of a kind the outputs hide beta.
+# The number of models of a kind whose outputs do not depend on beta.
 BLIND = {}
 
 # Whether the op library is registered, by lowering.
 LIBRARY = {"portable": (False, True), "op": (True,), "primitives": (False,)}
 
-# How many models of each kind are steered, at least.
+# The least number of models of each kind that are steered.
 KINDS = {"node": 17, "simple": 1, "pytorch-converted": 9, "pytorch-operator": 1}
 
 
@@ -60,7 +60,7 @@ def clip(x, low=None, high=None, min=None, max=None):
 
 
 def old_prelu(x, slope):
-    """Before opset 7 a slope is per channel, and broadcasts no other way."""
+    """Before opset 7 a slope is per channel, and does not broadcast."""
     return unit(x, slope.reshape(-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else slope)
 
 
@@ -84,7 +84,7 @@ def op_class(op_type, formula):
 
 
 def oracle(model, inputs):
-    """What the steered model has to give: dict from output name to float64 array.
+    """The expected outputs of the steered model: dict from output name to float64 array.
 
     The activations that `inspect` calls steerable move to the domain "oracle", whose ops are the
     formula; nothing else changes but that floating-point becomes float64.
@@ -124,7 +124,7 @@ def steered(model, beta, lowering):
 
 
 class CTU(OpRun):
-    """The op library's part where the ReferenceEvaluator stands in for ONNX Runtime."""
+    """Stands in for the op library where the ReferenceEvaluator does for ONNX Runtime."""
 
     op_domain = ctu.DOMAIN
 
@@ -137,7 +137,7 @@ def in_reference(model, inputs, library=False):
     # The ReferenceEvaluator forgets new_ops in functions.
     others = [(f.domain, f.name) for f in model.functions if f.name != ctu.OP_TYPE]
     model = inliner.inline_selected_functions(model, others) if others else model
-    # onnx's Loop is wrong; the others that are, are not in these models.
+    # onnx's Loop is wrong; its other wrong ops are not in these models.
     ops = [op for op in OPS if op.__name__ == "Loop"]
     return evaluated(ReferenceEvaluator(model, new_ops=[CTU, *ops] if library else ops), inputs)
 
@@ -160,15 +160,18 @@ def runs_in_onnxruntime(model, inputs):
 
 
 def wrong(expected, actual):
-    """The outputs that differ, in words; `expected` is given the types of `actual`."""
+    """Why outputs differ, a line each; `expected` is cast to the types of `actual`."""
     expected = {k: np.asarray(v).astype(actual[k].dtype) for k, v in expected.items()}
     return [f"{c.name}: {c.reason}" for c in compare(expected, actual) if not c.ok]
 
 
 def assert_follows_the_oracle(model, inputs, original=None):
-    """At beta 1 the original, at 0.85 the oracle, in every lowering; gives whether these differ.
+    """Assert that every lowering follows the original at beta 1 and the oracle at 0.85.
 
-    `original` is what the model gives in ONNX Runtime, where that is known."""
+    `original` is what the model gives in ONNX Runtime, where that is known.
+
+    Returns whether these two differ.
+    """
     run = in_onnxruntime if original or runs_in_onnxruntime(model, inputs) else in_reference
     original = original or run(model, inputs)
     expected = oracle(model, inputs)
@@ -209,8 +212,8 @@ def test_every_model_follows_the_oracle(kind, capsys):
 
 @pytest.mark.parametrize("name", LIGHT_MODELS)
 def test_every_light_model_follows_the_oracle(name):
-    """Given weights that are not all alike, and with its last activation as an output: behind the
-    Softmax nothing shows."""
+    """The weights are made to differ, and the last activation is an output, as behind the Softmax
+    differences would not show."""
     model = light_model(name)
     vary_weights(model)
     last = [node for node in model.graph.node if node.op_type == "Relu"][-1].output[0]
@@ -222,10 +225,10 @@ def test_every_light_model_follows_the_oracle(name):
     model.graph.output[-1].CopyFrom(helper.make_tensor_value_info(last, TensorProto.FLOAT, shape))
     assert assert_follows_the_oracle(model, inputs, original)
     if name not in HEAVY:
-        # The reference run, too, gives what ONNX Runtime does.
+        # The reference run agrees with ONNX Runtime too.
         changed, _ = steered(model, BETA, "portable")
-        for proto, given in (model, original), (changed, in_onnxruntime(changed, inputs)):
-            assert not wrong(Reference(proto).run(inputs), given)
+        for proto, outputs in (model, original), (changed, in_onnxruntime(changed, inputs)):
+            assert not wrong(Reference(proto).run(inputs), outputs)
 
 
 EVERY_PLACE = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
@@ -255,7 +258,7 @@ def put_back(site):
 
 
 def replaced_scalar(name, value):
-    """A mutation: an initializer of the steering holds another value."""
+    """A mutation: an initializer of the steering has another value."""
 
     def mutate(changed, model):
         for tensor in changed.graph.initializer:
@@ -288,7 +291,7 @@ def test_a_wrong_rewrite_fails(mutation, lowering, monkeypatch):
         before = ModelProto()
         before.CopyFrom(proto)
         report = right(proto, *arguments, **options)
-        # At beta 1 all is well, as it would be with most mistakes.
+        # Not at beta 1, where most mistakes do not show.
         if arguments[0] != 1.0 and options["lowering"] == lowering:
             MUTATIONS[mutation](proto, before)
         return report

@@ -471,7 +471,7 @@ def test_export(run, nets):
 NET = ("export", "nets:make", "--input", "1x1x5x5", "-o", "new.onnx")
 OUT = ("--input", "1x3", "-o", "new.onnx", "--beta", "0.8")
 EXPORT_MISTAKES = [
-    ((*NET,), 1, "nets:make: holds no CT unit: give --beta or --checkpoint"),
+    ((*NET,), 1, "nets:make: has no CT unit: give --beta or --checkpoint"),
     ((*NET, "--beta", "2"), 2, "beta must lie in [0, 1]"),
     ((*NET, "--beta", "1", "-o", "digits.onnx"), 2, "digits.onnx: exists already"),
     ((*NET, "--beta", "1", "--input", "1x1"), 3, "nets:make: cannot be exported: "),
@@ -481,7 +481,7 @@ EXPORT_MISTAKES = [
     ((*NET, "--checkpoint", "digits.onnx"), 3, "digits.onnx: cannot be read as weights alone"),
     ((*NET, "--checkpoint", "pickled.pth"), 3, "pickled.pth: cannot be read as weights alone"),
     ((*NET, "--checkpoint", "other.pth"), 2, "does not fit the model: Missing key(s)"),
-    ((*NET, "--checkpoint", "plain.pth"), 2, "no _raw_beta: it is not of a T-CT model"),
+    ((*NET, "--checkpoint", "plain.pth"), 2, "no _raw_beta: it does not come from a T-CT model"),
     (("export", "nets:make", "--input", "1x1x5x5", "--beta", "1"), 2, "Missing option '-o'"),
     (("export", "nets:make", "-o", "new.onnx"), 2, "the shape of its input is missing"),
     (("export", "nets", *OUT), 2, "nets: expected PKG:FACTORY, or a .pt2 file"),
@@ -489,11 +489,11 @@ EXPORT_MISTAKES = [
     (("export", "nets:number", *OUT), 2, "nets:number: the module has no function of that name"),
     (("export", "nets:failing", *OUT), 2, "fails when it is called: KeyError: 'no"),
     (("export", "nets:dict", *OUT), 2, "the module has no function of that name"),
-    (("export", "builtins:dict", *OUT), 2, "builtins:dict: gives a dict, expected an nn.Module"),
+    (("export", "builtins:dict", *OUT), 2, "builtins:dict: returns a dict, expected an nn.Module"),
     (("export", "no.such:net", *OUT), 2, "no.such: cannot be imported: ModuleNotFoundError"),
     (("export", "nets:without", *OUT, "--checkpoint", "linear.pth"), 1, "the model holds none"),
     (("export", "nets:smooth", *OUT), 1, "nets:smooth: no activation to steer: skipped Gelu"),
-    (("export", "n.pt2", *OUT), 2, "leave --input and --checkpoint out"),
+    (("export", "n.pt2", *OUT), 2, "leave out --input and --checkpoint"),
     (("export", "none.pt2", "-o", "new.onnx"), 3, "none.pt2: no such file"),
     (("export", "bad.pt2", "-o", "new.onnx"), 3, "bad.pt2: cannot be read by torch.export"),
     (("patch", "digits.onnx", "--params", "t.pth"), 2, "'1' is no module of an activation"),

@@ -1,4 +1,4 @@
-"""From PyTorch to ONNX: what PyTorch computes is what the file computes, on every way there."""
+"""From PyTorch to ONNX: on every way there, the file computes the same as PyTorch."""
 
 import copy
 import functools
@@ -21,8 +21,8 @@ from ctonnx.rewriting import params
 from ctonnx.rewriting.checkpoint import pairs
 from ctonnx.rewriting.steer import steer as steer_onnx
 from ctonnx.rewriting.steered import SteeredModel
-from ctonnx.torch import CTU, export, factory, restore, steer, trainable
-from ctonnx.torch.export import exported
+from ctonnx.torch import CTU, by_name, export, restore, steer, trainable
+from ctonnx.torch.exporting import run_exporter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning",
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Block(nn.Module):
-    """As in ResNet-18: one module for both ReLUs."""
+    """A block of ResNet-18, which has one module for both ReLUs."""
 
     def __init__(self, width, out, stride):
         super().__init__()
@@ -134,8 +134,8 @@ class All(nn.Module):
         return tuple(part(x) for part, x in zip(self.parts, (a, b, c, d), strict=True))
 
 
-def made():
-    """The model, always the same, in eval mode, and its example."""
+def example():
+    """The model, always the same, in eval mode, and its inputs."""
     torch.manual_seed(0)
     model = All()
     for module in model.modules():
@@ -148,7 +148,7 @@ def made():
 @functools.cache
 def plain(dynamo):
     """The bytes of the model as PyTorch exports it."""
-    model, x = made()
+    model, x = example()
     if dynamo:
         return torch.onnx.export(model, x, verbose=False).model_proto.SerializeToString()
     buffer = io.BytesIO()
@@ -158,8 +158,8 @@ def plain(dynamo):
 
 @functools.cache
 def tuned():
-    """T-CT of the model: pairs at random for each channel, then trained for a few steps."""
-    model, x = made()
+    """The T-CT version of the model: random pairs for each channel, trained for a few steps."""
+    model, x = example()
     with pytest.warns(UserWarning, match="3 activations that are function calls"):
         model = trainable(model, x)
     fitted = [p for key, p in model.named_parameters() if "_raw_" in key]
@@ -177,7 +177,7 @@ def tuned():
 
 
 def runs(proto, x):
-    """What ONNX Runtime computes with the op library and without."""
+    """The outputs of ONNX Runtime with the op library, then without it."""
     data = proto.SerializeToString()
     names = [value.name for value in proto.graph.input]
     feeds = {name: value.numpy() for name, value in zip(names, x, strict=True)}
@@ -186,7 +186,7 @@ def runs(proto, x):
 
 
 def furthest(proto, x, want):
-    """For each output the largest difference between what the file and PyTorch compute."""
+    """For each output the largest difference between the file and PyTorch."""
     onnx.checker.check_model(proto, full_check=True)
     worst = np.zeros(len(want))
     for got in runs(proto, x):
@@ -197,7 +197,7 @@ def furthest(proto, x, want):
     return worst
 
 
-# Threads only get in the way of tensors this small.
+# Threads slow down the work on tensors this small.
 torch.set_num_threads(1)
 
 both = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
@@ -205,7 +205,7 @@ both = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscr
 
 @both
 def test_a_steered_model_is_what_is_exported(dynamo):
-    model, x = made()
+    model, x = example()
     original = model(*x)
     options = {}
     if dynamo:
@@ -215,15 +215,15 @@ def test_a_steered_model_is_what_is_exported(dynamo):
         want = model(*x)
         proto = export(model, x, dynamo=dynamo, **options)
         assert furthest(proto, x, want).max() < 1e-5
-        if dynamo:  # The exporter's options hold.
+        if dynamo:  # The exporter's options take effect.
             more = (*x[:3], torch.randn(5, *UNet.example[1:]))
             assert furthest(proto, more, model(*more)).max() < 1e-5
             assert [value.name for value in proto.graph.input] == list("pqrs")
-    # Steering moves each output by far more than that.
+    # Steering changes each output by far more than that.
     assert furthest(proto, x, original).min() > 1e-2
     patched = ctonnx.patch(onnx.load_from_string(plain(dynamo)), 0.7, 0.4)
     assert furthest(patched, x, want).max() < 1e-5
-    # Nothing else is steered, and nothing less.
+    # `patch` steers the same activations.
     ops, others = (sorted(a.op for a in ctonnx.inspect(m)) for m in (proto, patched))
     assert ops == others
     assert [t.name for t in proto.graph.initializer].count("beta") == 1
@@ -238,12 +238,12 @@ def test_a_steered_model_is_what_is_exported(dynamo):
 
 @both
 def test_trained_pairs_are_what_is_exported_and_what_a_checkpoint_brings(dynamo, tmp_path):
-    model, x = tuned(), made()[1]
+    model, x = tuned(), example()[1]
     want = model(*x)
     proto = export(model, x, dynamo=dynamo)
     assert furthest(proto, x, want).max() < 1e-5
-    assert furthest(proto, x, made()[0](*x)).min() > 1e-2
-    # What makes a pair of the raw one is not in the file.
+    assert furthest(proto, x, example()[0](*x)).min() > 1e-2
+    # The file has neither the raw pairs nor the nodes that compute the pairs.
     assert not any("_raw_" in tensor.name for tensor in proto.graph.initializer)
     assert not any(node.op_type == "Sigmoid" for node in proto.graph.node)
 
@@ -251,14 +251,14 @@ def test_trained_pairs_are_what_is_exported_and_what_a_checkpoint_brings(dynamo,
     (tmp_path / "m.onnx").write_bytes(plain(dynamo))
     written = ctonnx.patch(tmp_path / "m.onnx", params=tmp_path / "t.pth")
     assert furthest(onnx.load(written), x, want).max() < 1e-5
-    again = restore(made()[0], torch.load(tmp_path / "t.pth", weights_only=True))
+    again = restore(example()[0], torch.load(tmp_path / "t.pth", weights_only=True))
     assert all(map(torch.equal, again(*x), want))
 
-    # One channel of one module moves: the comparison sees it, in that network's output alone.
-    given = params.read(tmp_path / "t.pth")
-    beta = given["parts.0.layer2.0.relu"]["beta"]
+    # If one channel of one module differs, the comparison sees it in that network's output alone.
+    trained = params.read(tmp_path / "t.pth")
+    beta = trained["parts.0.layer2.0.relu"]["beta"]
     beta[0, 3] = 1 - beta[0, 3].round()
-    moved = ctonnx.patch(onnx.load_from_string(plain(dynamo)), params=given)
+    moved = ctonnx.patch(onnx.load_from_string(plain(dynamo)), params=trained)
     worst = furthest(moved, x, want)
     assert worst[0] > 1e-4
     assert worst[1:].max() < 1e-5
@@ -275,7 +275,7 @@ def test_trained_pairs_are_what_is_exported_and_what_a_checkpoint_brings(dynamo,
     ids=str,
 )
 def test_element_types(dtype, dynamo):
-    """Of bfloat16, which ONNX Runtime does not feed, the file is only checked."""
+    """In bfloat16, which ONNX Runtime takes no inputs of, the file is only checked."""
     units = [CTU(0.7), CTU([0.3, 0.5, 0.9], 0.2), CTU(lower=-1.0, upper=0.3), CTU(upper=0.2)]
     units.append(CTU(0.8, slope=nn.Parameter(torch.tensor([0.1, 0.2, 0.3]))))
     model, x = nn.Sequential(*units).to(dtype).eval(), torch.randn(4, 3).to(dtype)
@@ -283,19 +283,19 @@ def test_element_types(dtype, dynamo):
     onnx.checker.check_model(proto, full_check=True)
     assert sum(map(ctu.is_ctu, proto.graph.node)) == 5
     if dtype != torch.bfloat16:
-        # Both hold the same beta and c, in float32 in the file.
+        # beta and c are the same in both; in the file they are float32.
         assert furthest(proto, (x,), (model(x),)) < (1e-3 if dtype == torch.float16 else 1e-7)
 
 
 def test_one_part_steered_and_units_by_hand():
-    """Only what is steered in PyTorch is steered in the file."""
+    """The file steers only the activations that are steered in PyTorch."""
     model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()), CTU(0.5, 0.1), nn.ReLU())
     x = torch.randn(3, 4)
     with steer(model[1], 0.7):
         proto = export(model, x, dynamo=False)
         assert furthest(proto, (x,), (model(x),)) < 1e-6
-    found = [(a.status, a.beta) for a in ctonnx.inspect(proto)]
-    assert found == [("steerable", None), ("steered", 0.7), ("steered", 0.5), ("steerable", None)]
+    states = [(a.status, a.beta) for a in ctonnx.inspect(proto)]
+    assert states == [("steerable", None), ("steered", 0.7), ("steered", 0.5), ("steerable", None)]
 
 
 class Branches(nn.Module):
@@ -316,7 +316,7 @@ def test_units_in_branches():
 
 
 def test_a_unit_that_would_be_lost_is_refused():
-    """By the op itself, as CTU takes no such bound."""
+    """The model calls the op itself, as CTU refuses such a bound."""
 
     class Guarding(nn.Module):
         def forward(self, x):
@@ -337,7 +337,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     before = path.read_bytes()
     with pytest.raises(ctonnx.UsageError, match="exists already"):
         write(model)
-    with pytest.raises(ctonnx.NothingToDo, match="holds no CT unit"):
+    with pytest.raises(ctonnx.NothingToDo, match="has no CT unit"):
         write(nn.ReLU(), force=True)
 
     class Moody(nn.Module):
@@ -355,7 +355,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_exported_programs(tmp_path):
-    """An ExportedProgram holds the units as the op, and what makes their beta of the raw one."""
+    """An ExportedProgram has the units as the op, and computes their beta from the raw one."""
     x = torch.randn(2, 3)
     model = trainable(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), x)
     torch.export.save(torch.export.export(model, (x,)), tmp_path / "m.pt2")
@@ -372,7 +372,7 @@ class Two(nn.Sequential):
 
 
 def two(bare):
-    """The pairs of T-CT of a small model, the model's file, its input and what T-CT computes."""
+    """The T-CT pairs of a small model, its ONNX model, its input and the T-CT output."""
     torch.manual_seed(0)
     model, x, buffer = Two(), torch.randn(3, 4), io.BytesIO()
     torch.onnx.export(model, (x,), buffer, dynamo=False)
@@ -386,42 +386,42 @@ def two(bare):
     return params.Trained(pairs(model.state_dict())), proto, x, model(x)
 
 
-def test_where_nothing_names_modules_pairs_go_in_order_and_it_is_said():
-    given, proto, x, want = two(bare=True)
+def test_where_nothing_names_modules_pairs_go_in_order_and_a_note_says_so():
+    trained, proto, x, want = two(bare=True)
     again = onnx.ModelProto.FromString(proto.SerializeToString())
-    report = steer_onnx(again, params=given)
+    report = steer_onnx(again, params=trained)
     assert furthest(again, (x,), (want,)) < 1e-6
     assert any("in order: 1 for n1, 3 for n3" in note for note in report.notes)
     _, named, _, _ = two(bare=False)
-    assert not any("in order" in note for note in steer_onnx(named, params=given).notes)
-    del given["3"]
+    assert not any("in order" in note for note in steer_onnx(named, params=trained).notes)
+    del trained["3"]
     with pytest.raises(ctonnx.UsageError, match="holds 1 pairs, the model 2 activations"):
-        ctonnx.patch(proto, params=given)
+        ctonnx.patch(proto, params=trained)
 
 
 def test_other_weights_than_the_checkpoint_has_are_noted():
-    """T-CT trains a head too, which an older export does not hold."""
-    given, proto, _, _ = two(bare=False)
+    """T-CT trains a head too, which an older export does not have."""
+    trained, proto, _, _ = two(bare=False)
     weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     copy = onnx.ModelProto.FromString(proto.SerializeToString())
-    assert steer_onnx(copy, params=params.Trained(given, weights)).notes == []
+    assert steer_onnx(copy, params=params.Trained(trained, weights)).notes == []
     name = min(weights)
     weights[name] = weights[name] + 1
-    report = steer_onnx(proto, params=params.Trained(given, weights))
+    report = steer_onnx(proto, params=params.Trained(trained, weights))
     (note,) = report.notes
     assert note.startswith("took beta and c alone: 1 weights of the checkpoint differ")
     assert f"such as {name};" in note
 
 
 def test_pairs_go_to_modules_whatever_the_nodes_are_called():
-    given, proto, _, _ = two(bare=False)
+    trained, proto, _, _ = two(bare=False)
     relus = [node for node in proto.graph.node if node.op_type == "Relu"]
-    for node, module in zip(relus, given, strict=True):
+    for node, module in zip(relus, trained, strict=True):
         node.name = "r"
         names = node.metadata_props.add(key="pkg.torch.onnx.name_scopes")
         names.value = repr(["", module])
-    steered = ctonnx.inspect(ctonnx.patch(proto, params=given))
-    for activation, pair in zip(steered, given.values(), strict=True):
+    steered = ctonnx.inspect(ctonnx.patch(proto, params=trained))
+    for activation, pair in zip(steered, trained.values(), strict=True):
         assert np.float32(activation.beta).tolist() == pair["beta"].tolist()
 
 
@@ -434,15 +434,15 @@ def test_a_checkpoint_of_bfloat16_and_of_parameters_is_read(tmp_path):
         assert np.unique(ctonnx.inspect(steered)[0].beta).tolist() == [0.5]
 
 
-def test_a_pair_too_much_or_of_another_width_is_refused():
-    given, proto, _, _ = two(bare=False)
+def test_an_extra_pair_or_one_of_another_width_is_refused():
+    trained, proto, _, _ = two(bare=False)
     with pytest.raises(ctonnx.UsageError, match=r"'head\.1' is no module of an activation"):
-        ctonnx.patch(proto, params=params.Trained({**given, "head.1": given["1"]}))
-    wide = {key: np.tile(value, 2) for key, value in given["1"].items()}
+        ctonnx.patch(proto, params=params.Trained({**trained, "head.1": trained["1"]}))
+    wide = {key: np.tile(value, 2) for key, value in trained["1"].items()}
     with pytest.raises(ctonnx.UsageError, match=r"\[1, 12\] does not broadcast to \[3, 6\]"):
-        ctonnx.patch(proto, params=params.Trained({**given, "1": wide}))
-    # A pair too little leaves an activation as it is.
-    steered = ctonnx.patch(proto, params=params.Trained({"1": given["1"]}))
+        ctonnx.patch(proto, params=params.Trained({**trained, "1": wide}))
+    # An activation without a pair stays as it is.
+    steered = ctonnx.patch(proto, params=params.Trained({"1": trained["1"]}))
     assert [a.status for a in ctonnx.inspect(steered)] == ["steered", "steerable"]
 
 
@@ -450,7 +450,7 @@ def test_a_pair_too_much_or_of_another_width_is_refused():
 
 
 class Giving(nn.Module):
-    """A model that prints, and gives what `call` makes of its input after a ReLU."""
+    """A model that prints, and returns `call` of its input after a ReLU."""
 
     def __init__(self, call):
         super().__init__()
@@ -463,7 +463,7 @@ class Giving(nn.Module):
 
 @pytest.fixture
 def named(monkeypatch):
-    """What makes a model the one that a PKG:FACTORY names, and gives that."""
+    """A function that puts a model behind a PKG:FACTORY name, and returns the name."""
 
     def name(model):
         def make():
@@ -477,43 +477,43 @@ def named(monkeypatch):
 
 
 def test_a_model_by_name_runs_and_stays_as_it_was(named, capsys):
-    """Steered for as long as it runs; what it prints is no result."""
+    """It is steered only while it runs; its prints go to stderr."""
     model, x = Giving(lambda y: y), torch.randn(2, 3)
     target = named(model)
     for beta in 0.7, 0.9:
-        got, units = factory.run(target, [x.numpy()], ["y"], beta, 0.5)
+        got, units = by_name.run_model(target, [x.numpy()], ["y"], beta, 0.5)
         np.testing.assert_array_equal(got["y"], CTU(beta)(x))
         np.testing.assert_array_equal(units, [got["y"]])
     assert capsys.readouterr() == ("", "made\nran\n" * 2)
     assert type(model) is Giving
     for pair, lack in ((None, 0.5), "beta"), ((0.7, None), "c"):
-        with pytest.raises(ctonnx.UsageError, match=f"have no {lack} in common: let it give"):
-            factory.run(target, [x.numpy()], ["y"], *pair)
+        with pytest.raises(ctonnx.UsageError, match=f"do not share one {lack}: make it return"):
+            by_name.run_model(target, [x.numpy()], ["y"], *pair)
 
 
 def test_an_export_by_name_leaves_the_model_as_it_was(named, tmp_path, capsys, monkeypatch):
     def quicker(model, args, dynamo, options):
-        return exported(model, args, False, options)
+        return run_exporter(model, args, False, options)
 
-    monkeypatch.setattr(factory, "exported", quicker)
+    monkeypatch.setattr(by_name, "run_exporter", quicker)
     model = Giving(lambda y: y)
-    factory.export(named(model), [[2, 3]], tmp_path / "m.onnx", beta=0.7)
+    by_name.export_model(named(model), [[2, 3]], tmp_path / "m.onnx", beta=0.7)
     assert type(model) is Giving
     assert capsys.readouterr().out == ""
 
 
 def test_outputs_of_a_model_by_name(named):
-    """They have the exporters' order, in which None is none."""
+    """They come in the exporters' order, without None."""
     x = torch.rand(2, 3) + 1
-    given = {"a": lambda y: (y, [None, 2 * y]), "b": nn.Parameter, "c": torch.Tensor.bfloat16}
-    nested = named(Giving(lambda y: {key: make(y) for key, make in given.items()}))
-    got, _ = factory.run(nested, [x.numpy()], ["first"], 1.0, 0.5)
+    parts = {"a": lambda y: (y, [None, 2 * y]), "b": nn.Parameter, "c": torch.Tensor.bfloat16}
+    nested = named(Giving(lambda y: {key: make(y) for key, make in parts.items()}))
+    got, _ = by_name.run_model(nested, [x.numpy()], ["first"], 1.0, 0.5)
     want = {"first": x, "output 1": 2 * x, "output 2": x, "output 3": x.bfloat16().float()}
     assert got.keys() == want.keys()
     for name, value in want.items():
         np.testing.assert_array_equal(got[name], value)
     for other in 3, np.zeros(2), "y":
         target = named(Giving(lambda y, other=other: (y, {"n": other})))
-        message = f"{target}: gives an output of type {type(other).__name__}, expected tensors"
+        message = f"{target}: returns an output of type {type(other).__name__}, expected tensors"
         with pytest.raises(ctonnx.UsageError, match=message):
-            factory.run(target, [x.numpy()], ["y"], 0.7, 0.5)
+            by_name.run_model(target, [x.numpy()], ["y"], 0.7, 0.5)

@@ -20,7 +20,7 @@ TOLERANCE = {np.float16: 2e-3, np.float32: 1e-6, np.float64: 1e-13}
 
 def runs(graph, feeds):
     """Outputs of the exported graph, with the library and without, from a checked model."""
-    # Of bodies and functions together, graphsurgeon's full sort recurses without end.
+    # graphsurgeon's full sort of subgraphs and functions together recurses without end.
     model = gs.export_onnx(graph.cleanup().toposort(mode="nodes"))
     onnx.checker.check_model(model, full_check=True)
     for library in (True, False):
@@ -41,7 +41,7 @@ def values(dtype=np.float32):
 
 
 def call_counts(graph):
-    """How many inputs each CTU of a graph and its bodies takes."""
+    """How many inputs each CTU of a graph and its subgraphs takes."""
     bodies = [graph, *graph.subgraphs(recursive=True)]
     return [len(node.inputs) for body in bodies for node in body.nodes if node.op == "CTU"]
 
@@ -108,7 +108,7 @@ def test_equal_constants_are_shared_and_names_are_free():
     assert [a is b for a, b in zip(first.inputs[1:], third.inputs[1:], strict=True)] == [
         *(False, True, True)
     ]
-    # A constant that was edited is not that value any more.
+    # A constant that was edited no longer has the value in its name.
     first.inputs[1].values = np.array(0.25, np.float32)
     assert graph.ctu(x, 0.85).inputs[0].inputs[1].name == "ctu_beta_0.85_1"
     graph.tensors(check_duplicates=True)
@@ -136,7 +136,7 @@ BRANCHES = """<ir_version: 8, opset_import: ["" : 17]>
 
 
 def test_bodies():
-    """Bodies share the function, name no tensor as the graphs around them, and keep their values
+    """Subgraphs share the function, name no tensor as the graphs around them, and keep their values
     through another import."""
     graph = gs.import_onnx(parsed(BRANCHES))
     branch = next(node for node in graph.nodes if node.op == "If")
@@ -151,9 +151,9 @@ def test_bodies():
     assert call_counts(graph) == [4, 4, 4]
     x = values()
     again = gs.import_onnx(gs.export_onnx(graph.cleanup().toposort(mode="nodes")))
-    for kept in (graph, again):
-        for taken, expected in ((True, ctu(-x, 0.5)), (False, ctu(x, 0.25, 0.5, 0.5))):
-            for got, second in runs(kept, {"x": x, "c": np.array(taken)}):
+    for version in (graph, again):
+        for condition, expected in ((True, ctu(-x, 0.5)), (False, ctu(x, 0.25, 0.5, 0.5))):
+            for got, second in runs(version, {"x": x, "c": np.array(condition)}):
                 np.testing.assert_allclose(got, expected, atol=1e-6)
                 np.testing.assert_allclose(second, ctu(-x, BETA), atol=1e-6)
 
@@ -205,7 +205,7 @@ def test_several_element_types():
 
 @pytest.mark.parametrize("dtype", ["float", "float16", "double"])
 def test_undeclared_types_are_found(dtype):
-    """Most imported graphs declare none: the weights before X tell."""
+    """Most imported graphs declare no types inside: the tensors before X have one."""
     graph = gs.import_onnx(
         parsed(f"""<ir_version: 8, opset_import: ["" : 17]>
         g ({dtype}[2,3,4] x) => ({dtype}[2,3,4] y) {{ a = Neg(x) b = Add(a, x) y = Relu(b) }}""")
@@ -274,7 +274,7 @@ def test_folding_keeps_it():
 
 @pytest.mark.parametrize("lowering", ["portable", "op"])
 def test_a_patched_graph_takes_more(lowering):
-    """A slope asked for in a graph that was patched without is passed by every CTU."""
+    """If one CTU of a graph that was patched without slopes needs one, every CTU passes one."""
     graph = gs.import_onnx(parsed(MIXED))
     graph = ctonnx.patch(graph, 0.5, ops=["relu"], lowering=lowering)
     assert call_counts(graph) == [3]
@@ -316,13 +316,13 @@ def test_the_first_slope_of_a_patched_graph_comes_from_its_main_graph():
     body.ctu(leaky.inputs[0], BETA, slope=0.25, output=leaky.outputs[0])
     x = values()
     h = ctu(x, 0.5)
-    for taken, expected in ((True, ctu(-h, 0.5)), (False, ctu(h, BETA, 0.5, 0.25))):
-        for (got,) in runs(graph, {"x": x, "c": np.array(taken)}):
+    for condition, expected in ((True, ctu(-h, 0.5)), (False, ctu(h, BETA, 0.5, 0.25))):
+        for (got,) in runs(graph, {"x": x, "c": np.array(condition)}):
             np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_patch_changes_only_what_it_says():
-    """What patch adds survives graphsurgeon's export, and what it did not touch is as before."""
+    """What patch adds survives graphsurgeon's export, and all else is as before."""
     model = parsed(NESTED)
     model.graph.node[0].name = "named"
     model.graph.node[1].doc_string = "lost by graphsurgeon with or without patch"
@@ -333,9 +333,9 @@ def test_patch_changes_only_what_it_says():
     assert len(graph.functions) == 1
 
     def shape(g):
-        held = [(i.name, i.dtype, i.shape) for i in (*g.inputs, *g.outputs)]
+        ends = [(i.name, i.dtype, i.shape) for i in (*g.inputs, *g.outputs)]
         nodes = [[t.name for t in node.outputs] for node in g.nodes]
-        return held, nodes, [shape(body) for body in g.subgraphs()]
+        return ends, nodes, [shape(body) for body in g.subgraphs()]
 
     again = gs.import_onnx(gs.export_onnx(steered))
     assert shape(steered) == shape(graph) == shape(again)
@@ -344,9 +344,9 @@ def test_patch_changes_only_what_it_says():
     assert {status for *_, status in activations} == {"steered"}
     x = values()
     h = ctu(x, BETA)
-    for kept in (steered, again):
-        for taken, expected in ((True, ctu(-h, BETA)), (False, ctu(h, BETA, 0.5, 0.01))):
-            for (got,) in runs(kept, {"x": x, "c": np.array(taken)}):
+    for version in (steered, again):
+        for condition, expected in ((True, ctu(-h, BETA)), (False, ctu(h, BETA, 0.5, 0.01))):
+            for (got,) in runs(version, {"x": x, "c": np.array(condition)}):
                 np.testing.assert_allclose(got, expected, atol=1e-6)
 
 

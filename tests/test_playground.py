@@ -35,10 +35,10 @@ SAMPLE = ROOT / "samples" / "playground"
 COMMAND = [str(Path(sys.executable).with_name("ctonnx")), "playground", "--port"]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-# It looks up its maker's hosts all the same.
+# Chromium contacts its vendor's hosts even so.
 FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 
-# onnxruntime-web computes with other instructions, and CTU by its function.
+# onnxruntime-web uses other instructions, and computes CTU by its function.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
 
 
@@ -46,7 +46,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
 
 
 def a_package(files):
-    """The bytes of a package of npm's with `files`, name -> bytes."""
+    """The bytes of an npm package with `files`, name -> bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in files.items():
@@ -57,7 +57,7 @@ def a_package(files):
 
 
 def an_overwritten_package():
-    """It opens as one, but what it holds can't be unpacked from a quarter on."""
+    """A package that opens, but cannot be unpacked beyond its first quarter."""
     package = a_package(dict.fromkeys(CONTENT, np.random.default_rng(0).bytes(100_000)))
     return package[: len(package) // 4].ljust(len(package), b"\xff")
 
@@ -70,7 +70,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def npm(tmp_path, monkeypatch):
-    """Puts a script in the place of npm, in whose folder `package.tgz` can lie."""
+    """A function that replaces npm by a script, with `package.tgz` in its folder."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
@@ -128,7 +128,7 @@ def test_the_runtime_is_fetched_once_and_anew_when_damaged(cache, npm, monkeypat
         ("cp $here/package.tgz x.tgz", a_package({"other.js": b""}), "is damaged"),
         ("echo '<html>' >x.tgz", b"", "is damaged"),
     ],
-    # A package holds the time when it was made, by which two processes would name it differently.
+    # ids, as the bytes of a package include the time, and test processes must agree on names.
     ids=["no network", "nothing", "another", "cut off", "overwritten", "lacking", "no package"],
 )
 def test_a_runtime_that_cannot_be_fetched_is_one_line(cache, npm, script, package, why):
@@ -179,7 +179,7 @@ def test_without_a_home_one_line_says_what_to_set(monkeypatch):
 
 @pytest.fixture
 def any_runtime(cache, monkeypatch):
-    """Makes a runtime that is none pass for the right one, in this process."""
+    """Makes a fake runtime pass for the right one, in this process."""
     folder = cache / "ctonnx" / "onnxruntime-web-1.30.0"
     folder.mkdir(parents=True)
     for name in playground._FILES:
@@ -235,7 +235,7 @@ def test_the_page_is_installed_and_the_scripts_around_it_are_not():
 
 
 def original(name):
-    """The ReLU network of a model of the page, as ctonnx gives it back."""
+    """The ReLU network of a model of the page, by `unpatch`."""
     model = ctonnx.unpatch(onnx.load(SAMPLE / f"{name}.onnx"))
     assert {node.op_type for node in model.graph.node}.isdisjoint(ctu.OPS)
     assert [value.name for value in model.graph.input] in (["x"], ["image"])
@@ -267,7 +267,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def url(chromium):
-    """Where `ctonnx playground` serves the page, with the true onnxruntime-web."""
+    """The address at which `ctonnx playground` serves the page, with the real onnxruntime-web."""
     process = subprocess.Popen(
         [*COMMAND, "0"],
         stdout=subprocess.PIPE,
@@ -279,7 +279,7 @@ def url(chromium):
     address = process.stdout.readline().strip()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address), process.communicate()[1]
     yield address
-    # Ctrl-C is how it is ended: no error, no traceback.
+    # Ctrl-C ends it, without error or traceback.
     process.send_signal(signal.SIGINT)
     try:
         _, messages = process.communicate(timeout=30)
@@ -291,7 +291,7 @@ def url(chromium):
 
 @pytest.fixture
 def visit(chromium, url):
-    """A function that opens the page. What goes wrong in it, and requests elsewhere, fail."""
+    """A function that opens the page; errors in it, and requests to other hosts, fail the test."""
     contexts, problems, requests = [], [], []
 
     def open_page(**options):
@@ -325,7 +325,7 @@ def drawn(page):
 
 
 def settled(page):
-    """Wait until the page has drawn all that was asked for."""
+    """Wait until the page has drawn everything."""
     before = -1
     while before != (before := drawn(page)):
         page.wait_for_timeout(150)
@@ -417,7 +417,7 @@ def test_the_boundary_is_drawn_where_the_scores_change_sign(visit):
 
 
 def test_the_values_are_those_of_onnxruntime(visit):
-    """All values on the grid, at beta 1 those of the ReLU networks."""
+    """All values on the grid agree, and at beta 1 those of the ReLU networks."""
     page = visit()
     grid = inputs(page, "spiral").reshape(-1, 2)[:10000]
     assert np.ptp(grid, axis=0).min() > 9
@@ -458,7 +458,7 @@ def test_what_the_page_says_is_what_the_networks_do(visit):
         error = np.mean((fit - data["regression"]["curve"]) ** 2)
         assert f"error {error:.3f} " in page.inner_text("#regression-figures")
         count = (output("digits", test["image"]).argmax(1) == test["label"]).sum()
-        # The count comes later, and that of another beta does not stay till then.
+        # The count appears later; until then that of another beta is gone.
         assert beta == 1.0 or "539 of" not in page.inner_text("#held-figures")
         page.wait_for_selector(f"text={count} of 540 new digits read right (539 at")
         assert f"β {beta:.3f}, c 0.50" in page.inner_text("#summary")
@@ -600,14 +600,14 @@ def test_narrow_pages_scroll_down_only_and_are_large_enough_to_touch(visit, widt
           .map((element) => element.getBoundingClientRect().height)"""
     )
     assert min(heights) >= 24  # WCAG 2.2, 2.5.8
-    # The sliders stay in sight with each picture.
+    # The sliders stay visible with each picture.
     page.locator("#regression").scroll_into_view_if_needed()
     assert page.locator("#beta").bounding_box()["y"] >= 0
 
 
 @pytest.fixture(scope="module")
 def axe(chromium, tmp_path_factory):
-    """The source of axe-core, which tells what keeps people from using a page."""
+    """The source of axe-core, which checks accessibility."""
     folder = tmp_path_factory.mktemp("axe")
     command = ["npm", "pack", "axe-core@4.14.1", "--ignore-scripts", "--silent"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -24,7 +24,7 @@ pytest.importorskip("torch")
 
 from ctonnx.check.ops import OPS
 
-# Expected outputs that are written out with few decimals.
+# Tolerances of expected outputs that onnx gives with few decimals.
 ROUNDED = {
     "test_averagepool_2d_ceil_last_window_starts_on_pad": 1e-3,
     "test_gridsample_bicubic": 1e-4,
@@ -32,32 +32,32 @@ ROUNDED = {
 
 
 def wrong(expected, actual, tolerance=None):
-    """The outputs that differ from those of another element type, in words."""
+    """Why outputs differ from expected ones of another element type: a line each."""
     tolerances = {"float16": 2e-3, "bfloat16": 2e-2}
-    found = []
+    reasons = []
     for name, value in expected.items():
         got, value = actual.get(name), np.asarray(value)
         if got is None:
-            found.append(f"{name}: missing")
+            reasons.append(f"{name}: missing")
             continue
         if np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16":
             limit = tolerance or tolerances.get(value.dtype.name, 1e-5)
             value = value.astype(np.float64)
             nan = np.isnan(value)
             if value.shape != got.shape or not np.array_equal(nan, np.isnan(got)):
-                found.append(f"{name}: {got.shape}, not {value.shape}, or NaN elsewhere")
+                reasons.append(f"{name}: {got.shape}, not {value.shape}, or NaN elsewhere")
                 continue
             value, got = np.where(nan, 0.0, value), np.where(nan, 0.0, got)
         else:
             limit = 0.0
         if value.size:
             (one,) = compare({name: value}, {name: got}, limit)
-            found += [] if one.ok else [f"{name}: {one.reason}"]
-    return found
+            reasons += [] if one.ok else [f"{name}: {one.reason}"]
+    return reasons
 
 
 def difference(case):
-    """What differs from a backend case's expected outputs."""
+    """How the reference run differs from a backend case's expected outputs."""
     expected = arrays(case.outputs.items())
     return wrong(expected, Reference(case.model).run(case.inputs), ROUNDED.get(case.name))
 
@@ -89,7 +89,7 @@ def test_ops_give_what_onnx_expects():
 
 
 def test_old_opsets_give_what_onnx_expects():
-    """Most are of opset 6, where operands broadcast by an attribute that is refused."""
+    """Most have opset 6, where operands broadcast by an attribute, which is refused."""
     assert assert_all_agree(backend_cases("pytorch-converted"), 80) == 0
     assert assert_all_agree(backend_cases("pytorch-operator"), 30) == 4
 
@@ -222,12 +222,12 @@ def test_ops_give_what_onnxruntime_gives(row):
         # The indices are an output from opset 8 on.
         several = opset >= 8 or not node.startswith("MaxPool")
         outputs = OUTPUTS.get(node.split()[0], "float[] y") if several else "float[] y"
-        given = ", ".join(output.split()[1] for output in outputs.split(", "))
+        results = ", ".join(output.split()[1] for output in outputs.split(", "))
         text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
-        g ({declared}) => ({outputs}) {{ {given} = {node.replace("'", '"')} }}"""
+        g ({declared}) => ({outputs}) {{ {results} = {node.replace("'", '"')} }}"""
         model = onnx.parser.parse_model(text)
-        held = [numpy_helper.from_array(CONSTANTS[n], n) for n in names if n in CONSTANTS]
-        model.graph.initializer.extend(held)
+        constants = [numpy_helper.from_array(CONSTANTS[n], n) for n in names if n in CONSTANTS]
+        model.graph.initializer.extend(constants)
         expected = Model(model.SerializeToString()).run(inputs)
         differing = wrong(expected, Reference(model).run(inputs))
         assert not differing, (opset, differing)
@@ -235,7 +235,7 @@ def test_ops_give_what_onnxruntime_gives(row):
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6])
 def test_lrn_of_any_size(size):
-    """ONNX Runtime takes no even one. The formula is that of the ONNX docs."""
+    """ONNX Runtime takes no even size. The formula is that of the ONNX docs."""
     text = f"""<ir_version: 8, opset_import: ["" : 13]> g (float[2, 7, 3, 3] x)
         => (float[2, 7, 3, 3] y) {{ y = LRN <size = {size}, alpha = 0.5, beta = 0.5> (x) }}"""
     x = np.random.default_rng(0).normal(size=(2, 7, 3, 3)).astype(np.float32)
@@ -251,10 +251,10 @@ SPECIAL = np.array([-np.inf, -1e4, -30.0, -1.0, -1e-7, 0.0, 1e-7, 0.5, 40.0, 1e4
 
 @pytest.mark.parametrize("slope", [None, 0.0, 0.25, 1.0, 3.0, -2.0])
 def test_ctu_is_the_formula(slope):
-    """That of ctu.ctu, which is another form of it."""
+    """ctu.ctu has the same formula in another form."""
     rng = np.random.default_rng(0)
     x = np.concatenate([SPECIAL, rng.normal(scale=3, size=200), rng.normal(scale=1e-4, size=200)])
-    # The function that the model carries must not be what runs.
+    # The reference must not run the function in the model.
     model = op_model(TensorProto.DOUBLE, slope is not None)
     del model.functions[0].node[:]
     model.functions[0].node.append(helper.make_node("Neg", ["X"], ["Y"]))
@@ -327,7 +327,7 @@ def test_steered_activations_follow_the_formula(lowering, beta_as):
     assert model.SerializeToString() == after != before
 
 
-# In text the half types are their bits: both are 0.1.
+# In text the half types are written as their bits: both are 0.1.
 EVERYWHERE = """<ir_version: 9, opset_import: ["" : 18, "my" : 1]>
 g (float[3] x, float16[3] z, int64 n) => (double[3] y, bool[3] above)
 <float[3] w = {0.1, 0.2, 0.3}, float16[1] v = {11878}, int64[1] three = {3}>
@@ -452,14 +452,14 @@ def test_external_data(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path = tmp_path / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="w.data", size_threshold=0)
-    # ONNX Runtime reads through these, onnx does not.
+    # ONNX Runtime reads through symbolic links, onnx does not.
     (tmp_path / "w.data").rename(tmp_path / "there")
     (tmp_path / "w.data").symlink_to("there")
     x = np.ones((2, 4), np.float32)
     for where in path, str(path):
         y = Reference(where).run({"x": x})["y"]
         np.testing.assert_allclose(y, x @ w.astype(np.float64), rtol=1e-15)
-    with pytest.raises(ModelError, match="external data are not at hand: give its path"):
+    with pytest.raises(ModelError, match="external data is not in the ModelProto: give its path"):
         Reference(onnx.load(path, load_external_data=False))
     (tmp_path / "there").write_bytes(b"")
     with pytest.raises(ModelError, match="too short"):
@@ -467,7 +467,7 @@ def test_external_data(tmp_path):
 
 
 def test_functions_of_any_order_overload_and_opset():
-    """Called with an input and an attribute left out, before they are defined, and twice over."""
+    """Calls leave out an input and an attribute, and come before the definition and twice."""
     model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 17, "my" : 1]>
         g (float[2, 3] x) => (float[2, 3] y) { a = my.outer(x)  y = my.older(a) }
         <domain: "my", opset_import: ["" : 17, "my" : 1]> outer (X) => (Y)
@@ -480,7 +480,7 @@ def test_functions_of_any_order_overload_and_opset():
     values = Reference(model).run({"x": x}, ["a", "y"])
     expected = x.astype(np.float64) * 0.5 + 0.25
     np.testing.assert_allclose(values["a"], expected, rtol=1e-15)
-    # Before opset 13 over all axes from this on.
+    # Before opset 13 Softmax is over all axes from `axis` on.
     np.testing.assert_allclose(values["y"], np.exp(expected) / np.exp(expected).sum(), rtol=1e-14)
 
 

@@ -16,7 +16,7 @@ from ctonnx import ctu as oracle
 from ctonnx.rewriting import params
 from ctonnx.torch import CTU, restore, steer, trainable
 
-# Of torch.jit, which PyTorch means to drop but has not.
+# Warnings of torch.jit, which PyTorch deprecates.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning", "ignore:While compiling:UserWarning"
 )
@@ -38,16 +38,15 @@ def unit(x, beta, coeff=0.5, slope=None, lower=None, upper=None):
 )
 @pytest.mark.parametrize("slope", [None, 0.0, 0.25, 1.0, 1.5])
 def test_values_are_those_of_the_oracle(dtype, bound, slope):
-    """As in design.md for float64; PyTorch's own float32 functions leave twice what is asked of the
-    kernels."""
+    """In float32 PyTorch's own functions allow twice the error that the kernels may have."""
     rng = np.random.default_rng(0)
     x = np.concatenate([rng.normal(size=999), rng.uniform(-1e4, 1e4, 999), [0.0, -0.0]])
     x = torch.from_numpy(x).to(dtype)
-    given = None if slope is None else torch.tensor(slope, dtype=dtype)
+    slope_tensor = None if slope is None else torch.tensor(slope, dtype=dtype)
     for beta in map(np.float32, BETAS):
         for coeff in map(np.float32, COEFFS):
             want = oracle.ctu(x.numpy(), beta, coeff, slope or 0.0)
-            got = unit(x, beta, coeff, given).double().numpy()
+            got = unit(x, beta, coeff, slope_tensor).double().numpy()
             assert (abs(got - want) <= bound * np.maximum(1.0, abs(want))).all(), (beta, coeff)
 
 
@@ -83,7 +82,7 @@ def test_special_values(beta):
 @pytest.mark.parametrize("beta", [0.05, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("slope", [None, 0.0, 0.25, 1.5])
 def test_gradients(beta, slope):
-    """Of x, beta, c and slope, at the kink as well."""
+    """Gradients of x, beta, c and slope, at the kink as well."""
     x = torch.tensor([-3.0, -0.2, 0.0, 0.01, 2.0], dtype=torch.float64, requires_grad=True)
     values = [torch.full((5,), v, dtype=torch.float64, requires_grad=True) for v in (beta, 0.4)]
     if slope is not None:
@@ -106,7 +105,7 @@ def test_gradients_of_bounds():
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_gradient_at_zero_is_that_of_the_smooth_function(beta):
-    """Not 0 or 1, as ReLU's own is: half, or the mean of both slopes."""
+    """It is half, or the mean of both slopes, and not 0 or 1, as that of ReLU itself."""
     x = torch.zeros(1, requires_grad=True)
     unit(x, beta).backward()
     assert x.grad == 0.5
@@ -124,7 +123,7 @@ def test_at_beta_one_values_and_gradients_are_those_of_relu():
 
 
 def test_formula_is_what_is_compared():
-    """The bound of the first test does tell the formula from a neighbour of it."""
+    """The bound of the first test tells the formula from that of a slightly different beta."""
     x = torch.linspace(-3, 3, 99, dtype=torch.float64)
     want = oracle.ctu(x.numpy(), np.float32(0.85), np.float32(0.5))
     assert abs(unit(x, 0.8500001).numpy() - want).max() > 1e-9
@@ -137,7 +136,7 @@ KINKS = [{}, {"slope": 0.1}, {"slope": nn.Parameter(torch.rand(4))}, {"lower": -
 
 
 class Side(nn.ModuleList):
-    """Modules beside each other: one compilation is as quick as one of each."""
+    """Modules side by side, so that one compilation covers all of them."""
 
     def forward(self, x):
         return torch.stack([module(x) for module in self])
@@ -161,7 +160,7 @@ def test_modules_script_compile_and_export(fit):
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 3, 4), (2, 4, 3, 5), (2, 4, 3, 5, 2)], ids=str)
 def test_channels(shape):
-    """The last of 2-D and 3-D inputs, dim 1 of others, as in the authors' code."""
+    """Channels are the last dim of 2-D and 3-D inputs, dim 1 of others, as in the authors' code."""
     beta, x = torch.tensor([0.2, 0.5, 0.8, 1.0]), torch.randn(shape)
     last = x.movedim(1, -1) if len(shape) > 3 else x
     want = torch.stack([unit(last[..., i], b, 0.3) for i, b in enumerate(beta)], -1)
@@ -207,7 +206,7 @@ def test_mistakes(make, message):
 
 
 class Calls(nn.Module):
-    """A model that does `call` between two affine maps."""
+    """A model that runs `call` between two affine maps."""
 
     def __init__(self, call):
         super().__init__()
@@ -219,7 +218,7 @@ class Calls(nn.Module):
 
 SHARED = nn.Parameter(torch.tensor([0.3, 0.1, 0.2]))
 
-# What is called -> slope, lower and upper of the unit that takes its place.
+# Spelling -> the call, and the slope, lower and upper of the unit that takes its place.
 SPELLINGS = {
     "nn.ReLU": (nn.ReLU(), {}),
     "nn.ReLU in place": (nn.ReLU(inplace=True), {}),
@@ -339,11 +338,11 @@ def test_what_ends_steering():
     failing = Calls(lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError), steer(failing, 0.6):
         failing(x)
-    assert torch.relu(x) == 0  # The mode has gone with the exception.
+    assert torch.relu(x) == 0  # The exception ended the mode.
 
 
 def test_steering_follows_the_model():
-    """Copies, threads, replicas, tracing and export compute what the model does."""
+    """Copies, threads, replicas, tracing and export compute the same as the model."""
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
     with steer(model, 0.6):
         want = model(x)
@@ -356,14 +355,14 @@ def test_steering_follows_the_model():
         weights = dict(model.named_parameters())
         assert torch.equal(torch.func.functional_call(model, weights, (x,)), want)
         assert isinstance(model._replicate_for_data_parallel(), type(model))
-        found = []
-        threads = [threading.Thread(target=lambda: found.append(model(x))) for _ in range(4)]
+        outputs = []
+        threads = [threading.Thread(target=lambda: outputs.append(model(x))) for _ in range(4)]
         for thread in threads:
             thread.start()
-        plain = F.relu(model[0](x))  # Not in the model's own call: in no thread steered.
+        plain = F.relu(model[0](x))  # Outside the model's call: not steered.
         for thread in threads:
             thread.join()
-        assert all(torch.equal(y, want) for y in found)
+        assert all(torch.equal(y, want) for y in outputs)
         assert not torch.equal(plain, want)
         with pytest.raises(ctonnx.UsageError, match=r"torch\.jit\.trace"):
             torch.jit.script(model)
@@ -419,7 +418,7 @@ def test_trainable_gives_each_module_a_pair_per_channel():
     assert torch.equal(model.head[1].weight, original.head[1].weight)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    # At that beta it is what steering with the same pair gives.
+    # It computes the same as steering with that pair.
     with steer(original.eval(), torch.sigmoid(torch.tensor(1.386)).item()):
         torch.testing.assert_close(model.eval()(x), original(x), rtol=0, atol=1e-6)
 
@@ -464,7 +463,7 @@ def test_training_moves_the_pairs_and_restore_brings_them_back():
 
 
 def test_a_state_dict_of_the_papers_code_means_what_it_means_there():
-    """Parameters of the input's rank, in the paper's formula, which overflows only beyond these."""
+    """Parameters have the input's rank. The paper's formula does not overflow for these values."""
     model, x = (
         nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()).double(),
         torch.randn(2, 3, 8, 8).double(),
@@ -474,7 +473,7 @@ def test_a_state_dict_of_the_papers_code_means_what_it_means_there():
     want = c * torch.sigmoid(b * y / (1 - b)) * y + (1 - c) * F.softplus(y / (1 - b)) * (1 - b)
     state = {**model.state_dict(), "1._raw_beta": raw_beta, "1._raw_coeff": raw_coeff}
     got = restore(model, state)(x)
-    # But for its epsilon, and float32 parameters here.
+    # The paper's formula has no epsilon, and parameters are float32 here.
     assert abs(got - want).max() < 1e-5
     assert abs(got - F.relu(y)).max() > 1e-2
 
@@ -511,11 +510,11 @@ def test_trainable_tells_what_it_cannot_do():
     [
         (
             lambda s: s | dict.fromkeys(("conv._raw_beta", "conv._raw_coeff"), torch.zeros(1)),
-            "'conv', no activation of the model",
+            "'conv', which is no activation of the model",
         ),
         (
             lambda s: {k: v for k, v in s.items() if k != "act._raw_coeff"},
-            "the pair of 'act' in the checkpoint is not complete",
+            "the checkpoint's pair for 'act' is incomplete",
         ),
         (lambda s: {k: v for k, v in s.items() if k != "conv.bias"}, "Missing key(s)"),
         (lambda s: s | {"head.0.weight": torch.zeros(7, 6)}, "size mismatch for head.0.weight"),
@@ -539,7 +538,7 @@ def test_checkpoint_files(tmp_path):
         assert sorted(loaded) == ["act", "alias", "head.1", "head.2", "head.3"]
         np.testing.assert_array_equal(loaded["act"]["beta"], model.act.beta.detach())
     for content, error in (
-        (model, ctonnx.InputFileError),  # It would have to be unpickled.
+        (model, ctonnx.InputFileError),  # A module is a pickle with code.
         ([1, 2], ctonnx.InputFileError),
         (Several().state_dict(), ctonnx.UsageError),
         ({"act._raw_beta": torch.zeros(3)}, ctonnx.UsageError),

@@ -418,14 +418,14 @@ def tuned():
 def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
     """Steered as the ONNX model is; one activation that is not fails, and is named."""
     pytest.importorskip("onnxscript")
-    from ctonnx.torch import factory
+    from ctonnx.torch import by_name
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "networks_to_compare.py").write_text(NETWORKS)
     name = "networks_to_compare:{}".format
     path = tmp_path / "net.ct.onnx"
-    factory.export(name("net"), [[1, 1, 8, 8]], path, beta=0.85, coeff=0.3)
+    by_name.export_model(name("net"), [[1, 1, 8, 8]], path, beta=0.85, coeff=0.3)
     result = validate.validate(path, module=name("net"))
     assert result.ok
     assert result.against == "networks_to_compare:net in PyTorch"
@@ -452,9 +452,9 @@ def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
         assert {run.diverges for run in result.runs} == {names[1]}
         assert result.notes == [f"not steered, though it could be: {names[1]}"]
 
-    factory.export(name("tuned"), [[1, 1, 8, 8]], path, force=True)
+    by_name.export_model(name("tuned"), [[1, 1, 8, 8]], path, force=True)
     assert validate.validate(path, module=name("tuned")).ok
-    with pytest.raises(UsageError, match="have no beta in common"):
+    with pytest.raises(UsageError, match="do not share one beta"):
         validate.validate(path, module=name("net"))
     with pytest.raises(UsageError, match="give one"):
         validate.validate(path, module=name("net"), against=path)

@@ -91,13 +91,13 @@ class PyTorchRun:
         self.feeds = _recorded_betas(steered)
 
     def run(self, inputs: Arrays, names: list[str] | None = None) -> Arrays:
-        from ..torch import factory
+        from ..torch import by_name
 
         metadata, betas = self._steered.metadata, self._steered.parameters.betas
         beta = next((np.asarray(inputs[n]).item() for n in betas & inputs.keys()), metadata.beta)
         graph = self._steered.proto.graph
         order = [v.name for v in graph.input if v.name in inputs and v.name not in betas]
-        outputs, activations = factory.run(
+        outputs, activations = by_name.run_model(
             self._target,
             [inputs[name] for name in order],
             [value.name for value in graph.output],
@@ -114,9 +114,9 @@ class PyTorchRun:
 
     def notes_on_weights(self) -> Iterator[str]:
         """Yield a note where weights of the file differ from those of the PyTorch model."""
-        from ..torch import factory
+        from ..torch import by_name
 
-        names = factory.differing(self._target, self._steered.proto.graph.initializer)
+        names = by_name.differing_weights(self._target, self._steered.proto.graph.initializer)
         if names:
             yield (
                 f"{len(names)} weights are not those of {self._target}, such as {names[0]!r}: does "

@@ -34,9 +34,9 @@ def export(model, inputs, output, as_json, **choices):
     current folder, and gives the nn.Module. A .pt2 file of torch.export.save can take its place.
     """
     shapes = [options.sizes("input", text, symbols=True) for text in inputs]
-    from ..torch import factory
+    from ..torch import by_name
 
-    report, path = factory.export(model, shapes, output, **choices)
+    report, path = by_name.export_model(model, shapes, output, **choices)
     say_report(report, as_json)
     if as_json:
         replaced = [fields_of(a, "module") for a in report.replaced]

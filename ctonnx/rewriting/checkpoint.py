@@ -1,21 +1,39 @@
-"""State dicts of T-CT models: reading them, and the pairs (beta, c) that they hold."""
+"""State dicts of T-CT models: reading them, and the pairs (beta, c) in them.
+
+They need PyTorch, which is imported only when a function is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..errors import InputFileError, UsageError
 from ..optional import require
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def read_checkpoint(path):
-    """The state dict in a file; weights only, no code is run.
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the state dict in a file of `torch.save`, without running code in it.
+
+    Returns:
+        dict from name to tensor, on the CPU.
 
     Raises:
-        InputFileError: the file cannot be read, or holds no state dict.
+        InputFileError: the file cannot be read, or contains no state dict.
+        MissingDependency: PyTorch is not installed.
     """
     torch = require("torch")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputFileError(f"{path}: no such file") from None
-    except Exception:  # Whatever the reader raises for a damaged file, or one with code in it.
+    except Exception:  # torch.load raises many types for a damaged file, or one with code in it.
         raise InputFileError(
             f"{path}: cannot be read as weights alone: save model.state_dict()"
         ) from None
@@ -24,12 +42,15 @@ def read_checkpoint(path):
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
-        raise InputFileError(f"{path}: holds no state dict: save model.state_dict()")
+        raise InputFileError(f"{path}: contains no state dict: save model.state_dict()")
     return {key: value.detach() for key, value in state.items()}
 
 
-def arrays(state_dict):
-    """Name -> array of what has dimensions in a state dict; NumPy has no bfloat16."""
+def weight_arrays(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """The tensors of a state dict that have dimensions, as arrays by name.
+
+    bfloat16, which NumPy lacks, becomes float32.
+    """
     torch = require("torch")
     return {
         key: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
@@ -38,33 +59,33 @@ def arrays(state_dict):
     }
 
 
-def pairs(state_dict):
-    """Module -> {"beta" and "coeff": float32 array} of the CTUs in a state dict.
+def pairs(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, np.ndarray]]:
+    """The pairs of a T-CT model: module -> {"beta" and "coeff": float32 array in [0, 1]}.
 
     Raises:
-        UsageError: there is none, or a pair is not complete.
+        UsageError: there is no pair, or one is incomplete.
     """
-    found = raw_pairs(state_dict)
-    if not found:
-        raise UsageError("the checkpoint holds no _raw_beta: it is not of a T-CT model")
+    raw = raw_pairs(state_dict)
+    if not raw:
+        raise UsageError("the checkpoint has no _raw_beta: it does not come from a T-CT model")
     return {
-        path: {key: value.float().sigmoid().numpy() for key, value in raw.items()}
-        for path, raw in found.items()
+        path: {name: value.float().sigmoid().numpy() for name, value in pair.items()}
+        for path, pair in raw.items()
     }
 
 
-def raw_pairs(state_dict):
-    """Module -> {"beta" and "coeff": tensor} as the state dict has them, before the sigmoid.
+def raw_pairs(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """As `pairs`, but the tensors of the state dict, whose sigmoids beta and c are; may be empty.
 
     Raises:
-        UsageError: a pair is not complete.
+        UsageError: a pair is incomplete.
     """
-    found = {}
+    raw: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         path, _, last = key.rpartition(".")
         if last in ("_raw_beta", "_raw_coeff"):
-            found.setdefault(path, {})[last.removeprefix("_raw_")] = value
-    for path, raw in found.items():
-        if len(raw) < 2 or not all(value.numel() for value in raw.values()):
-            raise UsageError(f"the pair of {path!r} in the checkpoint is not complete")
-    return found
+            raw.setdefault(path, {})[last.removeprefix("_raw_")] = value
+    for path, pair in raw.items():
+        if len(pair) < 2 or not all(value.numel() for value in pair.values()):
+            raise UsageError(f"the checkpoint's pair for {path!r} is incomplete")
+    return raw

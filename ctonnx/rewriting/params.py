@@ -61,7 +61,7 @@ def read(path: str | Path) -> dict:
     path = Path(path)
     if path.suffix in (".pth", ".pt"):
         state = checkpoint.read_checkpoint(path)
-        return Trained(checkpoint.pairs(state), checkpoint.arrays(state))
+        return Trained(checkpoint.pairs(state), checkpoint.weight_arrays(state))
     try:
         if path.suffix == ".npz":
             return _from_arrays(path)

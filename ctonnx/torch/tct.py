@@ -1,11 +1,14 @@
-"""T-CT, the trainable version of Curvature Tuning, in PyTorch: of a model, and its state dicts."""
+"""T-CT, the trainable version of Curvature Tuning: `trainable`, and `restore` from a state dict."""
 
 import itertools
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError
 from ..rewriting.checkpoint import raw_pairs
@@ -16,163 +19,175 @@ from .unit import CTU
 RAW_BETA, RAW_COEFF = 1.386, 0.0
 
 
-def trainable(model, example_input):
-    """Make T-CT of a model: each activation module becomes a CTU with trainable beta and c for each
-    channel, starting at the authors' 0.8 and 0.5.
+def trainable(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> nn.Module:
+    """Turn a model into its T-CT version: each activation module becomes a CTU with a trainable
+    beta and c for each channel, which start at the authors' 0.8 and 0.5.
 
-    Channels are dim 1 of 4-D inputs and the last of 2-D and 3-D ones; the pairs are named
-    `<module>._raw_beta` and `<module>._raw_coeff` in the state dict, as the authors' are. The paper
-    trains only them and a new head: which other parameters to freeze is for the caller to say, here
-    their `requires_grad` stays as it is.
+    Channels are dim 1 of 4-D inputs and the last dim of 2-D and 3-D ones. The state dict names the
+    pairs `<module>._raw_beta` and `<module>._raw_coeff`, as in the authors' code. The paper trains
+    only the pairs and a new head; freeze other parameters yourself, as their `requires_grad` stays
+    as it is.
 
     Args:
-        model: nn.Module, changed in place, like by `SyncBatchNorm.convert_sync_batchnorm`.
-        example_input: a tensor, or a tuple of arguments: it is run once, in eval mode, for sizes.
+        model: nn.Module, changed in place, as by `SyncBatchNorm.convert_sync_batchnorm`.
+        example_input: a tensor, or a tuple of arguments. The model runs on it once, in eval mode,
+            to learn the numbers of channels.
 
     Returns:
         The model, or its CTU where it is itself an activation.
 
     Raises:
-        UsageError: there is no activation module, or one is used with different numbers of
-            channels or dimensions, or of another number of dimensions than 2, 3 and 4.
+        UsageError: there is no activation module, one is used with different numbers of channels
+            or dimensions, or an input does not have 2, 3 or 4 dimensions.
     """
     check_plain(model)
     args = example_input if isinstance(example_input, tuple) else (example_input,)
-    shapes, bare = _run_once(model, args)
-    if not shapes:
+    uses = _run_once(model, args)
+    if not uses.shapes:
         raise UsageError("no activation module was used: T-CT needs nn.ReLU and the like")
-    new = {}
-    for module, (name, shape) in shapes.items():
+    units = {}
+    for module, shape in uses.shapes.items():
         if len(shape) not in (2, 3, 4):
-            raise UsageError(f"{name}: T-CT knows inputs of 2 to 4 dimensions, got {len(shape)}")
+            raise UsageError(
+                f"{uses.names[module]}: T-CT knows inputs of 2 to 4 dimensions, got {len(shape)}"
+            )
         unit = _unit_like(module, shape, shape)
         nn.init.constant_(unit._raw_beta, RAW_BETA)
         nn.init.constant_(unit._raw_coeff, RAW_COEFF)
-        new[module] = unit.to(_device(model))
-    unused = [n for n, m in model.named_modules() if _is_activation(m) and m not in new]
-    if bare or unused:
+        units[module] = unit.to(_device(model))
+    unused = [n for n, m in model.named_modules() if _is_activation(m) and m not in units]
+    if uses.function_calls or unused:
         warnings.warn(
-            f"not trainable: {bare} activations that are function calls, and {len(unused)} modules "
-            "that the example did not use",
+            f"not trainable: {uses.function_calls} activations that are function calls, and "
+            f"{len(unused)} modules that the example did not use",
             stacklevel=2,
         )
-    return _replace(model, new)
+    return _replace(model, units)
 
 
-class _Watch(torch.overrides.TorchFunctionMode):
-    """Counts the activations that are called while no activation module runs."""
+class _Uses(TorchFunctionMode):
+    """Records how a model uses activations, while it runs with the hooks of its modules.
 
-    def __init__(self):
+    Attributes:
+        names: activation module -> its name.
+        shapes: activation module -> shape of its pair, 1 but for the channels.
+        function_calls: the number of activations outside these modules.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.inside, self.count = False, 0
+        self.names: dict[nn.Module, str] = {}
+        self.shapes: dict[nn.Module, list[int]] = {}
+        self.function_calls = 0
+        self._in_module = False
+
+    def enter(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Hook before an activation module runs."""
+        self._in_module = True
+        x = args[0] if args else kwargs["input"]
+        shape = [1] * x.dim()
+        channel = 1 if len(shape) >= 4 else -1
+        shape[channel] = x.shape[channel]
+        first = self.shapes.setdefault(module, shape)
+        if first != shape:
+            raise UsageError(
+                f"{self.names[module]} is used with {max(first)} and with {max(shape)} channels: "
+                "give each use a module of its own"
+            )
+
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Hook after it."""
+        self._in_module = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if not self.inside and read_call(func, args, kwargs) is not None:
-            self.count += 1
+        if not self._in_module and read_call(func, args, kwargs) is not None:
+            self.function_calls += 1
         return func(*args, **kwargs)
 
 
-def _run_once(model, args):
-    """Activation module -> (name, shape of its pair), and the number of other activations."""
-    shapes, watch = {}, _Watch()
-
-    def note(name):
-        def hook(module, args, kwargs):
-            watch.inside = True
-            x = args[0] if args else kwargs["input"]
-            shape = [1] * x.dim()
-            channel = 1 if len(shape) >= 4 else -1
-            shape[channel] = x.shape[channel]
-            if shapes.setdefault(module, (name, shape))[1] != shape:
-                raise UsageError(
-                    f"{name} is used with {max(shapes[module][1])} and with {max(shape)} channels: "
-                    "give each use a module of its own"
-                )
-
-        return hook
-
-    def leave(module, inputs, output):
-        watch.inside = False
-
-    training = {module: module.training for module in model.modules()}
+def _run_once(model: nn.Module, args: Sequence[Any]) -> _Uses:
+    """Run a model in eval mode, and leave it as it was."""
+    uses = _Uses()
     with ExitStack() as undo:
-        for module, was in training.items():
-            undo.callback(setattr, module, "training", was)
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
         for name, module in model.named_modules():
             if _is_activation(module):
-                for handle in (
-                    module.register_forward_pre_hook(note(name or "the model"), with_kwargs=True),
-                    module.register_forward_hook(leave),
-                ):
-                    undo.callback(handle.remove)
+                uses.names[module] = name or "the model"
+                before = module.register_forward_pre_hook(uses.enter, with_kwargs=True)
+                undo.callback(before.remove)
+                after = module.register_forward_hook(uses.leave)
+                undo.callback(after.remove)
         model.eval()
         undo.enter_context(torch.no_grad())
-        undo.enter_context(watch)
+        undo.enter_context(uses)
         model(*args)
-    return shapes, watch.count
+    return uses
 
 
-def _is_activation(module):
-    return isinstance(
-        module, nn.ReLU | nn.LeakyReLU | nn.PReLU | nn.Hardtanh
-    )  # ReLU6 is a Hardtanh
+def _is_activation(module: nn.Module | None) -> bool:
+    # ReLU6 is a Hardtanh.
+    return isinstance(module, nn.ReLU | nn.LeakyReLU | nn.PReLU | nn.Hardtanh)
 
 
-def _unit_like(module, beta_shape, coeff_shape):
+def _unit_like(module: nn.Module, beta_shape: Sequence[int], coeff_shape: Sequence[int]) -> CTU:
     """A trainable CTU with the kinks of an activation module."""
-    kind = {}
+    kinks: dict[str, Any] = {}
     if isinstance(module, nn.LeakyReLU):
-        kind = {"slope": module.negative_slope}
+        kinks = {"slope": module.negative_slope}
     elif isinstance(module, nn.PReLU):
-        kind = {"slope": module.weight}
+        kinks = {"slope": module.weight}
     elif isinstance(module, nn.Hardtanh):
-        kind = {"lower": module.min_val, "upper": module.max_val}
-    pair = torch.full(beta_shape, 0.5), torch.full(coeff_shape, 0.5)
-    return CTU(*pair, trainable=True, **kind).train(module.training)
+        kinks = {"lower": module.min_val, "upper": module.max_val}
+    beta, coeff = torch.full(beta_shape, 0.5), torch.full(coeff_shape, 0.5)
+    return CTU(beta, coeff, trainable=True, **kinks).train(module.training)
 
 
-def _device(model):
+def _device(model: nn.Module) -> torch.device:
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def _replace(model, new):
-    """Put the modules of `new`, old -> new, in place of the old ones wherever they are used."""
+def _replace(model: nn.Module, units: Mapping[nn.Module, CTU]) -> nn.Module:
+    """Put the units in place of the modules that they are keyed by, wherever these are used."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in new:
-                parent._modules[name] = new[child]
+            if child is not None and child in units:
+                parent._modules[name] = units[child]
                 if isinstance(parent, nn.TransformerEncoderLayer):
                     # Its fused path of inference has a ReLU inside.
                     parent.activation_relu_or_gelu = 0
-    return new.get(model, model)
+    return units.get(model, model)
 
 
-def restore(model, state_dict):
-    """Give an original model the CTUs and all other values of the state dict of a T-CT model.
+def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Give an original model the CTUs and all values of the state dict of its T-CT version.
 
     Args:
-        model: nn.Module, changed in place: as it was before `trainable`, or the authors' code, but
-            with the new head.
-        state_dict: of the trained model.
+        model: nn.Module, changed in place: as it was before `trainable`, or before the authors'
+            code, but with the new head.
+        state_dict: state dict of the trained model.
 
     Returns:
         The model, or its CTU where it is itself an activation.
 
     Raises:
-        UsageError: the state dict and the model do not fit.
+        UsageError: the state dict does not fit the model.
     """
     check_plain(model)
-    modules, new = dict(model.named_modules(remove_duplicate=False)), {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    units: dict[nn.Module, CTU] = {}
     for path, raw in raw_pairs(state_dict).items():
         module = modules.get(path)
         if isinstance(module, CTU):
             continue
-        if not _is_activation(module):
-            raise UsageError(f"the checkpoint has a pair for {path!r}, no activation of the model")
-        new.setdefault(module, _unit_like(module, raw["beta"].shape, raw["coeff"].shape))
-    model = _replace(model, new).to(_device(model))
+        if module is None or not _is_activation(module):
+            raise UsageError(
+                f"the checkpoint has a pair for {path!r}, which is no activation of the model"
+            )
+        units.setdefault(module, _unit_like(module, raw["beta"].shape, raw["coeff"].shape))
+    model = _replace(model, units).to(_device(model))
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

@@ -1,9 +1,10 @@
 """The CT unit in PyTorch: the op and the module.
 
-The unit is the op `torch.ops.ctonnx.ctu`, which the ONNX exporters see as one op and PyTorch takes
-apart for everything else: autograd, torch.compile, devices.
+The unit is the op `torch.ops.ctonnx.ctu`. The ONNX exporters see one op; for everything else
+(autograd, torch.compile, devices) PyTorch decomposes it.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -22,12 +23,20 @@ torch.library.define(
 
 
 @torch.library.impl("ctonnx::ctu", "CompositeImplicitAutograd")
-def _ctu(x, beta, coeff, slope=None, lower=None, upper=None):
-    """The formula of ctonnx.ctu, and with bounds those of ctonnx.activations.
+def _ctu(
+    x: Tensor,
+    beta: Tensor,
+    coeff: Tensor,
+    slope: Tensor | None = None,
+    lower: float | None = None,
+    upper: float | None = None,
+) -> Tensor:
+    """The formula of `ctonnx.ctu`, or with bounds those of `ctonnx.rewriting.activations`.
 
-    Computed in float64 for float64 and in float32 for everything else, then rounded to the type of
-    `x`. Gradients are those of the smooth function, at its kinks too: `maximum` and `minimum` halve
-    theirs where both sides are equal, `abs` has none at 0, where the rest is even.
+    It computes in float64 for float64 and in float32 for all other types, and rounds the result to
+    the type of `x`. Gradients are those of the smooth function, at its kinks too: `maximum` and
+    `minimum` halve theirs where both sides are equal, and that of `abs` is 0 at 0, where the rest
+    is even.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide, beta, coeff = x.to(compute), beta.to(compute), coeff.to(compute)
@@ -57,9 +66,9 @@ def _ctu(x, beta, coeff, slope=None, lower=None, upper=None):
     return y.to(x.dtype)
 
 
-def _bend(distance, infinite, beta, coeff):
+def _bend(distance: Tensor, infinite: Tensor, beta: Tensor, coeff: Tensor) -> Tensor:
     """What smoothing adds at a `distance` >= 0 from a kink, and 0 where `infinite`."""
-    # Masked before and after: the gradient of what is not taken must not be NaN either.
+    # Masked before and after, as the gradient of the masked elements must not be NaN either.
     distance = distance.masked_fill(infinite, 0.0)
     s = 1.0 - beta + EPSILON
     inverse = 1.0 / s
@@ -74,16 +83,16 @@ class CTU(nn.Module):
     Args:
         beta, coeff: in [0, 1]; numbers, or tensors: one-dimensional ones hold a value for each
             channel (the last dimension of 2-D and 3-D inputs, the second of others), all others
-            broadcast to the input. They need not be of one shape.
-        trainable: keep them as the parameters `_raw_beta` and `_raw_coeff`, of which they are the
-            sigmoids, as the authors' code has it. Else they are buffers.
-        slope: of the negative side: a number as for LeakyReLU, or a Parameter as PReLU has it, one
-            value or one for each of dim 1, which stays a parameter: `weight`.
+            broadcast to the input. Their shapes may differ.
+        trainable: make beta and coeff trainable: the sigmoids of the parameters `_raw_beta` and
+            `_raw_coeff`, as in the authors' code. Otherwise they are buffers.
+        slope: slope of the negative side: a number as for LeakyReLU, or a Parameter as of PReLU,
+            with one value or one for each channel of dim 1; it becomes the parameter `weight`.
         lower, upper: bounds in place of a slope: ReLU6 is CTU(lower=0, upper=6).
 
     Raises:
         UsageError: beta or coeff is not in [0, 1], slope is neither a number nor a Parameter, or
-            slope and bounds make no activation.
+            slope and bounds describe no activation.
 
     >>> CTU(beta=1.0)(torch.tensor([-1.0, 2.0]))
     tensor([0., 2.])
@@ -93,37 +102,53 @@ class CTU(nn.Module):
     slope: Final[float]
     lower: float | None
     upper: float | None
+    weight: Tensor | None
+    _raw_beta: Tensor
+    _raw_coeff: Tensor
+    _beta: Tensor
+    _coeff: Tensor
 
-    def __init__(self, beta=0.8, coeff=0.5, *, trainable=False, slope=0.0, lower=None, upper=None):
+    def __init__(
+        self,
+        beta: float | Sequence[float] | Tensor = 0.8,
+        coeff: float | Sequence[float] | Tensor = 0.5,
+        *,
+        trainable: bool = False,
+        slope: float | nn.Parameter = 0.0,
+        lower: float | None = None,
+        upper: float | None = None,
+    ) -> None:
         super().__init__()
         self.trainable = trainable
         for name, value in (("beta", beta), ("coeff", coeff)):
-            value = _checked(name, value)
+            value = _check_parameter(name, value)
             if trainable:
                 self.register_parameter(f"_raw_{name}", nn.Parameter(torch.logit(value)))
             else:
                 self.register_buffer(f"_{name}", value)
         weight = slope if isinstance(slope, nn.Parameter) else None
         try:
-            self.slope = 0.0 if weight is not None else float(slope)
+            self.slope = float(slope) if weight is None else 0.0
         except (TypeError, ValueError, RuntimeError):
             raise UsageError("slope must be a number or an nn.Parameter") from None
         self.register_parameter("weight", weight)
         self.lower = self.upper = None
         if lower is not None or upper is not None:
-            kept = bounds_that_bend(*(None if b is None else float(b) for b in (lower, upper)))
-            if isinstance(kept, str):
-                raise UsageError(f"CTU: {kept}: lower {lower}, upper {upper}")
+            lo, hi = (None if bound is None else float(bound) for bound in (lower, upper))
+            bounds = bounds_that_bend(lo, hi)
+            if isinstance(bounds, str):
+                raise UsageError(f"CTU: {bounds}: lower {lower}, upper {upper}")
             if weight is not None or self.slope:
                 raise UsageError("CTU: slope and bounds do not go together")
-            # ReLU's own bound: the unit without any.
-            self.lower, self.upper = (None, None) if kept == (0.0, None) else kept
+            # The lower bound 0 alone is ReLU: the unit without bounds.
+            self.lower, self.upper = (None, None) if bounds == (0.0, None) else bounds
 
+    # In both properties TorchScript compiles only the branch that `trainable` selects.
     @property
     def beta(self) -> Tensor:
         if self.trainable:
             return torch.sigmoid(self._raw_beta)
-        else:  # TorchScript compiles the branch that is taken.
+        else:
             return self._beta
 
     @property
@@ -133,7 +158,7 @@ class CTU(nn.Module):
         else:
             return self._coeff
 
-    # Its argument has the name that those of nn.ReLU and the like have.
+    # The argument is called `input` as in nn.ReLU, for calls by keyword.
     def forward(self, input: Tensor) -> Tensor:
         beta, coeff = self.beta, self.coeff
         if input.dim() >= 4 and beta.dim() == 1:
@@ -148,7 +173,7 @@ class CTU(nn.Module):
             slope = torch.full([], self.slope, dtype=torch.float64)
         return torch.ops.ctonnx.ctu(input, beta, coeff, slope, self.lower, self.upper)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         parts = []
         for name in ("beta", "coeff"):
             value = getattr(self, name).detach()
@@ -166,14 +191,14 @@ class CTU(nn.Module):
 
 
 def on_dim_1(values: Tensor, x: Tensor) -> Tensor:
-    """One-dimensional values, shaped for dim 1 of `x`, or its only one."""
+    """Shape one-dimensional values for dim 1 of `x`, or for its only dimension."""
     for _ in range(x.dim() - 2):
         values = values.unsqueeze(-1)
     return values
 
 
-def _checked(name, value):
-    """`value` as a floating-point tensor in [0, 1]."""
+def _check_parameter(name: str, value: float | Sequence[float] | Tensor) -> Tensor:
+    """Return `value` as a floating-point tensor, or raise UsageError where it is not in [0, 1]."""
     if not isinstance(value, Tensor):
         try:
             value = torch.as_tensor(value, dtype=torch.float32)

@@ -40,8 +40,8 @@ def fit(model, parameters, images, labels, epochs, rate):
     return model
 
 
-def transferred(source, images, labels, curvature):
-    """A copy of `source` with a new head, which is trained; with `curvature` T-CT's pairs too."""
+def transfer(source, images, labels, curvature):
+    """A copy of `source` with a new trained head, and with `curvature` trained T-CT pairs."""
     torch.manual_seed(1)
     model = Net()
     model.load_state_dict(source.state_dict())
@@ -66,14 +66,14 @@ def main():
     train, test = train_test_split(np.arange(len(labels)), stratify=labels, random_state=0)
 
     for name, curvature in ("new head", False), ("new head and T-CT", True):
-        model = transferred(source, images[train], labels[train], curvature)
+        model = transfer(source, images[train], labels[train], curvature)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with torch.no_grad():
             expected = model(images[test]).numpy()
         accuracy = (expected.argmax(1) == labels[test].numpy()).mean()
         print(f"{name:18} {count:3} parameters, accuracy {accuracy:.3f}")
 
-    # What the exporter says of itself is of no use here.
+    # Messages of the exporter about itself do not matter here.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     export(
@@ -90,7 +90,7 @@ def main():
     furthest = abs(logits - expected).max()
     assert furthest < 1e-5, furthest
     print("ONNX Runtime computes the same from tuned.ct.onnx")
-    # And what the method says, in every way to run it.
+    # Compare the file with the method's formula, in every way to run it.
     for run in validate("tuned.ct.onnx").runs:
         print(f"{run.name}: {'passed' if run.ok else 'FAILED'}")
 

@@ -1,0 +1,169 @@
+"""Convolution and pooling: ops whose windows slide over the spatial axes."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .base import op
+
+# How far to pad each axis at its begin and end; negative numbers crop.
+Pads = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """How windows slide: for each spatial axis its stride, dilation and padding.
+
+    With ceil_mode the last window reaches `beyond` the padding at the end.
+    """
+
+    strides: list[int]
+    dilations: list[int]
+    pads: Pads
+    beyond: list[int]
+
+    @property
+    def pads_and_beyond(self) -> Pads:
+        pairs = zip(self.pads, self.beyond, strict=True)
+        return [(begin, end + more) for (begin, end), more in pairs]
+
+
+def _windows(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    *,
+    auto_pad: str,
+    pads: Sequence[int] | None,
+    strides: list[int] | None,
+    dilations: list[int] | None = None,
+    ceil_mode: int = 0,
+) -> _Windows:
+    """Read the attributes of an op that slides windows of shape `kernel` over axes of `sizes`."""
+    rank = len(sizes)
+    strides, dilations = strides or [1] * rank, dilations or [1] * rank
+    pads = pads if pads and auto_pad == "NOTSET" else [0] * 2 * rank
+    pairs, beyond = [], []
+    for i, size in enumerate(sizes):
+        reach = (kernel[i] - 1) * dilations[i] + 1
+        begin, end = pads[i], pads[i + rank]
+        if auto_pad.startswith("SAME"):
+            total = max(0, (math.ceil(size / strides[i]) - 1) * strides[i] + reach - size)
+            begin, end = total // 2, total - total // 2
+            if auto_pad == "SAME_LOWER":
+                begin, end = end, begin
+        steps = (size + begin + end - reach) / strides[i]
+        last = (math.ceil if ceil_mode else math.floor)(steps)
+        # A window that would start in the padding at the end is left out.
+        if ceil_mode and last * strides[i] >= size + begin:
+            last -= 1
+        pairs.append((begin, end))
+        beyond.append(max(0, last * strides[i] + reach - size - begin - end))
+    return _Windows(strides, dilations, pairs, beyond)
+
+
+def _pad(x: Tensor, pads: Pads, value: float = 0.0) -> Tensor:
+    """Pad, or crop where negative, the last axes of `x`."""
+    return functional.pad(x, [n for pair in reversed(pads) for n in pair], value=value)
+
+
+def _for_rank(name: str, x: Tensor) -> Callable[..., Tensor]:
+    """The function of torch for the number of spatial axes: conv2d for images."""
+    return getattr(functional, f"{name}{x.ndim - 2}d")
+
+
+# Slow.
+@op("Conv")
+def _conv(self, x, w, b=None, *, group, kernel_shape, **sliding):
+    windows = _windows(x.shape[2:], w.shape[2:], **sliding)
+    return _for_rank("conv", x)(
+        _pad(x, windows.pads),
+        w,
+        b,
+        windows.strides,
+        dilation=windows.dilations,
+        groups=group,
+    )
+
+
+# Slow, and wrong for groups of more than one channel.
+@op("ConvTranspose")
+def _conv_transpose(self, x, w, b=None, *, group, strides, dilations, **cropping):
+    rank = x.ndim - 2
+    strides, dilations = strides or [1] * rank, dilations or [1] * rank
+    conv = _for_rank("conv_transpose", x)
+    y = conv(x, w, None, strides, groups=group, dilation=dilations)
+    y = _pad(y, _crops(x.shape[2:], y.shape[2:], strides, **cropping))
+    return y if b is None else y + b.reshape(-1, *[1] * rank)
+
+
+def _crops(
+    sizes: Sequence[int],
+    full_sizes: Sequence[int],
+    strides: Sequence[int],
+    *,
+    auto_pad: str,
+    pads: Sequence[int] | None,
+    output_padding: Sequence[int] | None,
+    output_shape: Sequence[int] | None,
+    kernel_shape: Sequence[int] | None,
+) -> Pads:
+    """The (negative) pads that bring the full result of ConvTranspose to its output shape."""
+    rank = len(sizes)
+    output_padding = output_padding or [0] * rank
+    if auto_pad.startswith("SAME") and not output_shape:
+        output_shape = [n * stride for n, stride in zip(sizes, strides, strict=True)]
+    crops = []
+    for i in range(rank):
+        begin, end = (pads[i], pads[i + rank]) if pads and auto_pad == "NOTSET" else (0, 0)
+        if output_shape:
+            total = full_sizes[i] + output_padding[i] - output_shape[i]
+            begin, end = total - total // 2, total // 2
+            if auto_pad == "SAME_UPPER":
+                begin, end = end, begin
+        crops.append((-begin, output_padding[i] - end))
+    return crops
+
+
+# Slow.
+@op("MaxPool")
+def _max_pool(self, x, *, kernel_shape, storage_order=0, **sliding):
+    sizes = x.shape[2:]
+    windows = _windows(sizes, kernel_shape, **sliding)
+    padded = _pad(x.double(), windows.pads_and_beyond, -math.inf)
+    pool = _for_rank("max_pool", x)
+    y, indices = pool(
+        padded, kernel_shape, windows.strides, dilation=windows.dilations, return_indices=True
+    )
+    # From an index into the padded axes of an image to one into all of x.
+    coordinates = []
+    for size, (begin, _) in reversed(list(zip(padded.shape[2:], windows.pads, strict=True))):
+        coordinates.append(indices % size - begin)
+        indices = indices // size
+    index, stride = 0, 1
+    axes = list(zip(coordinates, reversed(sizes), strict=True))
+    for coordinate, size in reversed(axes) if storage_order else axes:
+        index = index + coordinate * stride
+        stride *= size
+    images = torch.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *[1] * len(sizes))
+    return y.to(x.dtype), index + images * stride
+
+
+# Slow, and wrong for ceil_mode: it pads at the beginning too.
+@op("AveragePool")
+def _average_pool(self, x, *, kernel_shape, count_include_pad=0, **sliding):
+    windows = _windows(x.shape[2:], kernel_shape, **sliding)
+    conv, ones = _for_rank("conv", x), x.new_ones(1, 1, *kernel_shape)
+
+    def total(values):
+        flat = values.reshape(-1, 1, *values.shape[2:])
+        sums = conv(flat, ones, stride=windows.strides, dilation=windows.dilations)
+        return sums.reshape(*values.shape[:2], *sums.shape[2:])
+
+    counts = _pad(x.new_ones(1, 1, *x.shape[2:]), windows.pads, float(count_include_pad))
+    # What lies beyond the padding never counts.
+    counts = _pad(counts, [(0, more) for more in windows.beyond])
+    return total(_pad(x, windows.pads_and_beyond)) / total(counts)
