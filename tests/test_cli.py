@@ -161,7 +161,7 @@ def test_inspect_says_where_and_why(run):
         ["skipped", "Sigmoid", "N,?", "s"],
         ["steerable", "Relu", "N,?", "a"],
     ]
-    assert "not piecewise affine" in lines[1]
+    assert "already smooth: nothing to steer" in lines[1]
     assert "y.then_branch" in lines[2]
     assert lines[3] == "0 steered, 1 steerable, 1 skipped"
     assert "\x1b" not in "".join(lines)
@@ -431,7 +431,7 @@ def test_export(run, nets):
     dynamic = ("export", "nets:make", "--input", "batchx1x5x5")
     code, out, err = run(*dynamic, "--checkpoint", "t.pth", "-o", "t.onnx")
     assert (code, out) == (0, "wrote t.onnx: 2 steered, 1 skipped\n")
-    assert err.startswith("made\nskipped node_sigmoid_4: it is not piecewise affine: ")
+    assert err.startswith("made\nskipped node_sigmoid_4: already smooth: nothing to steer")
     assert err.count("\n") == 2
     for images in x, x.repeat(3, 1, 1, 1):
         assert abs(outputs("t.onnx", images) - model(images).detach().numpy()).max() < 1e-6

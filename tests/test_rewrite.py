@@ -523,7 +523,7 @@ def test_skipped_activations_have_a_reason():
     assert [a.name for a in report.replaced] == ["a"]
     reasons = {a.name: a.reason for a in report.skipped}
     expected = {
-        **{"b": "not piecewise affine", "c": "it jumps", "d": "not piecewise affine"},
+        **{"b": "already smooth", "c": "it jumps", "d": "already smooth"},
         **{"m": "int32", "none": "no bounds", "runtime": "at run time"},
         **{"guard": "guards against numbers under 1e-12", "empty": "no room between"},
     }

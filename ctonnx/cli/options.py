@@ -20,12 +20,13 @@ def _numbers(context, option, value):
         raise click.BadParameter(f"{value!r} is no list of numbers") from None
 
 
-def sizes(option: str, text: str, symbols: bool = False) -> list[int | str]:
+def sizes(option: str, text: str, symbols: bool = False) -> list:
     """The numbers in `1x3x224x224`, and names where `symbols`."""
-    dims = [int(size) if size.isdecimal() else size for size in text.split("x")]
-    if not all(dim and (type(dim) is int or (symbols and dim.isidentifier())) for dim in dims):
-        raise click.UsageError(f"--{option} {text}: expected sizes like 1x3x224x224")
-    return dims
+    dims = text.split("x")
+    for dim in dims:
+        if not (dim.isdecimal() and int(dim)) and not (symbols and dim.isidentifier()):
+            raise click.UsageError(f"--{option} {text}: expected sizes like 1x3x224x224")
+    return [int(dim) if dim.isdecimal() else dim for dim in dims]
 
 
 def check_outputs(outputs: dict, inputs: dict) -> None:

@@ -20,7 +20,7 @@ def playground(port):
     from ..playground import server
 
     with server(port, say) as serving:
-        host, port = serving.server_address
+        host, port = serving.server_address[:2]
         click.echo(f"http://{host}:{port}/")
         say("open this in a browser; Ctrl-C ends the playground")
         with suppress(KeyboardInterrupt):

@@ -138,7 +138,7 @@ class Transaction:
         self._progress, self._dry_run = progress, dry_run
         self._files = ExitStack()
         self._data: dict[str, Path] | None = None
-        self._staged: tuple[Path, Path] | None = None
+        self._staged: tuple[Path, Path] | None = None  # folder of the data, model
 
     def __enter__(self) -> Self:
         self.model = load(self._path)
@@ -158,7 +158,7 @@ class Transaction:
         self._check()
         if STDIO in (self._path, self.output):
             raise UsageError("what a check compares are files: it does not go with -")
-        return self._write()
+        return self._write()[1]
 
     def _check(self) -> None:
         if self._data is not None:
@@ -175,13 +175,14 @@ class Transaction:
         # Behind a link it is the file that changes.
         return Path(self.output).resolve()
 
-    def _write(self) -> Path:
+    def _write(self) -> tuple[Path, Path]:
+        """Write the data and the model; gives the folder of the data, and the model's path."""
         serialized = _serialized(self.model, self.output)
         with _writing(self.output):
             staging = _staging(self._target(), self._data or {}, self._progress)
             self._staged = self._files.enter_context(staging)
             _write(serialized, self._staged[1])
-        return self._staged[1]
+        return self._staged
 
     def _finish(self) -> None:
         self._check()
@@ -190,17 +191,15 @@ class Transaction:
         if self.output == STDIO:
             _write_standard_output(_serialized(self.model, "the result"))
             return
-        if self._staged is None:
-            self._write()
+        folder, temporary = self._staged or self._write()
         with _writing(self.output):
-            self._rename()
+            self._rename(folder, temporary)
 
-    def _rename(self) -> None:
+    def _rename(self, folder: Path, temporary: Path) -> None:
         """Give the data and then the model their names."""
-        folder, temporary = self._staged
         target = self._target()
         with ExitStack() as undo:
-            for location in self._data:
+            for location in self._data or ():
                 there = target.parent / location
                 for parent in reversed(there.parents):
                     if not parent.exists():
@@ -395,7 +394,7 @@ def check_output(path: str | os.PathLike, force: bool = False) -> Path | str:
         UsageError: it exists and `force` is not set, it is no regular file, or its folder is
             missing or cannot be read; standard output is closed or a terminal.
     """
-    if path == STDIO:
+    if isinstance(path, str) and path == STDIO:
         if sys.stdout is None or sys.stdout.isatty():
             raise UsageError("standard output is closed or a terminal: name a file with -o")
         return path

@@ -142,6 +142,7 @@ def _inferred(model: ModelProto) -> list[Scope]:
     result = list(nested_scopes(Scope("", model.graph)))
     for scope in result:
         graph = scope.graph
+        assert isinstance(graph, GraphProto)  # inference has inlined no function
         for tensor in graph.initializer:
             scope.types[tensor.name] = {tensor.data_type}
             scope.shapes[tensor.name] = list(tensor.dims)

@@ -12,16 +12,18 @@ kinks, and CTU0(-|d|) is what smoothing adds at a kink where two lines differ by
 
 The last four equal lo + CTU0(X - lo) - CTU0(X - hi) and the like, without its cancellation for a
 large X and without its NaN for an infinite one. They are ops of ours as well, each with a
-model-local function that calls `ctonnx::CTU`: `function` makes it.
+model-local function that calls `ctonnx::CTU`: see ctu.kinked_function.
 """
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from onnx import AttributeProto, TensorProto, helper
+from onnx import AttributeProto, NodeProto, TensorProto, helper
 
 from .. import ctu
-from ..model.graph import DEFAULT_DOMAINS
+from ..model.graph import DEFAULT_DOMAINS, keep
 
 # Ops that ONNX Runtime's optimiser writes with an activation in their attributes.
 FUSED = {
@@ -44,16 +46,22 @@ class Steering:
     operands: tuple[str | float, ...] = ()
 
     @property
-    def sloped(self):
+    def sloped(self) -> bool:
         return self.op_type == ctu.OP_TYPE and bool(self.operands)
 
 
-def _relu(node, constant):
+# A Steering, the reason why a node is left alone, or None for a node that is no activation.
+Judgement = Steering | str | None
+
+# Gives the value of a tensor by name where that is a scalar constant, or None.
+Constant = Callable[[str], float | None]
+
+
+def _relu(node: NodeProto, constant: Constant) -> Judgement:
     return Steering(ctu.OP_TYPE, node.input[0])
 
 
-# The attributes of those that have any, in the order of `activation_params`, and their defaults,
-# which are float32.
+# The attributes of activations in the order of `activation_params`, and their float32 defaults.
 _ATTRIBUTES = {
     "LeakyRelu": {"alpha": float(np.float32(0.01))},
     "HardSigmoid": {"alpha": float(np.float32(0.2)), "beta": 0.5},
@@ -61,33 +69,33 @@ _ATTRIBUTES = {
 }
 
 
-def _attributes(node):
+def _attributes(node: NodeProto) -> list:
     """The values of a node's attributes, in order."""
     return [attribute(node, *item) for item in _ATTRIBUTES[node.op_type].items()]
 
 
-def _leaky_relu(node, constant):
+def _leaky_relu(node: NodeProto, constant: Constant) -> Judgement:
     return Steering(ctu.OP_TYPE, node.input[0], tuple(_attributes(node)))
 
 
-def _prelu(node, constant):
+def _prelu(node: NodeProto, constant: Constant) -> Judgement:
     # A single number broadcasts at every opset.
     slope = constant(node.input[1])
     return Steering(ctu.OP_TYPE, node.input[0], (node.input[1] if slope is None else slope,))
 
 
-def _clip(node, constant):
+def _clip(node: NodeProto, constant: Constant) -> Judgement:
     bounds = _attributes(node)
     operands = list(bounds)
     for index, name in enumerate(node.input[1:3]):
         if name:
             bounds[index], operands[index] = constant(name), name
             if bounds[index] is None:
-                return "its bounds are computed at run time, or in another file"
-    x, kept = node.input[0], bounds_that_bend(*bounds)
-    if isinstance(kept, str):
-        return kept
-    lo, hi = kept
+                return "its bounds are computed at run time, or lie in another file"
+    x, bending = node.input[0], bounds_that_bend(*bounds)
+    if isinstance(bending, str):
+        return bending
+    lo, hi = bending
     if hi is None:
         return Steering(ctu.OP_TYPE, x) if lo == 0 else Steering("CTUMax", x, (operands[0],))
     if lo is None:
@@ -95,42 +103,43 @@ def _clip(node, constant):
     return Steering("CTUClip", x, tuple(operands))
 
 
-def bounds_that_bend(lo, hi):
-    """The bounds of a Clip, numbers or None, with None for those that bound nothing; or the reason
-    why it is left alone."""
-    # Exporters write a bound that is not there as the largest number.
+def bounds_that_bend(lo: float | None, hi: float | None) -> tuple[float | None, float | None] | str:
+    """The bounds of a Clip, with None for those that bound nothing; or the reason why the Clip is
+    left alone."""
+    # Exporters write a missing bound as the largest number.
     lo, hi = (None if b is None or not abs(b) <= 3.4e38 else b for b in (lo, hi))
     if lo is None and hi is None:
         return "it has no bounds"
     if lo is not None and hi is not None and not lo < hi:
         return "its bounds leave no room between them"
     if lo is not None and 0 < lo < 1e-3:
-        return f"it guards against numbers under {lo:g}: taken as arithmetic"
+        return f"it guards against numbers under {lo:g}, which is arithmetic"
     return lo, hi
 
 
-def _max(node, constant):
+def _max(node: NodeProto, constant: Constant) -> Judgement:
     return _with_zero(node, constant, lambda x: Steering(ctu.OP_TYPE, x))
 
 
-def _min(node, constant):
+def _min(node: NodeProto, constant: Constant) -> Judgement:
     return _with_zero(node, constant, lambda x: Steering("CTUMin", x, (0.0,)))
 
 
-def _with_zero(node, constant, steering):
-    """Only against 0 is Max or Min an activation; elsewhere it is arithmetic, and not reported."""
+def _with_zero(
+    node: NodeProto, constant: Constant, steering: Callable[[str], Steering]
+) -> Judgement:
+    """Max or Min is an activation against 0 alone; elsewhere it is arithmetic, and not reported."""
     for zero, x in (node.input, reversed(node.input)) if len(node.input) == 2 else ():
         if constant(zero) == 0:
             return steering(x)
     return None
 
 
-def _hard_sigmoid(node, constant):
+def _hard_sigmoid(node: NodeProto, constant: Constant) -> Judgement:
     return Steering("CTUHardSigmoid", node.input[0], (*_attributes(node), 0.0, 1.0))
 
 
-# op type -> function of (node, constant) that gives its Steering, the reason why there is none, or
-# None where the node is no activation. `constant` gives the value of a scalar constant, or None.
+# op type -> what judges a node of that type.
 STEERABLE = {
     "Relu": _relu,
     "LeakyRelu": _leaky_relu,
@@ -141,8 +150,8 @@ STEERABLE = {
     "Min": _min,
 }
 
-_SMOOTH = "it is not piecewise affine: there is no kink between two lines to bend"
-_JUMPS = "it jumps: the CTU bends kinks, not jumps"
+_SMOOTH = "already smooth: nothing to steer"
+_JUMPS = "it jumps, and the CTU smooths kinks alone"
 _SMOOTH_OPS = "Celu Elu Gelu HardSwish Mish Selu Sigmoid Softplus Softsign Swish Tanh"
 _CONTRIB_SMOOTH_OPS = "BiasGelu FastGelu Gelu QuickGelu"
 _QUANTIZED_OPS = "QLinearLeakyRelu QLinearSigmoid"
@@ -158,8 +167,8 @@ LEFT_ALONE = {
 
 _RECURRENT = ("RNN", "GRU", "LSTM")
 
-# Ops that quantize what they give -> the position of its zero point. The first takes it as it is
-# from another op; where that is an affine one, clipping at 0 is a Relu's doing.
+# Ops that quantize their output -> the position of its zero point. QuantizeLinear quantizes the
+# output of another op: where that is an affine one, clipping at 0 comes from a Relu.
 _QUANTIZING = {
     "QuantizeLinear": 2,
     "QLinearAdd": 7,
@@ -174,39 +183,44 @@ _LOWEST = {
     TensorProto.UINT16: 0,
     TensorProto.INT16: -(1 << 15),
 }
-_TAKEN_IN = "its range starts at 0, as of a Relu that quantization took in: steer before quantizing"
+_TAKEN_IN = "its range starts at 0, as quantization absorbed a Relu: steer before quantizing"
 
 
-def clips_at_zero(node, types, constant, makers):
-    """The reason why the Relu that quantization left in a NodeProto's range cannot be steered; None
-    where its range goes below 0, or what it quantizes is no affine op's.
+def clips_at_zero(
+    node: NodeProto,
+    types: Mapping[str, set[int]],
+    constant: Constant,
+    producers: Mapping[str, str],
+) -> str | None:
+    """The reason why the Relu that quantization absorbed into a node's range cannot be steered;
+    None where there is none: the range goes below 0, or the input comes from no affine op.
 
     Args:
         types: element types by tensor name, as Scope.types.
-        constant: as for `judge`.
-        makers: the op types by output name of the nodes around it.
+        constant: gives the value of a scalar constant by name, or None.
+        producers: output name -> op type of the nodes around.
     """
     if node.op_type not in _QUANTIZING or node.domain not in (*DEFAULT_DOMAINS, "com.microsoft"):
         return None
     position = _QUANTIZING[node.op_type]
     x, name = (*node.input[:1], "")[0], (*node.input[position : position + 1], "")[0]
-    if node.op_type == "QuantizeLinear" and makers.get(x) not in _AFFINE:
+    if node.op_type == "QuantizeLinear" and producers.get(x) not in _AFFINE:
         return None
     zero = constant(name) if name else 0
-    known = types.get(name or (*node.output, "")[0], {TensorProto.UINT8})
-    lowest = {_LOWEST[dtype] for dtype in known if dtype in _LOWEST}
+    dtypes = types.get(name or (*node.output, "")[0], {TensorProto.UINT8})
+    lowest = {_LOWEST[dtype] for dtype in dtypes if dtype in _LOWEST}
     return _TAKEN_IN if zero in lowest else None
 
 
-def judge(node, dtypes, constant):
-    """Judge a NodeProto.
+def judge(node: NodeProto, dtypes: Iterable[int], constant: Constant) -> Judgement:
+    """Judge a node.
 
     Args:
-        dtypes: the element types of its tensor, empty where they are not known.
-        constant: function from a tensor's name to its value where it is a scalar constant.
+        dtypes: the element types of its tensor, none where they are unknown.
+        constant: gives the value of a scalar constant by name, or None.
 
     Returns:
-        Steering, the reason why there is none, or None where the node is no activation.
+        Steering, the reason why the node is left alone, or None for a node that is no activation.
     """
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
     if not node.output or not node.output[0]:
@@ -221,9 +235,9 @@ def judge(node, dtypes, constant):
     if len(node.input) < needed or not all(node.input[:needed]):
         return "it lacks an input"
     if any(a.ref_attr_name for a in node.attribute):
-        return "it has an attribute of the function around it"
+        return "its attribute comes from the function around it"
     if any(a.HasField("g") or a.graphs for a in node.attribute):
-        return "it holds a graph, which no activation does"
+        return "it has a subgraph, which no activation has"
     steering = STEERABLE[node.op_type](node, constant)
     if not isinstance(steering, Steering):
         return steering
@@ -236,13 +250,13 @@ def judge(node, dtypes, constant):
     return steering
 
 
-def _type_name(dtype):
+def _type_name(dtype: int) -> str:
     known = dtype in TensorProto.DataType.values()
     return TensorProto.DataType.Name(dtype).lower() if known else f"of the unknown type {dtype}"
 
 
-def unfused(node):
-    """The activation inside a fused node, as a NodeProto of its own without input; None if none."""
+def unfused(node: NodeProto) -> NodeProto | None:
+    """The activation inside a fused node as a node of its own, or None where there is none."""
     if (node.domain, node.op_type) not in FUSED or not node.output:
         return None
     op_type = attribute(node, "activation", "", AttributeProto.STRING)
@@ -250,34 +264,32 @@ def unfused(node):
         return None
     names = _ATTRIBUTES.get(op_type, {})
     # FusedGemm has an attribute for each, the others one list.
-    values = attribute(node, "activation_params", [], AttributeProto.FLOATS)
-    held = dict(zip(names, values, strict=False))
-    held |= {name: attribute(node, f"activation_{name}", held.get(name)) for name in names}
-    held = {name: value for name, value in held.items() if value is not None}
-    return helper.make_node(op_type, [node.output[0]], [node.output[0]], **held)
+    numbers = attribute(node, "activation_params", [], AttributeProto.FLOATS)
+    values = dict(zip(names, numbers, strict=False))
+    values |= {name: attribute(node, f"activation_{name}", values.get(name)) for name in names}
+    values = {name: value for name, value in values.items() if value is not None}
+    return helper.make_node(op_type, [node.output[0]], [node.output[0]], **values)
 
 
-def take_out(node, output):
+def take_out(node: NodeProto, output: str) -> None:
     """Remove the activation that is fused into a node, which then computes `output`."""
     node.output[0] = output
-    kept = [held for held in node.attribute if not held.name.startswith("activation")]
-    del node.attribute[:]
-    node.attribute.extend(kept)
+    keep(node.attribute, lambda attribute: not attribute.name.startswith("activation"))
     if node.op_type == "FusedGemm":
         node.op_type, node.domain = "Gemm", ""
 
 
-def attribute(node, name, default, kind=AttributeProto.FLOAT):
-    """The value of a node's attribute; `default` where it has none of that AttributeProto type, or
-    one that refers to the function around it."""
-    for held in node.attribute:
-        if held.name == name and held.type == kind and not held.ref_attr_name:
-            value = helper.get_attribute_value(held)
+def attribute(node: NodeProto, name: str, default: Any, kind: int = AttributeProto.FLOAT) -> Any:
+    """The value of a node's attribute of an AttributeProto type; `default` where there is none, or
+    where it refers to the function around it."""
+    for proto in node.attribute:
+        if proto.name == name and proto.type == kind and not proto.ref_attr_name:
+            value = helper.get_attribute_value(proto)
             if kind == AttributeProto.STRING:
                 return value.decode(errors="replace")
             return value
     return default
 
 
-def _holds_relu(node, name):
+def _holds_relu(node: NodeProto, name: str) -> bool:
     return any(b"Relu" in value for value in attribute(node, name, [], AttributeProto.STRINGS))

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import NodeProto, TensorProto, numpy_helper
@@ -81,36 +81,38 @@ def survey(scopes: list[Scope], values: dict[str, float | list | None]) -> Itera
             judgement = _judge(node, inner, dtypes, scope, values, producers)
             if judgement is None:
                 continue
-            details, steering = judgement
-            activation = Activation(
-                name=node_label(node),
-                scope=scope.path,
+            activation, steering = judgement
+            activation = replace(
+                activation,
                 shape=scope.shapes.get((*node.output, "")[0]),
                 module=_module(node),
-                **details,
             )
             yield Site(activation, node, scope, dtypes, steering, inner)
 
 
 def _judge(node, inner, dtypes, scope, values, producers):
-    """Fields of the Activation that a node is, and its Steering; None for any other node."""
+    """The Activation that a node is, and its Steering; None for any other node."""
+
+    def activation(op, status, **fields):
+        return Activation(node_label(node), op, scope.path, status, **fields)
+
     if ctu.is_ctu(node):
         # A CTU of another tool may lack its parameters.
         beta, coeff = (*(values.get(name) for name in node.input[1:3]), None, None)[:2]
         op = records.original_op(node)
-        return {"op": op, "status": "steered", "beta": beta, "coeff": coeff}, None
+        return activation(op, "steered", beta=beta, coeff=coeff), None
     lowered = records.lowered_op(node)
     if lowered is not None:
-        return ({"op": lowered, "status": "steered"}, None) if lowered else None
+        return (activation(lowered, "steered"), None) if lowered else None
     judgement = activations.judge(inner or node, dtypes, scope.constant)
     if judgement is None:
         judgement = activations.clips_at_zero(node, scope.types, scope.constant, producers)
     if judgement is None:
         return None
-    op_type = (inner or node).op_type
+    op = (inner or node).op_type
     if isinstance(judgement, str):
-        return {"op": op_type, "status": "skipped", "reason": judgement}, None
-    return {"op": op_type, "status": "steerable"}, judgement
+        return activation(op, "skipped", reason=judgement), None
+    return activation(op, "steerable"), judgement
 
 
 def _module(node: NodeProto) -> str | None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,7 +131,7 @@ class Trained(dict):
 
 
 def differing(
-    weights: Mapping[str, np.ndarray], initializers: Sequence[TensorProto]
+    weights: Mapping[str, np.ndarray], initializers: Iterable[TensorProto]
 ) -> Iterator[str]:
     """The names of the initializers whose values differ from those in `weights`, by name."""
     for tensor in initializers:

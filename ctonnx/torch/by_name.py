@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -180,7 +180,7 @@ def export_model(
     coeff: float = 0.5,
     checkpoint: str | os.PathLike[str] | None = None,
     force: bool = False,
-) -> tuple[Report, Path | Literal["-"]]:
+) -> tuple[Report, Path | str]:
     """Export the model that `target` names, steered.
 
     Args:

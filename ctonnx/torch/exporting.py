@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,7 +39,7 @@ def export(
     dynamo: bool = True,
     force: bool = False,
     **options: Any,
-) -> Path | Literal["-"] | ModelProto:
+) -> Path | str | ModelProto:
     """Export a model that has CT units, or that is steered, to ONNX.
 
     Exceptions of torch.onnx.export itself pass through.
