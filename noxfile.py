@@ -38,11 +38,24 @@ def oldest(session):
     if sys.version_info >= (3, 13):
         session.skip("onnxruntime 1.18 has no build for this Python")
     session.install(
-        *("onnxruntime==1.18.0", "onnx==1.16.2", "numpy==1.26.4", "click==8.1.7"),
-        *("ml-dtypes", "onnx-graphsurgeon", "pytest", "."),
+        "onnxruntime==1.18.0",
+        "onnx==1.16.2",
+        "numpy==1.26.4",
+        "click==8.1.7",
+        "ml-dtypes",
+        "onnx-graphsurgeon",
+        "pytest",
+        ".",
     )
     names = (
-        *("api", "cli", "files", "formula", "graphsurgeon", "layout", "op", "rewrite"),
+        "api",
+        "cli",
+        "files",
+        "formula",
+        "graphsurgeon",
+        "layout",
+        "op",
+        "rewrite",
         "validate",
     )
     session.run("pytest", *(f"tests/test_{name}.py" for name in names))
@@ -52,9 +65,16 @@ def oldest(session):
 def docs(session):
     """The site of docs/, in build/site, and what it must have. `-- --serve` shows it instead."""
     session.install(
-        *("mkdocs==1.6.1", "mkdocs-material==9.8.1", "pymdown-extensions==13.1"),
-        *("mkdocs-click==0.9.0", "mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"),
-        *("click==8.5.1", "ruff==0.17.6", "latex2mathml==3.81.1", "beautifulsoup4==4.15.0"),
+        "mkdocs==1.6.1",
+        "mkdocs-material==9.8.1",
+        "pymdown-extensions==13.1",
+        "mkdocs-click==0.9.0",
+        "mkdocstrings==1.0.8",
+        "mkdocstrings-python==2.0.11",
+        "click==8.5.1",
+        "ruff==0.17.6",
+        "latex2mathml==3.81.1",
+        "beautifulsoup4==4.15.0",
         "pytest",
     )
     session.env["NO_MKDOCS_2_WARNING"] = "1"

@@ -32,8 +32,16 @@ SOURCES = {
 
 # What a page fetches by itself, while links are followed by who reads it.
 FETCHED = {
-    **{"audio": "src", "embed": "src", "iframe": "src", "img": "src", "input": "src"},
-    **{"link": "href", "object": "data", "script": "src", "source": "src", "video": "src"},
+    "audio": "src",
+    "embed": "src",
+    "iframe": "src",
+    "img": "src",
+    "input": "src",
+    "link": "href",
+    "object": "data",
+    "script": "src",
+    "source": "src",
+    "video": "src",
 }
 
 

@@ -33,8 +33,15 @@ DIGITS = ROOT / "samples" / "digits"
 BACKEND_DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 LIGHT = BACKEND_DATA / "light"
 LIGHT_MODELS = [
-    *("bvlc_alexnet", "densenet121", "inception_v1", "inception_v2", "resnet50"),
-    *("shufflenet", "squeezenet", "vgg19", "zfnet512"),
+    "bvlc_alexnet",
+    "densenet121",
+    "inception_v1",
+    "inception_v2",
+    "resnet50",
+    "shufflenet",
+    "squeezenet",
+    "vgg19",
+    "zfnet512",
 ]
 # Hundreds of megabytes of weights, and no op that the other light models lack.
 HEAVY = ("bvlc_alexnet", "vgg19", "zfnet512")

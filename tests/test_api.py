@@ -15,9 +15,21 @@ import ctonnx
 from ctonnx.ort import library
 
 PUBLIC = [
-    *("CheckFailed", "CtonnxError", "InputFileError", "MissingDependency", "ModelError"),
-    *("NothingToDo", "UsageError"),
-    *("get_library_path", "inspect", "patch", "probe", "register", "session", "sweep", "unpatch"),
+    "CheckFailed",
+    "CtonnxError",
+    "InputFileError",
+    "MissingDependency",
+    "ModelError",
+    "NothingToDo",
+    "UsageError",
+    "get_library_path",
+    "inspect",
+    "patch",
+    "probe",
+    "register",
+    "session",
+    "sweep",
+    "unpatch",
 ]
 
 
@@ -32,8 +44,13 @@ def test_the_public_names():
 def test_errors_form_a_tree():
     codes = {name: getattr(ctonnx, name).exit_code for name in PUBLIC[:7]}
     assert codes == {
-        **{"CheckFailed": 1, "CtonnxError": 1, "InputFileError": 3, "MissingDependency": 4},
-        **{"ModelError": 3, "NothingToDo": 1, "UsageError": 2},
+        "CheckFailed": 1,
+        "CtonnxError": 1,
+        "InputFileError": 3,
+        "MissingDependency": 4,
+        "ModelError": 3,
+        "NothingToDo": 1,
+        "UsageError": 2,
     }
     assert all(issubclass(getattr(ctonnx, name), ctonnx.CtonnxError) for name in PUBLIC[:7])
 

@@ -89,8 +89,15 @@ def test_output_is_deterministic(run):
 @pytest.mark.parametrize("beta_as", ["initializer", "input", "required-input"])
 def test_patch_check(run, lowering, beta_as):
     code, _, err = run(
-        *("patch", "digits.onnx", "--beta", "0.85", "--check"),
-        *("--lowering", lowering, "--beta-as", beta_as),
+        "patch",
+        "digits.onnx",
+        "--beta",
+        "0.85",
+        "--check",
+        "--lowering",
+        lowering,
+        "--beta-as",
+        beta_as,
     )
     assert code == 0, err
     assert "check passed: at beta 1 against the original" in err
@@ -126,9 +133,15 @@ def test_inspect_set_unpatch(run):
     assert out.splitlines()[-1] == "7 steered, 0 steerable, 0 skipped"
     (first, *_) = json.loads(run("inspect", "digits.ct.onnx", "--json")[1])["activations"]
     assert first == {
-        **{"name": "node_relu", "op": "Relu", "scope": "", "status": "steered"},
-        **{"reason": None, "beta": 0.85, "coeff": 0.5},
-        **{"shape": ["batch", 16, 8, 8], "module": "stem.1"},
+        "name": "node_relu",
+        "op": "Relu",
+        "scope": "",
+        "status": "steered",
+        "reason": None,
+        "beta": 0.85,
+        "coeff": 0.5,
+        "shape": ["batch", 16, 8, 8],
+        "module": "stem.1",
     }
     assert run("set", "digits.ct.onnx", "--beta", "0.9")[:2] == (
         0,
@@ -255,7 +268,8 @@ MISTAKES = [
     (["patch", "", "--beta", "0.5"], 3, "is a folder"),
     (
         ["patch", "digits.onnx", "--beta=1", "--lowering=primitives", "-o./digits.onnx", "--force"],
-        *(2, "primitives cannot be undone: write to another file than MODEL"),
+        2,
+        "primitives cannot be undone: write to another file than MODEL",
     ),
     (["patch", "digits.onnx"], 2, "Missing option '--beta'"),
     (["patch", "digits.onnx", "--bet", "0.5"], 2, "No such option"),

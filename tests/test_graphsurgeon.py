@@ -106,7 +106,9 @@ def test_equal_constants_are_shared_and_names_are_free():
     first, second, third = graph.nodes[1:]
     assert all(a is b for a, b in zip(first.inputs[1:], second.inputs[1:], strict=True))
     assert [a is b for a, b in zip(first.inputs[1:], third.inputs[1:], strict=True)] == [
-        *(False, True, True)
+        False,
+        True,
+        True,
     ]
     # A constant that was edited no longer has the value in its name.
     first.inputs[1].values = np.array(0.25, np.float32)

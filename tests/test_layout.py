@@ -440,8 +440,10 @@ def test_options_and_disk_are_left_as_they_were(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     fields = [
-        *("graph_optimization_level", "optimized_model_filepath"),
-        *("log_severity_level", "enable_profiling"),
+        "graph_optimization_level",
+        "optimized_model_filepath",
+        "log_severity_level",
+        "enable_profiling",
     ]
     for model in steered(), steered(tail("y = Neg(r)")), with_weights(NET):
         options = ort.SessionOptions()

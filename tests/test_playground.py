@@ -512,7 +512,13 @@ def test_the_keyboard_alone_reaches_and_moves_everything(visit):
         assert width >= 2, focused
         reached.append(name)
     assert reached == [
-        *("beta", "coeff", "reset", "drawing", "clear", *"0123456789", "Curvature Tuning")
+        "beta",
+        "coeff",
+        "reset",
+        "drawing",
+        "clear",
+        *"0123456789",
+        "Curvature Tuning",
     ]
     page.focus("#beta")
     page.keyboard.press("ArrowLeft")

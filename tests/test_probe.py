@@ -253,7 +253,12 @@ def test_features_may_be_named():
     model = small("p = Reshape(h, s) g = Relu(p) m = Flatten(g) n = Abs(m) y = Gemm(n, w, c)")
     result = ctonnx.probe(model, (X, Y), (X, Y), [0.5], features="g")
     assert [n.op_type for n in result.model.graph.node] == [
-        *("MatMul", "CTU", "Reshape", "CTU", "Flatten", "Gemm")
+        "MatMul",
+        "CTU",
+        "Reshape",
+        "CTU",
+        "Flatten",
+        "Gemm",
     ]
     assert (result.features, result.width) == ("g", 4)
     session = onnxruntime.InferenceSession(result.model.SerializeToString())
@@ -361,8 +366,11 @@ def test_coeff_is_taken():
 def test_external_data_are_shared(tmp_path):
     model = onnx.load(MODEL)
     onnx.save(
-        *(model, tmp_path / "m.onnx"),
-        **{"save_as_external_data": True, "size_threshold": 1024, "location": "w"},
+        model,
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        size_threshold=1024,
+        location="w",
     )
     train, test = ((images[:60], labels[:60]) for images, labels in (TRAIN, TEST))
     path = tmp_path / "out.onnx"
@@ -488,12 +496,12 @@ SERIES = np.stack([X, X, X], 1)
         (small(), (X[:9], Y[:9] > 0), (X, Y > 0), {"validation": 0.1}, "9 training samples, 1 of"),
         (
             small("l = Gemm(h, w, c) y = Relu(l)"),
-            *(GOOD, GOOD, {}),
+            GOOD, GOOD, {},
             "no linear layer produces the output 'y', which comes from Relu 'y': name the tensor",
         ),
         (
             small("y = MatMul(h, g)", trunk=f"{TRUNK} g = Transpose(h)", output="float[N, N] y"),
-            *(GOOD, GOOD, {}),
+            GOOD, GOOD, {},
             "no linear layer produces the output 'y', which comes from MatMul 'y'",
         ),
         (small(), GOOD, GOOD, {"features": "hh"}, "computes no tensor 'hh': did you mean h?"),
@@ -502,12 +510,12 @@ SERIES = np.stack([X, X, X], 1)
         (small(), GOOD, GOOD, {"features": "z"}, "no steered activation is in front of the"),
         (
             small("y = Gemm(z, w, c)", output="float[N, 2] y, float[N, 4] h"),
-            *(GOOD, GOOD, {}),
+            GOOD, GOOD, {},
             "no steered activation is in front of the features 'z'",
         ),
         (
             small("n = ReduceSum<keepdims = 0>(h, middle) y = Gemm(h, w, c)"),
-            *(GOOD, GOOD, {"features": "n"}),
+            GOOD, GOOD, {"features": "n"},
             "the features 'n' are float32[32]: expected the same number of floating-point numbers",
         ),
         (
@@ -522,12 +530,12 @@ SERIES = np.stack([X, X, X], 1)
             small("p = Concat<axis = 1>(h, h) q = Reshape(p, f) y = MatMul(q, w)",
                   trunk=f"f = Constant<value = int64[3] {{-1, 2, 4}}>() {TRUNK}",
                   output="float[N, 2, 2] y"),
-            *(GOOD, GOOD, {}),
+            GOOD, GOOD, {},
             "the linear layer is applied to a sequence or a map",
         ),
         (
             small("n = Log(z) q = Add(n, h) y = Gemm(q, w, c)"),
-            *(GOOD, GOOD, {}),
+            GOOD, GOOD, {},
             "the features 'q' hold NaN or infinity at beta 1",
         ),
         (small(), GOOD, GOOD, {"seeds": 0}, "seeds must be at least one, all different"),
@@ -619,7 +627,8 @@ def test_the_command_writes_the_model_and_the_points(tmp_path):
     assert onnx.load(tmp_path / "m.probe.onnx") == result.model
     again = command("m.onnx", *options, "--force", "--json", folder=tmp_path)
     assert json.loads(again.stdout) == {
-        **{"schema_version": 1, "output": "m.probe.onnx"},
+        "schema_version": 1,
+        "output": "m.probe.onnx",
         **result.document(),
     }
 

@@ -20,8 +20,12 @@ from ctonnx.rewriting.steer import LOWERINGS, steer
 from ctonnx.rewriting.steered import SteeredModel
 
 SILERO_MODELS = [
-    *("silero_vad", "silero_vad_16k_op15", "silero_vad_16k_sequence", "silero_vad_half"),
-    *("silero_vad_op18_ifless", "silero_vad_openvino_16k"),
+    "silero_vad",
+    "silero_vad_16k_op15",
+    "silero_vad_16k_sequence",
+    "silero_vad_half",
+    "silero_vad_op18_ifless",
+    "silero_vad_openvino_16k",
 ]
 
 # A change at beta 0.85 that is well above what a comparison lets pass.

@@ -374,8 +374,19 @@ def test_everything_is_float64():
     half = wide(0.1, dtype=np.float16)
     bfloat = numpy_helper.to_array(helper.make_tensor("", TensorProto.BFLOAT16, [1], [0.1]))
     terms = [
-        *(w, half, bfloat.astype(np.float64), tenth, wide(0.1, 0.7, 0.3), w, tenth, w, 2.0),
-        *(w / tenth / tenth, w * wide(0.7), x.astype(np.float64), z.astype(np.float64)),
+        w,
+        half,
+        bfloat.astype(np.float64),
+        tenth,
+        wide(0.1, 0.7, 0.3),
+        w,
+        tenth,
+        w,
+        2.0,
+        w / tenth / tenth,
+        w * wide(0.7),
+        x.astype(np.float64),
+        z.astype(np.float64),
     ]
     np.testing.assert_allclose(values["y"], sum(terms) / 3.0, rtol=1e-15)
     widened = Evaluator(model).run(names, {**inputs, "x": np.float64(x), "z": np.float64(z)})

@@ -170,9 +170,15 @@ def test_bounded_activations_are_the_formula(lowering, beta):
         return lo + ctu.ctu(x - lo, beta) - ctu.ctu(x - hi, beta)
 
     expected = [
-        *(clip(x, 0, 6), -0.5 + ctu.ctu(x + 0.5, beta), x - ctu.ctu(x - 0.5, beta)),
-        *(ctu.ctu(x, beta), clip(x, -0.5, 0.25), clip(np.float32(0.3) * x + 0.5, 0, 1)),
-        *(ctu.ctu(x, beta), x - ctu.ctu(x, beta), ctu.ctu(x, beta, slope=np.float32(0.01))),
+        clip(x, 0, 6),
+        -0.5 + ctu.ctu(x + 0.5, beta),
+        x - ctu.ctu(x - 0.5, beta),
+        ctu.ctu(x, beta),
+        clip(x, -0.5, 0.25),
+        clip(np.float32(0.3) * x + 0.5, 0, 1),
+        ctu.ctu(x, beta),
+        x - ctu.ctu(x, beta),
+        ctu.ctu(x, beta, slope=np.float32(0.01)),
     ]
     expected = np.concatenate(expected)
     np.testing.assert_allclose(z, expected, rtol=1e-5, atol=3e-6 if beta else 1e-3)
@@ -523,9 +529,14 @@ def test_skipped_activations_have_a_reason():
     assert [a.name for a in report.replaced] == ["a"]
     reasons = {a.name: a.reason for a in report.skipped}
     expected = {
-        **{"b": "already smooth", "c": "it jumps", "d": "already smooth"},
-        **{"m": "int32", "none": "no bounds", "runtime": "at run time"},
-        **{"guard": "guards against numbers under 1e-12", "empty": "no room between"},
+        "b": "already smooth",
+        "c": "it jumps",
+        "d": "already smooth",
+        "m": "int32",
+        "none": "no bounds",
+        "runtime": "at run time",
+        "guard": "guards against numbers under 1e-12",
+        "empty": "no room between",
     }
     assert set(reasons) == set(expected)
     for name, reason in expected.items():

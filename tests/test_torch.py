@@ -407,7 +407,8 @@ def test_trainable_gives_each_module_a_pair_per_channel():
     model = trainable(copy.deepcopy(original).train(), x)
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if "_raw_beta" in k}
     assert shapes == {
-        **{"act._raw_beta": (1, 6, 1, 1), "alias._raw_beta": (1, 6, 1, 1)},
+        "act._raw_beta": (1, 6, 1, 1),
+        "alias._raw_beta": (1, 6, 1, 1),
         **{f"head.{i}._raw_beta": (1, 5) for i in (1, 2, 3)},
     }
     assert model.act is model.alias

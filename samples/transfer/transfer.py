@@ -44,8 +44,14 @@ IMAGES = {
 SERIES = {
     name: functools.partial(tasks.series, name)
     for name in (
-        *("GunPoint", "ArrowHead", "ItalyPowerDemand", "ACSF1", "JapaneseVowels", "BasicMotions"),
-        *("PickupGestureWiimoteZ", "Covid3Month_disc"),
+        "GunPoint",
+        "ArrowHead",
+        "ItalyPowerDemand",
+        "ACSF1",
+        "JapaneseVowels",
+        "BasicMotions",
+        "PickupGestureWiimoteZ",
+        "Covid3Month_disc",
     )
 }
 QUICK = ("MNIST blurred", "digits", "GunPoint")
@@ -222,8 +228,15 @@ def _exported(model, method, example):
 
 def _row(name, method, seed, accuracy, head, added, chosen, right=None):
     return {
-        **{"data": name, "method": method, "seed": seed, "accuracy": float(accuracy)},
-        **{"head": head, "added": added, "chosen": chosen, "pytorch": "", "right": right},
+        "data": name,
+        "method": method,
+        "seed": seed,
+        "accuracy": float(accuracy),
+        "head": head,
+        "added": added,
+        "chosen": chosen,
+        "pytorch": "",
+        "right": right,
     }
 
 

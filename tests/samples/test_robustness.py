@@ -12,8 +12,23 @@ from conftest import ROOT
 
 FOLDER = ROOT / "samples" / "robustness"
 COLUMNS = (
-    *("threat", "half", "beta", "digits", "accuracy", "error", "gain", "low", "high", "clean"),
-    *("white_box", "square", "other_network", "other_betas", "missed", "torch_differs", "masked"),
+    "threat",
+    "half",
+    "beta",
+    "digits",
+    "accuracy",
+    "error",
+    "gain",
+    "low",
+    "high",
+    "clean",
+    "white_box",
+    "square",
+    "other_network",
+    "other_betas",
+    "missed",
+    "torch_differs",
+    "masked",
 )
 ATTACKED = ("linf", "l2")
 

@@ -52,7 +52,10 @@ def test_every_method_is_there_for_every_data_set(written, rows):
     for part in wide, beyond:
         assert len({line.count("|") for line in part.splitlines()}) == 1
     assert sorted(path.name for path in out.iterdir()) == [
-        *("curves.csv", "results.csv", "table.md", "transfer.png")
+        "curves.csv",
+        "results.csv",
+        "table.md",
+        "transfer.png",
     ]
 
 
