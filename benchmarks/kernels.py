@@ -1,10 +1,10 @@
-"""What the op costs beside ONNX Runtime's Relu on one CPU thread: verified first, then timed.
+"""Verify the op on one CPU thread, then time it against ONNX Runtime's Relu.
 
     python benchmarks/kernels.py [--rounds 41] [--levels avx512,avx2,portable]
 
-The variants of a case are timed in turns in one process, in an order shuffled every round, without
-spinning threads; figures are medians. Large tensors take turns too, so that they come from memory.
-The choice of instructions is made once in a process, so each level has a process of its own.
+The variants of a case take turns in one process, in an order shuffled every round, without spinning
+threads; figures are medians. Large tensors take turns too, so that they are read from memory. The
+library chooses its instructions once per process, so each level runs in its own process.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from ctonnx import ctu
 LARGE = [16, 1024, 14, 14]
 BETA, COEFF = 0.85, 0.5
 PROVIDERS = ["CPUExecutionProvider"]
-CACHE = 64 << 20  # bytes that no cache holds
+CACHE = 64 << 20  # bytes, more than any cache holds
 TIMED = 50e-6  # seconds: shorter runs are repeated within one timing
 
 
 class Case(NamedTuple):
     name: str
     shape: list
-    parameters: tuple = ()  # their shape
+    parameters: tuple = ()  # shape of beta and coeff
     dtype: type = np.float32
     tolerance: float = 2.5e-7
 
@@ -59,7 +59,7 @@ CASES = [
 
 
 def model(case, op, function=None):
-    """The bytes of a model of one node; `function` is its fallback."""
+    """The bytes of a model of one node; `function` selects its fallback: "ours" or "naive"."""
     code = helper.np_dtype_to_tensor_dtype(np.dtype(case.dtype))
     steered = op == ctu.OP_TYPE
     values = {"beta": BETA, "coeff": COEFF} if steered else {}
@@ -73,20 +73,20 @@ def model(case, op, function=None):
             for name, value in values.items()
         ],
     )
-    made = helper.make_model(
+    proto = helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid(ctu.DOMAIN, ctu.VERSION)],
         ir_version=8,
     )
     if function == "naive":
-        made.functions.append(naive_function(made))
+        proto.functions.append(naive_function(proto))
     elif function:
-        made.functions.append(ctu.function(17, {code}, sloped=False))
-    return made.SerializeToString()
+        proto.functions.append(ctu.function(17, {code}, sloped=False))
+    return proto.SerializeToString()
 
 
 def sessions(case):
-    """Name -> session, of those that ONNX Runtime has kernels for; the op comes first."""
+    """Name -> session, without those that ONNX Runtime has no kernel for; the op comes first."""
     kernel = quiet_options(1)
     ctonnx.register(kernel)
     makers = {"op": (model(case, ctu.OP_TYPE), kernel)}
@@ -105,7 +105,7 @@ def sessions(case):
 
 
 def bindings(session, inputs, outputs, case):
-    """An IO binding for each pair of arrays: nothing is allocated in a timed run."""
+    """An IO binding for each pair of arrays, so that timed runs allocate nothing."""
     code = helper.np_dtype_to_tensor_dtype(np.dtype(case.dtype))
     bound = []
     for x, y in zip(inputs, outputs, strict=True):

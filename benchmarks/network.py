@@ -1,9 +1,9 @@
-"""What steering costs a whole network on the CPU: verified first, then timed.
+"""Verify a steered network on the CPU, then time it against the original.
 
     python benchmarks/network.py [--threads 1,2] [--rounds 31] [ORIGINAL.onnx ...]
 
-The variants are timed in turns in one process, in an order shuffled every round, without spinning
-threads: pools that spin in one session slow down the others. Figures are medians.
+The variants take turns in one process, in an order shuffled every round. Threads do not spin, since
+a spinning pool of one session slows down the others. Figures are medians.
 """
 
 import argparse
@@ -28,12 +28,12 @@ BETA = 0.85
 PROVIDERS = ["CPUExecutionProvider"]
 LOADS = 3
 
-# The formula as the paper writes it is less precise than the op, and a network adds that up.
+# The paper's formula in standard ops is less precise than the op, and errors add up in a network.
 TOLERANCE = 1e-3
 
 
 def naive_function(model):
-    """The paper's formula in standard ops, as the function of the op in a steered ModelProto."""
+    """The paper's formula in standard ops, as a fallback function for a steered ModelProto."""
     opset = next(e.version for e in model.opset_import if e.domain in ("", "ai.onnx"))
     body = """
         one = Constant <value = float {1.0}> ()  epsilon = Constant <value = float {1e-6}> ()
@@ -74,7 +74,7 @@ def quiet_options(threads):
 
 
 def opened(make, threads):
-    """A session, and the median time of making it in milliseconds."""
+    """A session, and the median milliseconds to open it."""
     times = []
     for _ in range(LOADS):
         options = quiet_options(threads)
@@ -85,7 +85,7 @@ def opened(make, threads):
 
 
 def verify(sessions, inputs):
-    """Leave with a message where a steered session differs from the plain one."""
+    """Exit with a message if a steered session differs from the one in the plain layout."""
 
     def run(session):
         outputs = [output.name for output in session.get_outputs()]
@@ -101,7 +101,7 @@ def verify(sessions, inputs):
 
 
 def timed(sessions, inputs, rounds):
-    """Name -> median time of a run in milliseconds."""
+    """Name -> median milliseconds of a run."""
     times = {name: [] for name in sessions}
     order = list(sessions)
     for _ in range(rounds):
@@ -126,14 +126,15 @@ def main():
         makers = variants(path)
         inputs = validate.random_inputs(validate.Model(path))
         for threads in map(int, args.threads.split(",")):
-            made = {name: opened(make, threads) for name, make in makers.items()}
-            sessions = {name: session for name, (session, _) in made.items()}
+            sessions, loads = {}, {}
+            for name, make in makers.items():
+                sessions[name], loads[name] = opened(make, threads)
             verify(sessions, inputs)
             print(f"{path.name}, {threads} threads: outputs agree, timing", file=sys.stderr)
             times = timed(sessions, inputs, args.rounds)
             for name, value in times.items():
                 ratio = value / times["ReLU"]
-                rows.append((path.name, threads, name, value, ratio, made[name][1]))
+                rows.append((path.name, threads, name, value, ratio, loads[name]))
 
     print(f"{'network':24} {'threads':>7}  {'variant':18} {'ms':>9} {'ratio':>6} {'load ms':>8}")
     for network, threads, name, value, ratio, load in rows:

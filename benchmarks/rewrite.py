@@ -1,9 +1,9 @@
-"""What rewriting a large file costs: verified first, then timed beside reading and writing it.
+"""Verify the rewriting of a large file, then time it against just reading and writing the file.
 
     python benchmarks/rewrite.py [--activations 20000] [--layers 96] [--rounds 3]
 
-One model has many activations, the other many weights, in a hole of a file that takes no space.
-What `onnx` takes to load and save the model, its external data left alone, is the measure.
+One model has many activations, the other many weights, in a sparse file that takes no disk space.
+The baseline is `onnx` loading and saving the model without its external data.
 """
 
 import argparse
@@ -18,12 +18,11 @@ from onnx import TensorProto, helper
 
 import ctonnx
 
-# Of the layers with weights: 64 MiB each.
-WIDTH = 4096
+WIDTH = 4096  # of a layer with weights, which take 64 MiB
 
 
 def many_activations(path, count):
-    """A chain of Add and, in turns, Relu and LeakyRelu."""
+    """A chain in which each Add is followed by a Relu or a LeakyRelu, in turns."""
     nodes, tensors = [], []
     for i in range(count):
         kind = "LeakyRelu" if i % 2 else "Relu"
@@ -45,9 +44,9 @@ def many_weights(path, layers):
         tensor = TensorProto(name=f"w{i}", data_type=TensorProto.FLOAT)
         tensor.dims[:] = [WIDTH, WIDTH]
         tensor.data_location = TensorProto.EXTERNAL
-        place = {"location": f"{path.stem}.bin", "offset": i * each, "length": each}
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=str(value))
+        tensor.external_data.add(key="location", value=f"{path.stem}.bin")
+        tensor.external_data.add(key="offset", value=str(i * each))
+        tensor.external_data.add(key="length", value=str(each))
         tensors.append(tensor)
     write(path, nodes, tensors, ["N", WIDTH])
 
@@ -65,18 +64,18 @@ def write(path, nodes, tensors, shape):
 
 
 def verify(original, works):
-    """Leave with a message where a way of writing a file leaves something else than it should."""
+    """Exit with a message if one of `works` writes something else than it should."""
     written = {name: onnx.load(work(), load_external_data=False) for name, work in works.items()}
     before = onnx.load(original, load_external_data=False)
     activations = sum(node.op_type in ("Relu", "LeakyRelu") for node in before.graph.node)
-    held = {n: sum(a.status == "steered" for a in ctonnx.inspect(m)) for n, m in written.items()}
-    wanted = {"load and save": 0, "patch": activations, "primitives": activations, "unpatch": 0}
-    for name, count in held.items():
-        if count != wanted[name]:
-            sys.exit(f"{name}: {count} of {wanted[name]} activations are steered")
+    expected = {"load and save": 0, "patch": activations, "primitives": activations, "unpatch": 0}
+    for name, model in written.items():
+        count = sum(a.status == "steered" for a in ctonnx.inspect(model))
+        if count != expected[name]:
+            sys.exit(f"{name}: {count} activations are steered, expected {expected[name]}")
     for name in "load and save", "unpatch":
         if written[name] != before:
-            sys.exit(f"{name}: gives another model than the original")
+            sys.exit(f"{name}: the model differs from the original")
 
 
 def main():
@@ -113,7 +112,7 @@ def main():
 
 
 def works_on(path):
-    """Name -> function that writes a file beside `path` and gives its path."""
+    """Name -> function that writes a file beside `path` and returns the file's path."""
     steered, out = path.with_name("steered.onnx"), path.with_name("out.onnx")
 
     def copied():

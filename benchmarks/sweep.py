@@ -1,11 +1,11 @@
-"""What a sweep costs beside its runs: verified first, then timed side by side.
+"""Verify a sweep, then time its overhead over the bare runs.
 
     python benchmarks/sweep.py MODEL.onnx [--points 5] [--images 64] [--rounds 3]
 
 MODEL takes one image, and its first output holds a score per class. A sweep over a folder of PNG
-images, decoding included, is timed in turns with bare `session.run` loops, one per β, over batches
-that lie prepared in memory. Opening the session is in the sweep's time and is given apart too. CPU
-time is that of the process: on a machine that others use, it is the steadier of the two.
+images, which it decodes, takes turns with bare `session.run` loops, one per β, over batches in
+memory. The time of the sweep includes opening the session; a row without it follows. CPU time is
+that of the process, and steadier than the clock on a shared machine.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SIZE = 32
 
 
 def write_images(folder, count):
-    """Smooth random pictures of 256 by 256 in two classes."""
+    """Write smooth random images of 256x256 pixels in two classes."""
     rng = np.random.default_rng(0)
     for i in range(count):
         small = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
@@ -35,14 +35,14 @@ def write_images(folder, count):
 
 
 def timed(function):
-    """Seconds by the clock and of CPU, and what the function gave."""
+    """Wall-clock and CPU seconds of a call, and its result."""
     start = np.array([time.perf_counter(), time.process_time()])
     result = function()
     return np.array([time.perf_counter(), time.process_time()]) - start, result
 
 
 def bare(session, model, batches, betas):
-    """The outputs of every β, as a list of lists."""
+    """The outputs, a list of batches for each β."""
     return [
         [
             session.run([model.output], {**inputs, model.betas[0]: np.array(beta, np.float32)})[0]
@@ -53,12 +53,12 @@ def bare(session, model, batches, betas):
 
 
 def verify(result, outputs, labels, betas):
-    """Leave with a message where the sweep's values are not those of the outputs."""
+    """Exit with a message if the sweep's values differ from those of the bare runs."""
     values = {point.beta: point.value for point in result.points}
     for beta, parts in zip(betas, outputs, strict=True):
         expected = (np.concatenate(parts).argmax(1) == labels).mean()
         if values[beta] != expected:
-            sys.exit(f"beta {beta}: the sweep has accuracy {values[beta]}, bare runs {expected}")
+            sys.exit(f"beta {beta}: accuracy {values[beta]} in the sweep, {expected} in bare runs")
 
 
 def main():

@@ -1,5 +1,7 @@
-"""One runtime, in a process of its own: `run.py` starts it, writes a line of JSON for each run of a
-model to its standard input, and reads a line of what came out from its standard output.
+"""One runtime in its own process, started by `run.py`.
+
+For each run of a model, it reads a job from standard input and writes an answer to standard output,
+each a line of JSON.
 
 A job is {"model": path, "inputs": tensors}, an answer {"outputs": tensors} or {"error": text}.
 `tensors` is a dict from a name to [dtype, shape, base64 of the little-endian values].
@@ -19,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Each of these functions opens the model at a path, and returns what runs it: a function from dict
-# of arrays by name to dict of arrays by name. `fed` holds the inputs of the first run, for runtimes
-# that must know shapes.
+# Each of these functions opens the model at a path and returns a function that runs it: arrays by
+# name -> arrays by name. `fed` holds the inputs of the first run, for runtimes that need shapes.
 
 
 def onnxruntime(path, fed):
@@ -44,10 +45,10 @@ def reference_evaluator(path, fed):
 
 
 def openvino(path, fed):
-    sys.modules["openvino_telemetry"] = None  # which reports each import, unless CI is set
+    sys.modules["openvino_telemetry"] = None  # reports each import otherwise
     import openvino as ov
 
-    # On CPUs that have it, bfloat16 is OpenVINO's choice unless float32 is asked for.
+    # OpenVINO chooses bfloat16 where the CPU has it, unless told otherwise.
     compiled = ov.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def run(inputs):
@@ -65,14 +66,14 @@ def tract(path, fed):
     model = tract.onnx().load(path)
     names = [model.input_name(i) for i in range(model.input_count())]
     refuse_unknown(fed, names)
-    symbols = {}  # such as the size of a batch, which tract wants to know before it optimises
+    symbols = {}  # such as the batch size, which tract needs before it optimises
     for i, name in enumerate(names):
         *dims, kind = model.input_fact(i).dump().split(",")
         sizes = [str(size) for size in fed[name].shape]
         symbols |= {d: int(s) for d, s in zip(dims, sizes, strict=True) if d.isidentifier()}
         dims = [s if d == "?" else d for d, s in zip(dims, sizes, strict=True)]
         model.set_input_fact(i, ",".join([*dims, kind]))
-    _, outputs = interface(path)  # tract calls them after the nodes that give them
+    _, outputs = interface(path)  # tract names them after their producers
     typed = model.into_model()
     if symbols:
         typed.transform(tract.SetSymbols(symbols))
@@ -90,12 +91,12 @@ def mnn(path, fed):
 
     with tempfile.TemporaryDirectory() as folder:
         converted = os.path.join(folder, "model.mnn")
-        # Not the package's own command, which installs a reporter of use and waits for its server.
+        # The package's own command would install a usage reporter and wait for its server.
         code = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
         options = ["-f", "ONNX", "--bizCode", "x", "--modelFile", path, "--MNNModel", converted]
         done = subprocess.run(
             [sys.executable, "-c", code, *options],
-            cwd=folder,  # where it leaves a file
+            cwd=folder,  # it leaves a file there
             capture_output=True,
             text=True,
         )
@@ -136,7 +137,7 @@ def named(names, values):
 
 
 def refuse_unknown(inputs, known):
-    """Most runtimes take by position, where an input that they do not know would be dropped."""
+    """Raise on inputs that the runtime lacks: most take inputs by position and would drop these."""
     for name in sorted(set(inputs) - set(known)):
         raise ValueError(f"takes the input {name!r}, which has a default, for a constant")
 
@@ -146,8 +147,10 @@ def interface(path):
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
-    held = {tensor.name for tensor in graph.initializer}
-    return [v.name for v in graph.input if v.name not in held], [v.name for v in graph.output]
+    initializers = {tensor.name for tensor in graph.initializer}
+    return [v.name for v in graph.input if v.name not in initializers], [
+        v.name for v in graph.output
+    ]
 
 
 def to_json(arrays):
@@ -158,21 +161,21 @@ def to_json(arrays):
 
 
 def from_json(tensors):
-    return {  # copied, as OpenVINO takes no arrays that cannot be written to
+    return {  # copies, as OpenVINO refuses read-only arrays
         name: np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
         for name, (dtype, shape, data) in tensors.items()
     }
 
 
 class Page:
-    """onnxruntime-web in headless Chromium, on a page that this machine serves to itself.
+    """onnxruntime-web in headless Chromium, on a page served locally.
 
     Args:
         npm: the folder where npm installed onnxruntime-web.
     """
 
     FLAGS = ("--no-sandbox", "--disable-gpu")
-    # It would look for updates and more.
+    # Blocks the browser's own requests, such as the search for updates.
     QUIET = ("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",)
     SCRIPT = """
         import * as ort from "/ort.wasm.bundle.min.mjs";
@@ -181,7 +184,7 @@ class Page:
         window.answer = (job) => answer(ort, job, (path) => "/model?" + path);
     """
 
-    model = None  # the path of the one that is being run
+    model = None  # path of the current model
 
     def __init__(self, npm):
         from playwright.sync_api import sync_playwright
@@ -209,7 +212,7 @@ class Page:
             executable_path=shutil.which("chromium"), args=[*self.FLAGS, *self.QUIET]
         )
         self._page = browser.new_page()
-        # An empty page of this origin, whose content is then set.
+        # Start from an empty page of this origin.
         self._page.route(f"{origin}/", lambda route: route.fulfill(body="<!doctype html>"))
         self._page.goto(f"{origin}/")
         self._page.add_script_tag(type="module", content=self.SCRIPT)
@@ -221,20 +224,20 @@ class Page:
 
 
 def in_python(opener):
-    """A function that answers a job by the function `opener` of those above."""
+    """A function that answers jobs with `opener`, one of the functions above."""
     opened, run = None, None
 
     def answer(job):
         nonlocal opened, run
         inputs = from_json(job["inputs"])
         try:
-            # With other inputs anew: who refused the first may take these.
+            # Reopen for other inputs: a runtime may accept these after refusing the first.
             if opened != (job["model"], *inputs):
                 opened = None
                 run = opener(job["model"], inputs)
                 opened = job["model"], *inputs
             return {"outputs": to_json(run(inputs))}
-        except BaseException as error:  # Whatever a runtime raises is what this is to find out.
+        except BaseException as error:  # Runtimes raise whatever they like.
             return {"error": f"{type(error).__name__}: {error}"}
 
     return answer
@@ -242,7 +245,7 @@ def in_python(opener):
 
 def main(name, *arguments):
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # What libraries print goes to standard error.
+    os.dup2(2, 1)  # Libraries print to standard error.
     answer = Page(*arguments).answer if name == "web" else in_python(globals()[name])
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), file=answers)

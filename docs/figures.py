@@ -1,4 +1,4 @@
-"""Draws the figure of method.md: `python docs/figures.py` writes ctu.svg beside this file."""
+"""Draw the figure of method.md: `python docs/figures.py` writes ctu.svg beside this file."""
 
 from pathlib import Path
 

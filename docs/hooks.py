@@ -1,6 +1,6 @@
-"""What MkDocs does besides: pages from other folders, and formulas as MathML.
+"""MkDocs hooks: add pages from other folders, and render formulas as MathML.
 
-MathML is drawn by the browser itself: no script and no font is fetched.
+Browsers draw MathML themselves, so a page fetches no script and no font.
 """
 
 import html
@@ -20,7 +20,7 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 
 
 def on_config(config):
-    """Every sample has its page in the navigation."""
+    """Add a page for every sample to the navigation."""
     section = next(entry for entry in config.nav if "Samples" in entry)
     section["Samples"] = SAMPLES
 
@@ -31,17 +31,23 @@ def on_files(files, config):
     for page in [*OTHERS, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]:
         for link in _LINK.findall((ROOT / page).read_text()):
             path = Path(os.path.normpath(ROOT / page / ".." / link))
-            if path.suffix == ".md" or path.name == "index.html":  # That of a README is there.
+            if path.suffix == ".md" or path.name == "index.html":  # The page of a README exists.
                 continue
             if path.is_file() and ROOT / "docs" not in path.parents:
                 linked.add(str(path.relative_to(ROOT)))
     for path in [*OTHERS, *sorted(linked)]:
-        kept = InclusionLevel.INCLUDED  # Python files too.
-        files.append(File.generated(config, path, abs_src_path=str(ROOT / path), inclusion=kept))
+        files.append(
+            File.generated(
+                config,
+                path,
+                abs_src_path=str(ROOT / path),
+                inclusion=InclusionLevel.INCLUDED,  # exclude_docs drops Python files otherwise.
+            )
+        )
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Make links work in the site that work in the repository, where docs/ is a folder."""
+    """Adapt links of the repository, where docs/ is a folder, to the site."""
     if page.file.src_uri in OTHERS:
         return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
     return markdown.replace("](../", "](")
@@ -50,9 +56,9 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(content, page, config, files):
     def formula(match):
         display = "block" if match[1] == "div" else "inline"
-        made = convert(html.unescape(match[2]), display=display)
-        # Bars around something stand close to it.
-        return made.replace("<mo>&#x0007C;</mo>", '<mo lspace="0" rspace="0">&#x0007C;</mo>')
+        mathml = convert(html.unescape(match[2]), display=display)
+        # Set bars close to what they enclose.
+        return mathml.replace("<mo>&#x0007C;</mo>", '<mo lspace="0" rspace="0">&#x0007C;</mo>')
 
-    # What is returned has no name in our docstrings, which mkdocstrings puts before a dash.
+    # mkdocstrings puts a dash after the name of a return value. Ours have no name: drop the dash.
     return _FORMULA.sub(formula, _NAMELESS.sub(r"\1", content))

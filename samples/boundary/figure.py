@@ -1,7 +1,7 @@
 """Draw how beta bends a decision boundary and a regression curve: the paper's first figure.
 
-It runs the playground's two ONNX models in ONNX Runtime, at several beta and c 0.5, prints a table,
-and writes boundary.png and the animation boundary.gif into docs/images.
+The script runs the playground's two ONNX models in ONNX Runtime at c = 0.5 and several values of
+beta, prints a table, and writes boundary.png and the animation boundary.gif into docs/images.
 """
 
 import argparse
@@ -22,8 +22,8 @@ TABLE = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 SHOWN = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 FRAMES = np.linspace(1.0, 0.5, 21)
 
-SIDE, REACH = 241, 4.8  # points along the plane's sides, and where they end
-STEP, FINE = 0.1, 5  # length of a piece of the boundary, or curve, and places that it is tried at
+SIDE, REACH = 241, 4.8  # points along a side of the plane, and its largest coordinate
+STEP, FINE = 0.1, 5  # length of a piece of the boundary or curve, and offsets to start pieces at
 ARMS = ("#0b66b0", "#b9500a")
 FIELDS = ("#d3e5f5", "#f9dfc8")
 
@@ -35,7 +35,7 @@ class Network:
         self.session = ctonnx.session(PLAYGROUND / f"{name}.onnx")
 
     def __call__(self, x, beta):
-        """(rows, inputs) -> (rows,)"""
+        """The output of each row of x: (rows, inputs) -> (rows,)."""
         feeds = {"x": x, "beta": np.asarray(beta), "coeff": np.asarray(COEFF)}
         feeds = {name: value.astype(np.float32) for name, value in feeds.items()}
         return self.session.run(None, feeds)[0][:, 0]
@@ -56,7 +56,7 @@ class Spiral:
         return np.mean((self.network(self.held_points, beta) > 0) == self.held_arms)
 
     def sharpest(self, beta):
-        """The largest turn between two neighbouring pieces of the boundary 0.1 long, in degrees."""
+        """The largest turn in degrees between neighbouring pieces, 0.1 long, of the boundary."""
         lines = Figure().add_subplot().contour(self.axis, self.axis, self.scores(beta), [0.0])
         turns = []
         for line in lines.allsegs[0]:
@@ -91,7 +91,7 @@ class Curve:
         return np.mean((self.fit(beta) - self.truth) ** 2)
 
     def sharpest(self, beta):
-        """The largest change of slope between two neighbouring pieces of the curve 0.1 wide."""
+        """The largest change of slope between neighbouring pieces, 0.1 wide, of the curve."""
         first, last = self.line[[0, -1]]
         x = np.arange(first, last, STEP / FINE)
         y = self.network(x[:, None], beta)
@@ -107,8 +107,8 @@ class Curve:
 
 def figure(views, betas, size):
     """A Figure with a row for each view and a column for each beta."""
-    drawn = Figure(figsize=size, layout="constrained")
-    grid = drawn.subplots(len(views), len(betas), squeeze=False)
+    result = Figure(figsize=size, layout="constrained")
+    grid = result.subplots(len(views), len(betas), squeeze=False)
     for row, view in zip(grid, views, strict=True):
         for axes, beta in zip(row, betas, strict=True):
             view.draw(axes, beta)
@@ -117,7 +117,7 @@ def figure(views, betas, size):
             axes.spines[:].set_color("#dedbd3")
     for axes, beta in zip(grid[0], betas, strict=True):
         axes.set_title(f"β = {beta:.2f}" + (", ReLU" if beta == 1 else ""), fontsize=11)
-    return drawn
+    return result
 
 
 def animate(views, path):

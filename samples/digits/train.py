@@ -1,7 +1,7 @@
 """Train a small residual network on scikit-learn's handwritten digits and export it to ONNX.
 
-Writes digits.onnx (input `image`, output `logits`) and digits_test.npz, the held-out images
-and labels. One CPU core does it in well under a minute.
+The script writes digits.onnx (input `image`, output `logits`) and digits_test.npz, the held-out
+images and labels. It takes well under a minute on one CPU core.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class DigitNet(nn.Module):
 
     def forward(self, image):
         x = self.block1(self.stem(image))
-        # A function, not a module: in the ONNX graph it is a Relu like the others.
+        # A function instead of a module gives the same Relu in the ONNX graph.
         x = F.relu(self.down(x))
         return self.head(self.block2(x).mean(dim=(2, 3)))
 

@@ -16,7 +16,7 @@ def build():
     """The steered gs.Graph: image [batch, 1, 8, 8] float32 -> digit [batch] int64."""
     graph = gs.import_onnx(onnx.load(DIGITS / "digits.onnx")).fold_constants()
 
-    # Cut the logits off and answer with the digit.
+    # Output the digit instead of the logits.
     (logits,) = graph.outputs
     digit = gs.Variable("digit", np.int64, ["batch"])
     graph.layer(op="ArgMax", inputs=[logits], outputs=[digit], attrs={"axis": 1, "keepdims": 0})
@@ -25,7 +25,7 @@ def build():
     # One beta for all activations but the last.
     graph = ctonnx.patch(graph, 0.9, exclude="^node_relu_6$")
 
-    # The last one has 32 features: half of them stay ReLU, half of them are bent further.
+    # The last one has 32 features: half of them stay ReLU, the others get a smaller beta.
     relu = next(node for node in graph.nodes if node.name == "node_relu_6")
     beta = np.repeat([1.0, 0.7], 16)
     graph.ctu(relu.inputs[0], beta, output=relu.outputs[0], name=relu.name)

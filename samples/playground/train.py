@@ -1,9 +1,9 @@
-"""Train the playground's two small networks, and write what its page loads.
+"""Train the playground's two small networks and write the files that its page loads.
 
-spiral.onnx reads points of a plane, regression.onnx fits a noisy curve, digits.onnx is that of
-samples/digits. All are steered, with beta and c (`coeff`) as inputs; `ctonnx unpatch` gives the
-original networks. data.json holds the points, the curve without noise and held-out digits. One CPU
-core does it in half a minute.
+spiral.onnx classifies points of a plane, regression.onnx fits a noisy curve, digits.onnx is the
+model of samples/digits. All are steered, with beta and c (`coeff`) as inputs; `ctonnx unpatch`
+restores the original networks. data.json holds the points, the curve without noise and held-out
+digits. The script takes half a minute on one CPU core.
 """
 
 import argparse
@@ -33,13 +33,13 @@ def network(inputs, width, depth):
 
 
 def spiral(count, rng):
-    """Points of two arms, one and a half turns each: (count, 2), and 0 or 1 for the arm."""
+    """Points of two arms of one and a half turns: points (count, 2) and arms, 0 or 1, (count,)."""
     arm = np.arange(count) % 2
     radius = np.sqrt(rng.uniform(0.02, 1, count))
     angle = 3 * np.pi * radius + np.pi * arm
     points = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
     points += rng.normal(scale=0.06, size=points.shape)
-    # The larger the numbers, the smaller is what beta changes beside them.
+    # The scale sets the effect of beta, which is smaller relative to larger numbers.
     return (4 * points).astype(np.float32), arm
 
 
@@ -82,7 +82,7 @@ def exported(model, inputs):
 def steered(model):
     """A steered ModelProto with the inputs beta and coeff.
 
-    Both must be fed: onnxruntime-web takes no values for optional inputs.
+    Both inputs are required: onnxruntime-web takes no values for optional ones.
     """
     model = ctonnx.patch(model, 1.0, beta_as="required-input")
     model_with_inputs = SteeredModel(model)
@@ -92,7 +92,7 @@ def steered(model):
 
 
 def seeded():
-    """A generator of NumPy's; PyTorch's starts anew too."""
+    """A NumPy generator with a fixed seed; PyTorch is seeded too."""
     torch.manual_seed(0)
     return np.random.default_rng(0)
 
@@ -128,7 +128,7 @@ def main():
 
     onnx.save(steered(onnx.load(DIGITS / "digits.onnx")), out / "digits.onnx")
     test = np.load(DIGITS / "digits_test.npz")
-    pixels = np.rint(test["image"] * 16).astype(np.uint8)  # of 0 to 16
+    pixels = np.rint(test["image"] * 16).astype(np.uint8)  # 0 to 16
 
     data = {
         "spiral": {

