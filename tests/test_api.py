@@ -1,4 +1,4 @@
-"""The public functions: what they take, what they give back, what is visible."""
+"""The public functions: what they accept and return, and which names are visible."""
 
 import shutil
 import subprocess
@@ -106,15 +106,15 @@ def test_a_graphsurgeon_graph_gives_a_graph():
 
 
 def test_session_runs_with_the_library_and_without(monkeypatch, tmp_path):
-    """The library changes the speed, not the result; its absence is said."""
+    """The library changes the speed, not the result; a warning reports its absence."""
     steered = ctonnx.patch(DIGITS / "digits.onnx", 0.85, output=tmp_path / "digits.ct.onnx")
-    held = np.load(DIGITS / "digits_test.npz")
-    fast = ctonnx.session(steered).run(None, {"image": held["image"]})[0]
+    digits = np.load(DIGITS / "digits_test.npz")
+    fast = ctonnx.session(steered).run(None, {"image": digits["image"]})[0]
     monkeypatch.setattr(library, "_LIBRARY", "libmissing.so")
     with pytest.warns(RuntimeWarning, match="without fast kernels"):
-        slow = ctonnx.session(steered).run(None, {"image": held["image"]})[0]
+        slow = ctonnx.session(steered).run(None, {"image": digits["image"]})[0]
     np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-4)
-    assert (fast.argmax(1) == held["label"]).mean() > 0.9
+    assert (fast.argmax(1) == digits["label"]).mean() > 0.9
     with pytest.raises(ctonnx.MissingDependency, match="no C\\+\\+ compiler"):
         ctonnx.get_library_path()
     alone = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.85, lowering="op")
@@ -146,13 +146,13 @@ def test_providers_are_a_list():
 
 @pytest.mark.skipif(not hasattr(ort, "get_ep_devices"), reason="options hold no providers yet")
 def test_session_takes_providers_from_the_options(caplog):
-    """ONNX Runtime's own way to choose a plug-in; here the device is the CPU's."""
+    """ONNX Runtime's own way to choose an execution provider; here it is the CPU's."""
     options = ort.SessionOptions()
     options.add_provider_for_devices(
         [d for d in ort.get_ep_devices() if d.ep_name == "CPUExecutionProvider"], {}
     )
     with warnings.catch_warnings(), caplog.at_level("DEBUG", "ctonnx.runtime"):
-        warnings.simplefilter("error")  # as ONNX Runtime's, that they are left aside
+        warnings.simplefilter("error")  # ONNX Runtime warns if it ignores them
         session = ctonnx.session(DIGITS / "digits.onnx", session_options=options)
     assert session.get_providers() == ["CPUExecutionProvider"]
     assert caplog.messages == ["plain layout: the session options hold providers"]
@@ -167,7 +167,7 @@ def test_session_takes_a_path_bytes_or_a_proto():
 
 
 def test_the_source_folder_finds_the_installed_library(tmp_path):
-    """Run from a clone, Python imports its ctonnx, which holds no library."""
+    """Python run in a clone imports the clone's ctonnx, which has no library beside it."""
     shutil.copytree(ROOT / "ctonnx", tmp_path / "ctonnx", ignore=shutil.ignore_patterns("*.so"))
     program = "import ctonnx; print(ctonnx.__file__, ctonnx.get_library_path())"
     done = subprocess.run(

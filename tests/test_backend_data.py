@@ -1,7 +1,7 @@
 """onnx's own backend test data: every model with a supported activation, against a float64 oracle.
 
-The oracle does not go through the rewrite. It is the original graph, run by onnx's
-evaluator in float64, its activations computed by the formula: see `oracle`.
+The oracle does not use the rewrite. It runs the original graph in float64 with onnx's evaluator and
+computes the activations by the formula: see `oracle`.
 """
 
 import numpy as np
@@ -26,16 +26,16 @@ pytest.importorskip("torch")
 from ctonnx.check.ops import OPS
 
 BETA = np.float32(0.85)
-# With one half, c and 1 - c could be swapped unnoticed.
+# Not one half, where c and 1 - c are the same.
 COEFF = np.float32(0.3)
 
-# The number of models of a kind whose outputs do not depend on beta.
+# Kind -> number of models whose outputs do not depend on beta.
 BLIND = {}
 
 # Whether the op library is registered, by lowering.
 LIBRARY = {"portable": (False, True), "op": (True,), "primitives": (False,)}
 
-# The least number of models of each kind that are steered.
+# Kind -> least number of models that are steered.
 KINDS = {"node": 17, "simple": 1, "pytorch-converted": 9, "pytorch-operator": 1}
 
 
@@ -44,7 +44,7 @@ def unit(x, slope=0.0):
 
 
 def kink(distance):
-    """What smoothing adds on either side of a kink, at a distance from it."""
+    """What smoothing adds at a distance from a kink, on either side of it."""
     return unit(-np.abs(distance))
 
 
@@ -60,7 +60,7 @@ def clip(x, low=None, high=None, min=None, max=None):
 
 
 def old_prelu(x, slope):
-    """Before opset 7 a slope is per channel, and does not broadcast."""
+    """Before opset 7, a slope is per channel and does not broadcast."""
     return unit(x, slope.reshape(-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else slope)
 
 
@@ -86,8 +86,8 @@ def op_class(op_type, formula):
 def oracle(model, inputs):
     """The expected outputs of the steered model: dict from output name to float64 array.
 
-    The activations that `inspect` calls steerable move to the domain "oracle", whose ops are the
-    formula; nothing else changes but that floating-point becomes float64.
+    The activations that `inspect` calls steerable move to the domain "oracle", whose ops compute
+    the formula. Floating-point types become float64. Nothing else changes.
     """
     steerable = {(a.scope, a.name) for a in ctonnx.inspect(model) if a.status == "steerable"}
     original, model = model, ModelProto()
@@ -124,7 +124,7 @@ def steered(model, beta, lowering):
 
 
 class CTU(OpRun):
-    """Stands in for the op library where the ReferenceEvaluator does for ONNX Runtime."""
+    """The op in the ReferenceEvaluator, in place of the op library in ONNX Runtime."""
 
     op_domain = ctu.DOMAIN
 
@@ -160,7 +160,7 @@ def runs_in_onnxruntime(model, inputs):
 
 
 def wrong(expected, actual):
-    """Why outputs differ, a line each; `expected` is cast to the types of `actual`."""
+    """The reasons why outputs differ; `expected` is cast to the types of `actual`."""
     expected = {k: np.asarray(v).astype(actual[k].dtype) for k, v in expected.items()}
     return [f"{c.name}: {c.reason}" for c in compare(expected, actual) if not c.ok]
 
@@ -168,9 +168,11 @@ def wrong(expected, actual):
 def assert_follows_the_oracle(model, inputs, original=None):
     """Assert that every lowering follows the original at beta 1 and the oracle at 0.85.
 
-    `original` is what the model gives in ONNX Runtime, where that is known.
+    Args:
+        original: the model's outputs in ONNX Runtime, if known.
 
-    Returns whether these two differ.
+    Returns:
+        Whether the original and the oracle differ.
     """
     run = in_onnxruntime if original or runs_in_onnxruntime(model, inputs) else in_reference
     original = original or run(model, inputs)
@@ -188,12 +190,12 @@ def assert_follows_the_oracle(model, inputs, original=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_model_follows_the_oracle(kind, capsys):
-    passed, refused, told = [], [], []
+    passed, refused, sensitive = [], [], []
     for name, model, inputs, _ in backend_cases(kind):
         if not any(a.status == "steerable" for a in ctonnx.inspect(model)):
             continue
         try:
-            told += [name] * assert_follows_the_oracle(model, inputs)
+            sensitive += [name] * assert_follows_the_oracle(model, inputs)
             passed.append(name)
         except NothingToDo as error:
             if "before opset 7" not in str(error):
@@ -203,17 +205,17 @@ def test_every_model_follows_the_oracle(kind, capsys):
             raise AssertionError(f"{name}: {error}") from error
     with capsys.disabled():
         print(
-            f"\n{kind}: {len(passed)} models steered, {len(refused)} of too old an opset; "
-            f"in {len(told)} beta 0.85 shows"
+            f"\n{kind}: {len(passed)} models steered, {len(refused)} with too old an opset; "
+            f"the outputs of {len(sensitive)} depend on beta"
         )
     assert len(passed) + len(refused) >= KINDS[kind]
-    assert len(told) >= len(passed) - BLIND.get(kind, 0)
+    assert len(sensitive) >= len(passed) - BLIND.get(kind, 0)
 
 
 @pytest.mark.parametrize("name", LIGHT_MODELS)
 def test_every_light_model_follows_the_oracle(name):
-    """The weights are made to differ, and the last activation is an output, as behind the Softmax
-    differences would not show."""
+    """With random weights, and with the last activation as an output, since the Softmax behind it
+    would hide differences."""
     model = light_model(name)
     vary_weights(model)
     last = [node for node in model.graph.node if node.op_type == "Relu"][-1].output[0]

@@ -1,4 +1,4 @@
-"""The command line: results on stdout, a mistake is one line on stderr, nothing is damaged."""
+"""The command line: results on stdout, mistakes as one line on stderr, no file damaged."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def run(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["ctonnx", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
-        # It is ignored after an interruption, by processes that are started here too.
+        # After an interruption it is ignored, also by the processes that the tests start.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err
@@ -159,7 +159,7 @@ def test_inspect_set_unpatch(run):
 
 
 def test_inspect_says_where_and_why(run):
-    """Columns without content are left out; colors are for terminals."""
+    """Empty columns are left out; only terminals get colors."""
     model = parsed(
         """<ir_version: 8, opset_import: ["" : 17]>
         g (float[N, ?] x, bool b) => (float[N, ?] y) {
@@ -225,7 +225,7 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
         code, _, err = run("doctor")
         assert (code, err.count("problem: ")) == (4, 2)
         assert "onnxruntime is not installed: pip install" in err
-    # The fallback is there, and is what the check then checks.
+    # The check then uses the fallback.
     code, _, err = run("patch", "digits.onnx", "--beta", "0.85", "--check")
     assert code == 0
     assert err.count("check passed") == 1
@@ -239,7 +239,7 @@ def test_doctor_says_what_is_wrong(run, monkeypatch):
 SWEEP = ["sweep", "digits.onnx", "--data"]
 VALIDATE = ("validate", "steered.onnx", "--against", "digits.onnx")
 
-# Arguments, exit code, what the one line says.
+# Arguments, exit code, and part of the one line.
 MISTAKES = [
     (["patch", "missing.onnx", "--beta", "0.5"], 3, "missing.onnx: no such file"),
     (["patch", "folder", "--beta", "0.5"], 3, "folder: is a folder"),
@@ -357,7 +357,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
 
 
 def test_validate_passes_and_fails(run):
-    """Tables or one document, and an exit code; a failure says where, in a line each."""
+    """The output is tables or one JSON document; each failure is a line that says where."""
     assert run("patch", "digits.onnx", "--beta", "0.85")[0] == 0
     arguments = ("validate", "digits.ct.onnx", "--against", "digits.onnx")
     code, out, err = run(*arguments)
@@ -411,7 +411,7 @@ number = 3
 
 @pytest.fixture
 def nets(run, monkeypatch):
-    """PyTorch models in the folder, nets.py and T-CT in t.pth: the T-CT model and an input."""
+    """Write nets.py with factories, and t.pth with T-CT weights; return that model and an input."""
     torch = pytest.importorskip("torch")
     from ctonnx.torch import trainable
 
@@ -449,8 +449,8 @@ def test_export(run, nets):
     assert err.count("\n") == 2
     for images in x, x.repeat(3, 1, 1, 1):
         assert abs(outputs("t.onnx", images) - model(images).detach().numpy()).max() < 1e-6
-    # In a process of its own, for PyTorch's progress and warnings are no part of what is printed.
-    # A state dict without pairs brings its values.
+    # A separate process shows that PyTorch's progress and warnings are not printed. A state dict
+    # without pairs supplies only its weights.
     arguments = ("--checkpoint", "plain.pth", "--beta", "0.7", "--coeff", "0.4", "-o", "-")
     code, out, err = piped(*base, *arguments, "--json")
     assert code == 0
@@ -468,10 +468,10 @@ def test_export(run, nets):
         assert run(command, target, *arguments)[0] == 0
         np.testing.assert_array_equal(outputs(f"{target}.onnx", x), outputs("b.onnx", x))
     assert abs(outputs("b.onnx", x) - outputs("t.onnx", x)).max() > 1e-3
-    # A checkpoint goes to the exported original, too.
+    # The exported original takes a checkpoint too.
     assert run("patch", "N.onnx", "--params", "t.pth", "-o", "p.onnx")[0] == 0
     np.testing.assert_allclose(outputs("p.onnx", x), outputs("t.onnx", x), atol=1e-6)
-    # In order, where no module is named: then it is said which pair went where.
+    # Without module names, the pairs are assigned in order, and a message lists them.
     model = onnx.load("N.onnx")
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -551,7 +551,7 @@ def test_links_are_followed_and_modes_kept(run):
 
 
 def piped(*arguments, model=b"", **options):
-    """Run the command line in a process of its own, whose standard input is `model`."""
+    """Run the command line in a separate process with `model` as standard input."""
     command = [sys.executable, "-m", "ctonnx", *arguments]
     done = subprocess.run(
         command, **({"input": model, "stdout": subprocess.PIPE} | options), stderr=subprocess.PIPE
@@ -560,24 +560,26 @@ def piped(*arguments, model=b"", **options):
 
 
 def test_standard_input_and_output(run):
-    """Each command as a filter gives the bytes that it writes to a file."""
+    """As a filter, each command outputs the bytes that it would write to a file."""
     assert run("patch", "digits.onnx", "--beta", "0.85", "-o", "p.onnx")[0] == 0
     assert run("set", "p.onnx", "--beta", "0.9", "-o", "s.onnx")[0] == 0
     assert run("unpatch", "s.onnx", "-o", "u.onnx")[0] == 0
-    held = files()
-    code, patched, err = piped("patch", "-", "--beta", "0.85", model=held["digits.onnx"])
-    assert (code, patched) == (0, held["p.onnx"])
+    written = files()
+    code, patched, err = piped("patch", "-", "--beta", "0.85", model=written["digits.onnx"])
+    assert (code, patched) == (0, written["p.onnx"])
     assert err == "wrote -: 7 steered, 0 skipped at beta 0.85\n"
     code, changed, err = piped("set", "-", "--beta", "0.9", "--json", model=patched)
-    assert (code, changed, json.loads(err)["output"]) == (0, held["s.onnx"], "-")
-    assert piped("unpatch", "-", model=changed)[:2] == (0, held["u.onnx"])
-    assert piped("patch", "digits.onnx", "--beta", "0.85", "-o", "-")[1] == held["p.onnx"]
+    assert (code, changed, json.loads(err)["output"]) == (0, written["s.onnx"], "-")
+    assert piped("unpatch", "-", model=changed)[:2] == (0, written["u.onnx"])
+    assert piped("patch", "digits.onnx", "--beta", "0.85", "-o", "-")[1] == written["p.onnx"]
     code, out, err = piped("inspect", "-", model=patched)
     assert (code, out.decode(), err) == (0, run("inspect", "p.onnx")[1], "")
     arguments = ("patch", "-", "--beta", "0.85", "-o", "new.onnx")
-    assert piped(*arguments, model=held["digits.onnx"])[1].startswith(b"wrote new.onnx: 7 steered")
-    assert files() == held | {"new.onnx": held["p.onnx"]}
-    # A file of that name is still within reach.
+    assert piped(*arguments, model=written["digits.onnx"])[1].startswith(
+        b"wrote new.onnx: 7 steered"
+    )
+    assert files() == written | {"new.onnx": written["p.onnx"]}
+    # ./- still names a file.
     os.rename("p.onnx", "-")
     assert "7 steered" in run("inspect", "./-")[1]
 
@@ -692,13 +694,13 @@ def test_interruption(run, monkeypatch):
 
 
 def test_a_second_interrupt_changes_nothing(tmp_path):
-    """While the message is printed, or Python ends."""
+    """Interrupts while the message is printed and while Python exits."""
     script = """if True:
         import os, signal
         from ctonnx.cli import main as cli
         from ctonnx import doctor
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        interrupt = lambda *given: os.kill(os.getpid(), signal.SIGINT)
+        interrupt = lambda *args: os.kill(os.getpid(), signal.SIGINT)
         doctor.examine, say = interrupt, cli.say
         cli.say = lambda message: (say(message), interrupt())
         cli.main()"""
@@ -721,17 +723,17 @@ def test_a_second_interrupt_changes_nothing(tmp_path):
     ],
 )
 def test_an_import_of_onnxruntime_that_fails(run, monkeypatch, reason, code, line):
-    """As its extension does it, which makes an ImportError of any exception."""
+    """onnxruntime's extension turns any exception into an ImportError."""
     source = f"raise ImportError('initialization failed') from {reason}"
     Path("onnxruntime.py").write_text(source)
     monkeypatch.syspath_prepend(os.getcwd())
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
-    found, _, err = run("patch", "digits.onnx", "--beta", "0.9", "--check")
-    assert (found, err.strip()) == (code, line and f"ctonnx: {line}")
+    actual, _, err = run("patch", "digits.onnx", "--beta", "0.9", "--check")
+    assert (actual, err.strip()) == (code, line and f"ctonnx: {line}")
 
 
-def test_the_choices_are_those_of_the_library():
-    """They are written out in cli.py, for --help must not wait for onnx."""
+def test_choices_of_options_match_the_library():
+    """The command line repeats them as literals, since --help must not import onnx."""
     from ctonnx.measure import metrics, sweeping
     from ctonnx.rewriting import activations
 
@@ -757,7 +759,7 @@ def test_help_and_version(run):
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    """A quarter of a second of CPU time, the best of three; heavy packages stay out."""
+    """--help takes at most 0.25 s of CPU time, the best of three, and imports nothing heavy."""
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""The comparators can fail: on a wrong value, a missing or empty output, NaN, off by a bit."""
+"""The comparators fail on wrong values, missing or empty outputs, NaN, and small errors."""
 
 import re
 
@@ -39,7 +39,7 @@ def test_wrong_runs_fail(wrong, reason):
 
 
 def test_sequences_and_empty_outputs():
-    """Each element of a sequence is compared; one empty output among others may be empty."""
+    """Each element of a sequence is compared; an output may be empty if others are not."""
     text = """<ir_version: 8, opset_import: ["" : 17]>
         g (float[4] x) => (seq(float[]) y, int64[1, n] i)
         { s = Neg(x)  t = ReduceSum(x)  y = SequenceConstruct(s, t)
@@ -52,7 +52,7 @@ def test_sequences_and_empty_outputs():
 
 
 @pytest.mark.parametrize("value", [np.float32([]), np.float32([np.nan]), np.float32([0, np.nan])])
-def test_nothing_and_nan_never_pass(value):
+def test_empty_outputs_and_nan_never_pass(value):
     assert not compare({"a": value}, {"a": value})[0].ok
 
 
@@ -98,12 +98,12 @@ def test_integers_are_equal_or_fail():
     assert compare(*pair[:1], *pair[:1])[0].ok
 
 
-def test_a_reference_is_of_float64_and_no_other_type():
+def test_only_a_reference_may_have_another_float_type():
     wide, narrow = {"a": np.float64([1.0])}, {"a": np.float32([1.0])}
     assert compare(wide, narrow, reference=True)[0].ok
     assert not compare(wide, narrow)[0].ok
     assert not compare(wide, {"a": np.array([1])}, reference=True)[0].ok
-    # A network of float32 may be further from it than two runs from each other.
+    # The tolerance against a reference is larger than between two float32 runs.
     off = {"a": np.float32([1.0 + 5e-5])}
     assert compare(wide, off, reference=True)[0].ok
     assert not compare(narrow, off)[0].ok
@@ -114,7 +114,7 @@ def test_a_reference_is_of_float64_and_no_other_type():
     [
         (np.float32, 2e-7, True),
         (np.float32, 4e-7, False),
-        (np.float16, 4e-4, True),  # half of the distance of two neighbours is 4.9e-4
+        (np.float16, 4e-4, True),  # half the spacing of float16 near 1 is 4.9e-4
         (np.float16, 9e-4, False),
         (np.float32, np.nan, False),
     ],

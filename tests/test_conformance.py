@@ -1,4 +1,4 @@
-"""That the check of other runtimes fails when one of them gives something else or nothing."""
+"""The check of other runtimes fails if a runtime gives a wrong output or none."""
 
 import sys
 
@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT / "conformance"))
 run = pytest.importorskip("run")
 pytest.importorskip("torch")
 
-# A worker whose runtime is ONNX Runtime, but for what is done to its outputs.
+# A worker that runs ONNX Runtime and then alters the outputs.
 WORKER = """
 import os, sys, time
 sys.path.insert(0, {folder!r})
@@ -41,24 +41,24 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def cases(tmp_path_factory):
     inputs = {"image": np.load(DIGITS / "digits_test.npz")["image"][:3]}
     models = {"digits": (DIGITS / "digits.onnx", inputs)}
-    cases = run.cases(models, tmp_path_factory.mktemp("models"))
-    return [case for case in cases if case.column.endswith((run.UNSTEERED, ", input"))]
+    every = run.cases(models, tmp_path_factory.mktemp("models"))
+    return [case for case in every if case.column.endswith((run.UNSTEERED, ", input"))]
 
 
-def measured(made, folder, alter="pass"):
+def measured(cases, folder, alter="pass"):
     path = folder / "altered.py"
     path.write_text(WORKER.format(folder=str(ROOT / "conformance"), alter=alter))
     runtime = run.Runtime("A runtime", "onnx", (sys.executable, path))
-    return {runtime.name: run.measure(runtime, made, timeout=15)}
+    return {runtime.name: run.measure(runtime, cases, timeout=15)}
 
 
 @pytest.fixture(scope="module")
-def page(made, tmp_path_factory):
-    """The page where all is well."""
-    results = measured(made, tmp_path_factory.mktemp("worker"))
+def page(cases, tmp_path_factory):
+    """The page of a runtime that works on all cases."""
+    results = measured(cases, tmp_path_factory.mktemp("worker"))
     (runtime,) = results.values()
     assert all(result.error is not None and result.error < 1e-5 for result in runtime.values())
     columns = [column for _, column in runtime]
@@ -69,25 +69,25 @@ def page(made, tmp_path_factory):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_stops_working_is_found(made, page, tmp_path, fault):
-    """It is told apart from the original, which still works, as does the file after it."""
+def test_a_fault_is_reported(cases, page, tmp_path, fault):
+    """Only the faulty case is reported: the original and the file after it still work."""
     alter, reason = FAULTS[fault]
-    results = measured(made, tmp_path, f"if steered: {alter}")
+    results = measured(cases, tmp_path, f"if steered: {alter}")
     (line,) = run.differences(page, results)
     assert line.startswith(f"A runtime, digits, portable, input: works on the page, now: {reason}")
 
 
-def test_a_runtime_that_does_not_start_is_found(made, page, tmp_path):
-    results = {"A runtime": run.measure(run.Runtime("A runtime", "x", ("false",)), made, 15)}
+def test_a_runtime_that_does_not_start_is_reported(cases, page, tmp_path):
+    results = {"A runtime": run.measure(run.Runtime("A runtime", "x", ("false",)), cases, 15)}
     lines = run.differences(page, results)
-    assert len(lines) == len(made)
+    assert len(lines) == len(cases)
     assert all("works on the page, now: ends with code 1" in line for line in lines)
 
 
-def test_what_is_not_run_or_works_anew_is_found(made, page):
-    gone = {"A runtime": run.not_run(made, "not run: x cannot be installed here")}
-    assert len(run.differences(page, gone)) == len(made)
-    works = {"A runtime": {(c.model, c.column): run.Result(1e-7) for c in made}}
+def test_changes_in_either_direction_are_reported(cases, page):
+    gone = {"A runtime": run.not_run(cases, "not run: x cannot be installed here")}
+    assert len(run.differences(page, gone)) == len(cases)
+    works = {"A runtime": {(c.model, c.column): run.Result(1e-7) for c in cases}}
     assert run.differences(page, works) == []
     assert any("now works" in line for line in run.differences(_first_fails(page), works))
     assert any("not on the page" in line for line in run.differences("", works))
@@ -100,7 +100,7 @@ def _first_fails(page):
 
 
 def test_the_page_has_every_runtime():
-    """The committed page has a cell for each runtime, and no text where a reason belongs."""
+    """The committed page has a cell for each runtime, model and column."""
     text = (ROOT / "docs" / "runtimes.md").read_text()
     cells = run.cells(text.partition(run.BEGIN)[2].partition(run.END)[0])
     names = {runtime.name for runtime in run.runtimes(ROOT)}

@@ -1,4 +1,4 @@
-"""The CUDA kernels: what can be shown without a GPU, and, marked `gpu`, all that needs one.
+"""The CUDA kernels: tests that run without a GPU, and tests marked `gpu` that need one.
 
 `cuda_test.cc` runs the kernels' threads on the host, for test_kernels.py, which builds it.
 """
@@ -42,7 +42,7 @@ needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is
 
 
 def why_no_gpu():
-    """Why there is no GPU for these tests; None where there is one."""
+    """Why there is no GPU for these tests; None if there is one."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -61,7 +61,7 @@ NO_GPU = why_no_gpu()
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The benchmark's library of the kernels for one architecture, what ptxas said, and the PTX."""
+    """The benchmark's library of kernels for one architecture, the output of ptxas, and the PTX."""
     if NVCC is None:
         pytest.skip("nvcc is not installed")
     folder = tmp_path_factory.mktemp("nvcc")
@@ -74,16 +74,16 @@ def compiled(tmp_path_factory):
 
 
 def test_accesses_are_of_16_bytes_and_nothing_spills(compiled):
-    """Each kernel on packets moves them by one access, and none keeps anything in local memory."""
-    _, said, ptx = compiled
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", said)
+    """Each kernel on packets moves a packet by one access, and no kernel uses local memory."""
+    _, log, ptx = compiled
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", log)
     assert spills == [("0", "0")] * 12
     kernels = ptx.split(".entry ")[1:]
     assert len(kernels) == 12
     wide = [kernel for kernel in kernels if "Li1E" not in kernel.partition("(")[0]]
     assert len(wide) == 8
     for kernel in wide:
-        # The first packet of a thread and those that follow; double's are two words of 8 bytes.
+        # Two loads: a thread's first packet and the later ones. Of double, two words of 8 bytes.
         assert len(re.findall(r"ld\.global\.(v4\.[ufb]32|v2\.[ufb]64)", kernel)) == 2
         assert len(re.findall(r"st\.global\.v4\.[ub]32", kernel)) == 1
 
@@ -98,25 +98,26 @@ def test_a_launch_that_fails_says_why(compiled):
         for points in (1, 2):
             message = run(code, at, at, number(8), at, at, number(points), number(1), None)
             assert b"CUDA" in message
-            # Without a driver CUDA calls it too old, as one that is older than the kernels.
+            # Without a driver, CUDA reports one that is too old for the kernels.
             if "libcuda" in NO_GPU:
                 assert message.startswith(b"the library's kernels (sm_90) do not run on this GPU")
                 assert message.endswith(b"or with CTONNX_CUDA=OFF")
 
 
-def held_architectures(library):
-    """(kind, architecture) of the entries of a library's fat binaries: kind 1 is PTX, 2 code."""
-    data, magic, held = Path(library).read_bytes(), struct.pack("<IHH", 0xBA55ED50, 1, 16), set()
+def architectures_in(library):
+    """(kind, architecture) of the entries of a library's fat binaries: kind 1 is PTX, 2 is code."""
+    data, magic = Path(library).read_bytes(), struct.pack("<IHH", 0xBA55ED50, 1, 16)
+    architectures = set()
     at = data.find(magic)
     while at >= 0:
         (size,) = struct.unpack_from("<Q", data, at + 8)
         entry, end = at + 16, at + 16 + size
         while entry < end:
             kind, _, header, payload = struct.unpack_from("<HHIQ", data, entry)
-            held.add((kind, *struct.unpack_from("<I", data, entry + 28)))
+            architectures.add((kind, *struct.unpack_from("<I", data, entry + 28)))
             entry += header + payload
         at = data.find(magic, end)
-    return held
+    return architectures
 
 
 @needs_nvcc
@@ -124,13 +125,13 @@ def held_architectures(library):
     os.environ.get("CTONNX_CUDA", "").upper() in ("0", "OFF", "NO", "FALSE", "N", "IGNORE"),
     reason="CUDA is turned off",
 )
-def test_the_library_holds_what_doctor_says():
+def test_doctor_lists_the_architectures_in_the_library():
     library = ctonnx.get_library_path()
-    said = doctor.examine()["cuda_kernels"]
-    assert said is not None
-    assert said.endswith(" + PTX")
-    named = {int(number) for number in re.findall(r"sm_(\d+)", said)}
-    assert held_architectures(library) == {(2, arch) for arch in named} | {
+    kernels = doctor.examine()["cuda_kernels"]
+    assert kernels is not None
+    assert kernels.endswith(" + PTX")
+    named = {int(number) for number in re.findall(r"sm_(\d+)", kernels)}
+    assert architectures_in(library) == {(2, arch) for arch in named} | {
         (1, min(named)),
         (1, max(named)),
     }
@@ -138,7 +139,7 @@ def test_the_library_holds_what_doctor_says():
 
 @needs_cmake
 @pytest.mark.parametrize(
-    ("options", "environment", "said"),
+    ("options", "environment", "message"),
     [
         (["-DCTONNX_CUDA=OFF"], {"CUDACXX": "/nonexistent"}, None),
         ([], {"CTONNX_CUDA": "off", "CUDACXX": "/nonexistent"}, None),
@@ -150,9 +151,9 @@ def test_the_library_holds_what_doctor_says():
     ],
     ids=["option", "environment", "empty", "missing", "host", "old", "cross"],
 )
-def test_builds_without_cuda(tmp_path, options, environment, said):
-    """Where CUDA is turned off, and where nvcc does not work, which is said."""
-    nvcc = tmp_path / "nvcc"  # it misses `-ccbin`, or knows not all that the kernels ask for
+def test_builds_without_cuda(tmp_path, options, environment, message):
+    """CUDA is turned off, or nvcc does not work and a warning says why."""
+    nvcc = tmp_path / "nvcc"  # a stub that wants `-ccbin` and lacks an option that the build uses
     nvcc.write_text(
         '#!/bin/sh\ncase "$*" in --list*) echo compute_75; exit;; *"-ccbin /host"*) ;; '
         "*) echo needs another host compiler >&2; exit 1;; esac\n"
@@ -171,8 +172,8 @@ def test_builds_without_cuda(tmp_path, options, environment, said):
     assert done.returncode == 0, done.stderr
     assert "+ PTX" not in done.stdout
     warned = " ".join(done.stderr.split())
-    assert ("built without CUDA kernels" in warned) == (said not in (None, "cross-compiling"))
-    assert said is None or said in warned + done.stdout
+    assert ("built without CUDA kernels" in warned) == (message not in (None, "cross-compiling"))
+    assert message is None or message in warned + done.stdout
 
 
 def test_doctor_says_why_cuda_is_not_used():
@@ -181,7 +182,7 @@ def test_doctor_says_why_cuda_is_not_used():
     assert "has no CUDA provider" in doctor._why_not_cuda("sm_90 + PTX", available)
 
 
-def test_both_languages_know_the_same_providers():
+def test_cpp_and_python_list_the_same_cuda_providers():
     table = re.search(r"kCudaProviders\[\] = \{(.*?)\}", (SOURCES / "ctu_op.cc").read_text())
     assert tuple(re.findall(r'"(\w+)"', table[1])) == library.CUDA_PROVIDERS
 
@@ -195,7 +196,7 @@ def test_both_languages_know_the_same_providers():
         (["CPUExecutionProvider"], False),
     ],
 )
-def test_tensorrt_before_cuda_is_said(monkeypatch, caplog, providers, first):
+def test_tensorrt_before_cuda_is_logged(monkeypatch, caplog, providers, first):
     class Session:
         def get_providers(self):
             return providers
@@ -207,18 +208,21 @@ def test_tensorrt_before_cuda_is_said(monkeypatch, caplog, providers, first):
 
 @pytest.fixture
 def gpu_sessions(monkeypatch):
-    """ONNX Runtime and the op library as a machine with a GPU has them, but that the CPU runs all:
-    the list of the `providers` of the sessions opened."""
-    import onnxruntime as ort  # not above, for a GPU's tests import torch before it
+    """Pretend that there is a GPU, and run everything on the CPU.
 
-    given = []
+    Returns:
+        A list that receives the `providers` of each session opened.
+    """
+    import onnxruntime as ort  # not at the top, since tests on a GPU import torch before it
+
+    requested = []
     available = [*library.TENSORRT_PROVIDERS, library.CUDA_PROVIDERS[0], "CPUExecutionProvider"]
 
     class Session(ort.InferenceSession):
-        starts = True  # CUDA
+        starts = True  # whether CUDA starts
 
         def __init__(self, model, options=None, providers=None):
-            given.append(providers)
+            requested.append(providers)
             super().__init__(model, options, ["CPUExecutionProvider"])
             names = [p if isinstance(p, str) else p[0] for p in providers or ()]
             self.names = names if self.starts else ["CPUExecutionProvider"]
@@ -233,17 +237,17 @@ def gpu_sessions(monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: available)
     monkeypatch.setattr(ort, "InferenceSession", Session)
     monkeypatch.setattr(library, "cuda_kernels", lambda library: "sm_90 + PTX")
-    return given
+    return requested
 
 
-def test_tensorrt_is_used_where_it_is_asked_for(gpu_sessions, caplog):
+def test_tensorrt_is_used_only_on_request(gpu_sessions, caplog):
     model = op_model().SerializeToString()
     ctonnx.session(model)
     assert gpu_sessions.pop() == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert not caplog.text
-    asked = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
-    ctonnx.session(model, asked)
-    assert gpu_sessions.pop() == asked
+    providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    ctonnx.session(model, providers)
+    assert gpu_sessions.pop() == providers
     assert "--lowering primitives" in caplog.text
 
 
@@ -270,10 +274,10 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
     ],
     ids=["cuda", "options", "default", "kernels", "no gpu", "cpu first", "cpu"],
 )
-def test_a_library_without_cuda_kernels_is_left_out_on_cuda(
+def test_a_library_without_cuda_kernels_is_not_registered_on_cuda(
     gpu_sessions, monkeypatch, providers, starts, kernels, registers
 ):
-    """With it each CTU would run on the CPU between two copies."""
+    """With the library, each CTU would run on the CPU between two copies."""
     import onnxruntime as ort
 
     monkeypatch.setattr(ort.InferenceSession, "starts", starts)
@@ -283,19 +287,19 @@ def test_a_library_without_cuda_kernels_is_left_out_on_cuda(
         warnings.simplefilter("always")
         session = ctonnx.session(model, providers)
     assert is_registered(session) == registers
-    said = [str(warning.message) for warning in caught]
-    assert ["holds none for CUDA" in line for line in said] == [True] * (not registers)
+    messages = [str(warning.message) for warning in caught]
+    assert ["holds none for CUDA" in message for message in messages] == [True] * (not registers)
     assert session.run(None, {"image": np.zeros((1, 1, 8, 8), np.float32)})[0].shape == (1, 10)
 
 
-def test_a_model_without_a_fallback_has_the_library_on_cuda(gpu_sessions, monkeypatch):
+def test_a_model_without_a_fallback_gets_the_library_on_cuda(gpu_sessions, monkeypatch):
     monkeypatch.setattr(library, "cuda_kernels", lambda library: None)
     model = op_model(function=False).SerializeToString()
     assert is_registered(ctonnx.session(model, [CUDA, CPU]))
 
 
-def test_options_that_know_the_library_keep_it(gpu_sessions, monkeypatch):
-    """It cannot be taken out of them again."""
+def test_options_with_the_library_registered_keep_it(gpu_sessions, monkeypatch):
+    """Options cannot unregister a library."""
     import onnxruntime as ort
 
     monkeypatch.setattr(library, "cuda_kernels", lambda library: None)
@@ -308,7 +312,7 @@ def test_options_that_know_the_library_keep_it(gpu_sessions, monkeypatch):
 
 
 def test_models_are_compared_in_float32(gpu_sessions, tmp_path):
-    """With TF32, which CUDA would use, they differ by more than what is allowed."""
+    """TF32, which CUDA uses by default, causes larger differences than the tolerance."""
     original = DIGITS / "digits.onnx"
     steered = ctonnx.patch(original, 0.85, output=tmp_path / "digits.ct.onnx")
     gpu_sessions.clear()
@@ -348,10 +352,10 @@ def test_a_sweep_keeps_to_the_device_of_its_session(gpu_sessions, monkeypatch, p
     batch = Batch({"image": np.load(DIGITS / "digits_test.npz")["image"][:4]}, None)
     outputs = list(runner.outputs(batch, [(1.0, None), (0.8, None)], ["logits"]))
     assert bound == [device] * 2  # the images, the logits
-    assert not np.array_equal(*(o["logits"] for o in outputs))
+    assert not np.array_equal(outputs[0]["logits"], outputs[1]["logits"])
 
 
-# The benchmark, its library in a folder given and its GPU a pretence; it takes TERM while it runs.
+# Runs the benchmark with its library in a given folder and a pretended GPU; it gets SIGTERM.
 KILLED = f"""
 import os, runpy, signal, sys, types
 from pathlib import Path
@@ -375,7 +379,7 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shadow", "code", "said"),
+    ("arguments", "shadow", "code", "message"),
     [
         ([], None, 128 + 15, ""),
         (
@@ -388,8 +392,8 @@ main()
     ],
     ids=["terminated", "in the way", "one round"],
 )
-def test_the_benchmark_leaves_libraries_as_they_were(tmp_path, arguments, shadow, code, said):
-    """One beside the sources is used before the installed one, also when nobody knows of it."""
+def test_the_benchmark_leaves_libraries_as_they_were(tmp_path, arguments, shadow, code, message):
+    """A library left beside the sources would silently be used instead of the installed one."""
     (tmp_path / "libctonnx_ops.so").write_text("built")
     (tmp_path / "kernels.so").touch()
     if shadow:
@@ -397,7 +401,7 @@ def test_the_benchmark_leaves_libraries_as_they_were(tmp_path, arguments, shadow
     command = [sys.executable, "-c", KILLED, tmp_path, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert done.stdout.split() == ["built"] * (code == 143)
     left = [path.read_text() for path in tmp_path.glob("shadow.so")]
     assert left == ([shadow] if shadow else [])
@@ -405,7 +409,7 @@ def test_the_benchmark_leaves_libraries_as_they_were(tmp_path, arguments, shadow
 
 # ---- With a GPU, inside ONNX Runtime -------------------------------------------------------------
 
-# benchmarks/cuda.py sets CTONNX_REQUIRE_GPU: tests that were skipped would pass unseen.
+# benchmarks/cuda.py sets CTONNX_REQUIRE_GPU, so that no test is skipped unnoticed.
 skipped = NO_GPU is not None and not os.environ.get("CTONNX_REQUIRE_GPU")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(skipped, reason=str(NO_GPU))]
 
@@ -413,15 +417,15 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(skipped, reason=str(NO_GPU))]
 class Op:
     """A session of one CTU node on CUDA, run on device memory through IO binding.
 
-    Every tensor lies `shift` elements into its memory, so that views are unaligned; what is around
-    and under the output holds a poison beforehand, which must be gone from the output and nowhere
-    else afterwards.
+    A tensor can start `shift` elements into its memory, which makes it unaligned. The memory of the
+    output and around it is filled with a poison value before the run. The run must overwrite all
+    of the output and nothing around it.
     """
 
     POISON = 0xA5
 
     def __init__(self, dtype, sloped=False, **options):
-        import torch  # before onnxruntime, for which it loads CUDA's libraries
+        import torch  # before onnxruntime, which needs the CUDA libraries it loads
         from onnxruntime import InferenceSession, SessionOptions
 
         self.torch, self.dtype, self.code = torch, np.dtype(dtype), CODES[np.dtype(dtype)]
@@ -434,7 +438,7 @@ class Op:
         assert self.session.get_providers()[0] == provider[0], "CUDA did not start"
 
     def place(self, array, shift=0):
-        """A copy in device memory: its bytes with room around, and the address of the first."""
+        """Copy an array to device memory: the memory with margins, and the array's address."""
         size, room = array.nbytes, 64 + shift * array.itemsize
         memory = self.torch.full((size + room + 64,), self.POISON, dtype=self.torch.uint8)
         content = np.frombuffer(array.tobytes(), np.uint8).copy()
@@ -443,7 +447,7 @@ class Op:
         return memory, memory.data_ptr() + room
 
     def bind(self, inputs, shape, output):
-        """An IO binding of (array, address) by name, and Y's address."""
+        """An IO binding of the inputs, (array, address) by name, and of Y at address `output`."""
         binding = self.session.io_binding()
         for name, (array, address) in inputs.items():
             code = CODES[array.dtype]
@@ -452,10 +456,13 @@ class Op:
         return binding
 
     def run(self, x, beta, coeff=0.5, slope=None, x_shift=0, y_shift=0, in_place=False):
-        given = {"X": (x, self.dtype), "beta": (beta, np.float32), "coeff": (coeff, np.float32)}
+        arrays = {
+            "X": np.array(x, self.dtype),
+            "beta": np.array(beta, np.float32),
+            "coeff": np.array(coeff, np.float32),
+        }
         if slope is not None:
-            given["slope"] = slope, self.dtype
-        arrays = {name: np.array(value, dtype) for name, (value, dtype) in given.items()}
+            arrays["slope"] = np.array(slope, self.dtype)
         placed = {n: self.place(a, x_shift if n == "X" else 0) for n, a in arrays.items()}
         poison = np.full(x.size * self.dtype.itemsize, self.POISON, np.uint8)
         memory, address = (
@@ -494,8 +501,8 @@ def typed_model(code, sloped):
 
 @pytest.fixture(scope="module")
 def contract():
-    """test_op.py, whose rows and comparison these tests share."""
-    import torch  # noqa: F401  before onnxruntime, for which it loads CUDA's libraries
+    """The module test_op.py, for its rows and its comparison."""
+    import torch  # noqa: F401  before onnxruntime, which needs the CUDA libraries it loads
 
     import test_op  # isort: skip
 
@@ -584,7 +591,7 @@ def test_every_length_and_alignment_on_cuda(contract, dtype):
 @dtypes
 @pytest.mark.parametrize("length", [4097, 1 << 20, (1 << 24) + 5])
 def test_long_tensors_on_cuda(contract, dtype, length):
-    """From one packet of a thread to all that it takes at a time."""
+    """From one packet per thread to as many as a thread takes at a time."""
     x = np.tile(fresh(1 << 16), -(-length // (1 << 16)))[:length].astype(dtype)
     op, row = Op(dtype), row_of(contract, dtype)
     contract.assert_contract(row, op.run(x, 0.85, x_shift=1, y_shift=1), x, 0.85, 0.5)
@@ -659,7 +666,7 @@ def test_more_elements_than_32_bits_count():
 
 @on_gpu
 def test_a_captured_graph_replays_with_another_beta():
-    """Nothing of beta is on the host: a replay answers for what the bound memory then holds."""
+    """The host keeps no copy of beta: a replay uses the value now in the bound memory."""
     op = Op(np.float32, enable_cuda_graph=1)
     torch = op.torch
     x = torch.randn(4099, device="cuda")
@@ -682,7 +689,7 @@ def test_a_captured_graph_replays_with_another_beta():
 
 @on_gpu
 def test_no_copies_around_the_op(tmp_path):
-    """In the optimised model of a network no Memcpy node is beside the CTUs."""
+    """The optimised model of a network has no Memcpy nodes."""
     import torch  # noqa: F401  loads CUDA's libraries
     from onnxruntime import SessionOptions
 

@@ -1,8 +1,8 @@
-"""Every block of the pages for users is run, and prints what they say it prints.
+"""Every code block of the user pages runs and prints what the page says.
 
-A `console` block holds commands after "$ " and their output; a `python` block is followed by a
-`text` block with its output where it has one; "..." stands for anything. Blocks run in the folder
-of their page, those of docs/ at the root. What is not run is in NOT_RUN, with the reason.
+A `console` block holds commands after "$ " and their output. A `text` block after a `python` block
+holds its output. "..." stands for any text. Blocks run in the folder of their page, those of docs/
+in the root. NOT_RUN lists the kinds of blocks that do not run, with the reason.
 """
 
 import doctest
@@ -29,26 +29,26 @@ RUN = ("console", "python")
 # Language of a block -> why it is not run.
 NOT_RUN = {
     "text": "output",
-    "sh": "sets up a machine or takes long: CI, or a test of the page's own, runs it or the like",
+    "sh": "sets up a machine or takes long: CI or another test runs something like it",
     "gpu": "needs an NVIDIA GPU",
-    "proto": "a server's configuration: read by a test of that page's own",
+    "proto": "a server's configuration: another test reads it",
 }
 BLOCK = re.compile(r"^( *)(`{3,}|~{3,})(.*?)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page):
     """Pairs of a block's language and text."""
-    found = BLOCK.findall((ROOT / page).read_text())
-    return [(info.strip(), textwrap.dedent(text)) for _, _, info, text in found]
+    matches = BLOCK.findall((ROOT / page).read_text())
+    return [(info.strip(), textwrap.dedent(text)) for _, _, info, text in matches]
 
 
 def runnable(page):
     return any(language in RUN for language, _ in blocks(page))
 
 
-def assert_output(expected, got, what):
-    same = doctest.OutputChecker().check_output(expected, got, doctest.ELLIPSIS)
-    assert same, f"{what}\nexpected:\n{expected}\ngot:\n{got}"
+def assert_output(expected, actual, source):
+    same = doctest.OutputChecker().check_output(expected, actual, doctest.ELLIPSIS)
+    assert same, f"{source}\nexpected:\n{expected}\nactual:\n{actual}"
 
 
 def run(command, folder):
@@ -60,26 +60,26 @@ def run(command, folder):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)])
 def test_blocks_print_what_the_page_says(page, tmp_path):
-    # Without what somebody who followed the README has made there.
+    # Leave out files from earlier runs of the blocks.
     ignored = shutil.ignore_patterns("*.ct.onnx", "build", "__pycache__")
     shutil.copytree(ROOT / "samples", tmp_path / "samples", ignore=ignored)
     folder = tmp_path if page.startswith("docs/") else tmp_path / Path(page).parent
-    found = blocks(page)
-    for i, (language, text) in enumerate(found):
+    page_blocks = blocks(page)
+    for i, (language, text) in enumerate(page_blocks):
         if language == "console":
             for command in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
                 line, _, expected = command.partition("\n")
                 assert_output(expected, run(["bash", "-c", line], folder), line)
         elif language == "python":
-            got = run([sys.executable, "-c", text], folder)
-            if i + 1 < len(found) and found[i + 1][0] == "text":
-                assert_output(found[i + 1][1], got, text)
+            actual = run([sys.executable, "-c", text], folder)
+            if i + 1 < len(page_blocks) and page_blocks[i + 1][0] == "text":
+                assert_output(page_blocks[i + 1][1], actual, text)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_run_or_has_a_reason(page):
     for language, text in blocks(page):
-        assert language in RUN or language in NOT_RUN, f"{language!r} of\n{text}"
+        assert language in RUN or language in NOT_RUN, f"{language!r} in\n{text}"
         if language == "console":
             assert text.startswith("$ "), text
 
@@ -112,7 +112,7 @@ def test_every_sample_file_is_named_in_a_readme():
 
 @pytest.mark.parametrize("pattern", ["ctonnx/*.py", "custom_ops/ctu_*", "benchmarks/*.*"])
 def test_every_module_is_on_the_map(pattern):
-    """By its name, or by a pattern like `ctu_cpu.*`."""
+    """The map names it, or has a pattern for it like `ctu_cpu.*`."""
     _, _, section = (ROOT / "README.md").read_text().partition("## Map")
     names = re.findall(r"`(?:\w+/)?([\w.*]+\.[\w*]+)`", section)
     paths = [path for path in ROOT.glob(pattern) if not path.name.startswith("__")]
@@ -122,7 +122,7 @@ def test_every_module_is_on_the_map(pattern):
 
 
 def test_the_figure_is_what_its_script_draws(tmp_path):
-    """By what is written in it: of the curves, versions of matplotlib differ in the last digits."""
+    """Compares only the text: the last digits of curves differ between versions of matplotlib."""
     pytest.importorskip("matplotlib")
     shutil.copy(ROOT / "docs" / "figures.py", tmp_path)
     run([sys.executable, "figures.py"], tmp_path)
@@ -136,8 +136,10 @@ def test_the_figure_is_what_its_script_draws(tmp_path):
 
 @pytest.fixture
 def in_process(monkeypatch, capsys, tmp_path):
-    """A function that runs a script in `tmp_path` and gives what it prints. In a process of its own
-    importing PyTorch and its exporter would take as long as the training. Settings are put back.
+    """A function that runs a script in `tmp_path` and returns what it prints.
+
+    The script runs in this process, since importing PyTorch and its exporter in another one takes
+    as long as the training. PyTorch's settings are restored.
     """
     torch = pytest.importorskip("torch")
     threads, exactly = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -156,7 +158,7 @@ def in_process(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_training_script_runs(in_process, tmp_path):
-    """One epoch from the committed script gives a model and held-out data of the same form."""
+    """One epoch of the committed script gives a model and held-out data of the same form."""
     pytest.importorskip("sklearn")
     pytest.importorskip("onnxscript")
     script = ROOT / "samples" / "digits" / "train.py"
@@ -168,8 +170,8 @@ def test_the_training_script_runs(in_process, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_playground_is_made_by_its_training_script(in_process, tmp_path):
-    """Machines may round otherwise: the data are the committed ones, the networks as good."""
+def test_the_training_script_of_the_playground_runs(in_process, tmp_path):
+    """The data equal the committed ones. The networks are as good; rounding differs by machine."""
     pytest.importorskip("onnxscript")
     folder = ROOT / "samples" / "playground"
     out = in_process(folder / "train.py", "--out", tmp_path)

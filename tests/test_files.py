@@ -42,7 +42,7 @@ def _function(model):
     return model.functions[0]
 
 
-# Where else than in the graph's initializers a model can hold a tensor: how to add one there.
+# Every place for a tensor in a model -> function that adds one there.
 PLACES = {
     "initializer": lambda model: model.graph.initializer[0],
     "sparse values": lambda model: model.graph.sparse_initializer.add().values,
@@ -52,7 +52,7 @@ PLACES = {
     "sparse attribute": lambda model: (
         _attribute(model, type=AttributeProto.SPARSE_TENSOR).sparse_tensor.values
     ),
-    "body": lambda model: _attribute(model, type=AttributeProto.GRAPH).g.initializer.add(),
+    "subgraph": lambda model: _attribute(model, type=AttributeProto.GRAPH).g.initializer.add(),
     "function": lambda model: _function(model).node[0].attribute.add(name="value", type=4).t,
     "default": lambda model: _function(model).attribute_proto.add(name="a", type=4).t,
     "training": lambda model: model.training_info.add().algorithm.initializer.add(),
@@ -76,7 +76,7 @@ def test_external_data_are_copied_to_another_folder(external, tmp_path):
     steered = ctonnx.patch(external, 1.0, output=tmp_path / "out" / "m.onnx")
     assert sorted(os.listdir(tmp_path / "out")) == ["m.onnx", "weights.bin"]
     np.testing.assert_allclose(run(steered), [[0, 2, 4, 6]], atol=1e-5)
-    # The same data may lie there already; other data are never overwritten.
+    # The target may hold the same data already; other data are never overwritten.
     ctonnx.patch(external, 1.0, output=tmp_path / "out" / "m.onnx", force=True)
     (tmp_path / "out" / "weights.bin").write_bytes(b"somebody else's!")
     with pytest.raises(UsageError, match=r"weights\.bin: exists and holds other data"):
@@ -125,11 +125,11 @@ def test_unsafe_external_data_are_refused(external, tmp_path, change, message, p
     model = onnx.load(external, load_external_data=False)
     tensor = PLACES[place](model)
     tensor.CopyFrom(model.graph.initializer[0])
-    held = {"location": "weights.bin", "offset": "0", "length": "16"}
-    _set_external(tensor, held)
+    entries = {"location": "weights.bin", "offset": "0", "length": "16"}
+    _set_external(tensor, entries)
     external.write_bytes(model.SerializeToString())
     ctonnx.patch(external, 0.5, force=True)
-    _set_external(tensor, held | change)
+    _set_external(tensor, entries | change)
     external.write_bytes(model.SerializeToString())
     before = sorted(os.listdir(external.parent))
     with pytest.raises(ModelError, match=message) as caught:
@@ -179,7 +179,7 @@ def test_hard_links_and_links_that_stay_inside_are_fine(external, tmp_path):
         np.testing.assert_allclose(run(steered), [[0, 2, 4, 6]], atol=1e-5)
 
 
-def test_the_walk_over_tensors_knows_every_place_for_one():
+def test_the_walk_over_tensors_covers_all_of_protobuf():
     kinds = onnx.onnx_ml_pb2.DESCRIPTOR.message_types_by_name
     holding = {"TensorProto"}
     for _ in kinds:
@@ -255,9 +255,9 @@ def test_an_unreadable_file_is_an_error(tmp_path):
 
 
 def limited(program, *arguments):
-    """The MiB in memory at most, and read, of running `work`, which `program` makes of `sys.argv`.
+    """Peak memory and data read, in MiB, of running `work`, which `program` defines.
 
-    The memory is VmHWM: ru_maxrss would begin at that of the process that runs the tests.
+    The memory is VmHWM, since ru_maxrss would start at that of the process that runs the tests.
     """
     code = (
         "import re, sys\nfrom ctonnx import api\nfrom ctonnx.model import files\n"
@@ -280,12 +280,12 @@ files.os.copy_file_range = fail
 
 
 def large_model(folder, size):
-    """A model of 48 layers whose `size` bytes of weights are a hole in a file."""
+    """A model of 48 layers whose `size` bytes of weights are in a sparse file."""
     folder.mkdir()
     with open(folder / "weights.bin", "wb") as stream:
         stream.truncate(size)
     if (folder / "weights.bin").stat().st_blocks:
-        pytest.skip("the file system knows no holes, so the weights would take up the disk")
+        pytest.skip("the file system has no sparse files, so the weights would fill the disk")
     layers = "".join(f"h{i} = MatMul(y{i}, w{i})\n y{i + 1} = Relu(h{i})\n" for i in range(48))
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17]>\n'
@@ -304,7 +304,7 @@ def large_model(folder, size):
 
 
 def test_six_gigabytes_in_the_same_folder(tmp_path):
-    """Within 200 MiB, and the data, which stay where they are, are not read."""
+    """Patching stays within 200 MiB and does not read the data, which stay where they are."""
     path = large_model(tmp_path / "in", 6 << 30)
     memory, read = limited(PATCH, path, tmp_path / "in" / "steered.onnx")
     assert memory < 200
@@ -315,7 +315,7 @@ def test_six_gigabytes_in_the_same_folder(tmp_path):
 
 @pytest.mark.parametrize("without", ["", READ_AND_WRITE], ids=["in the kernel", "read and write"])
 def test_data_go_to_another_folder_in_constant_memory(tmp_path, without):
-    """A gigabyte of weights within 200 MiB, copied, and compared when they are there already."""
+    """Copying a gigabyte stays within 200 MiB; so does comparing it with an existing copy."""
     size = 48 * 4096 * 4 * 1024
     if shutil.disk_usage(tmp_path).free < 3 * size:
         pytest.skip("the disk has no room for two gigabytes")
@@ -330,7 +330,7 @@ def test_data_go_to_another_folder_in_constant_memory(tmp_path, without):
 
 
 def many_activations(count):
-    """Every other one has a slope of its own, and initializers are inputs too, as of IR 3."""
+    """A chain; every second activation has its own slope. IR 3, so initializers are inputs."""
     model = onnx.parser.parse_model(WEIGHTED.replace("8", "3").replace("17", "9"))
     del model.graph.node[:], model.graph.output[:]
     last = "x"
@@ -347,7 +347,7 @@ def many_activations(count):
     return model
 
 
-def many_bodies(count):
+def many_subgraphs(count):
     model = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17]> g (bool c, float[4] y0) => (float[4] y1) { }'
     )
@@ -355,8 +355,8 @@ def many_bodies(count):
         node = model.graph.node.add(op_type="If", input=["c"], output=[f"y{i + 1}"])
         relu = helper.make_node("Relu", [f"y{i}"], ["b"])
         for branch in "then_branch", "else_branch":
-            body = helper.make_graph([relu], "g", [], [onnx.ValueInfoProto(name="b")])
-            node.attribute.append(helper.make_attribute(branch, body))
+            subgraph = helper.make_graph([relu], "g", [], [onnx.ValueInfoProto(name="b")])
+            node.attribute.append(helper.make_attribute(branch, subgraph))
     return model
 
 
@@ -378,8 +378,10 @@ def test_twenty_thousand_activations_there_and_back():
 
 
 def instructions(work):
-    """How many of Python's instructions it takes, which no load of the machine changes: blind to
-    what one of them does in C, which benchmarks/rewrite.py shows."""
+    """The number of Python instructions, which does not depend on the load of the machine.
+
+    It leaves out work in C, which benchmarks/rewrite.py shows.
+    """
     count = 0
 
     def trace(frame, event, _):
@@ -398,15 +400,15 @@ def instructions(work):
 
 
 def squares(model):
-    """Work by the square of the number of nodes, which is what may not be."""
+    """Work that is quadratic in the number of nodes, as a counterexample."""
     for _ in model.graph.node:
         for _ in model.graph.node:
             pass
 
 
-@pytest.mark.parametrize("make", [many_activations, many_bodies, many_functions])
-def test_work_grows_with_the_model_alone(make):
-    """Four times the activations are four times the work, where a square law asks sixteen."""
+@pytest.mark.parametrize("make", [many_activations, many_subgraphs, many_functions])
+def test_work_is_linear_in_the_size_of_the_model(make):
+    """Four times the activations take four times the work; quadratic work would take sixteen."""
     few, many = make(100), make(400)
     steered = ctonnx.patch(few, 0.5), ctonnx.patch(many, 0.5)
 
@@ -419,7 +421,7 @@ def test_work_grows_with_the_model_alone(make):
     assert growth(lambda model: (squares(model), ctonnx.patch(model, 0.5)), few, many) > 4.2
 
 
-def test_a_model_larger_than_protobuf_holds_is_one_line(tmp_path, monkeypatch):
+def test_a_model_too_large_for_protobuf_is_an_error(tmp_path, monkeypatch):
     with open(tmp_path / "huge.onnx", "wb") as stream:
         stream.truncate(2**31)
     with pytest.raises(ModelError, match=r"huge\.onnx: larger than the 2 GiB .* external data$"):
@@ -432,7 +434,7 @@ def test_a_model_larger_than_protobuf_holds_is_one_line(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["huge.onnx", "model.onnx"]
 
 
-def test_progress_tells_every_byte_once(external, tmp_path):
+def test_progress_counts_every_byte_once(external, tmp_path):
     class Bar:
         def __init__(self, total):
             self.total, self.done = total, []
@@ -459,7 +461,7 @@ def test_progress_tells_every_byte_once(external, tmp_path):
 
 
 def test_bytes_do_not_depend_on_the_run(tmp_path):
-    """Sets are in no order that lasts: Python's hashes differ from run to run."""
+    """The order of sets must not matter: Python's hashes differ from run to run."""
     model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
 g (float[4] x, float16[4] z) => (float[4] y, float16[4] v) {
   a = LeakyRelu<alpha = 0.1>(x)  y = f.F(a)  b = Relu(z)  v = LeakyRelu<alpha = 0.2>(b)
@@ -479,7 +481,7 @@ g (float[4] x, float16[4] z) => (float[4] y, float16[4] v) {
     assert len(written) == 1
 
 
-def test_an_output_that_would_be_in_the_way_of_data_is_refused(external, tmp_path):
+def test_an_output_at_the_place_of_external_data_is_refused(external, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="where data of the model go"):
         ctonnx.patch(external, 0.5, output=tmp_path / "out" / "weights.bin")
@@ -496,8 +498,9 @@ def test_an_output_that_would_be_in_the_way_of_data_is_refused(external, tmp_pat
     assert os.listdir(tmp_path / "elsewhere") == []
 
 
-# Imports once, then forks a writer for each kill: it writes in place and, with the data, to ever
-# new folders, until it is killed. Prints how many kills left something behind.
+# The script forks a writer for each kill, which saves the imports. The writer edits a file in place
+# and writes a model with its data to new folders, until it is killed. The script prints how many
+# kills left files behind.
 KILLS = """
 import os, random, shutil, signal, sys, time
 from itertools import count
@@ -579,5 +582,5 @@ def test_sigkill_at_any_moment_damages_nothing(external, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    # Kills that always came between two writes would show nothing.
+    # Kills between two writes would show nothing.
     assert int(done.stdout) > 20

@@ -22,7 +22,7 @@ def test_oracle_equals_the_authors_formula(beta, coeff):
     s = 1 - beta + 1e-6
     smooth = coeff * torch.sigmoid(beta * x / s) * x
     smooth = smooth + (1 - coeff) * s * torch.nn.functional.softplus(x / s)
-    # PyTorch's softplus is the identity from 20 on, 2e-9 below its limit.
+    # PyTorch's softplus is the identity above 20, which is off by up to 2e-9.
     np.testing.assert_allclose(ctu.ctu(X, beta, coeff), smooth.numpy(), rtol=1e-13, atol=3e-9)
 
 
@@ -33,7 +33,7 @@ def test_oracle_at_beta_one_is_leaky_relu(slope):
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.25, 1.5])
-def test_oracle_of_a_slope_is_the_max_affine_reading(slope):
+def test_oracle_with_a_slope_is_the_max_affine_formula(slope):
     gap = 1 - slope
     expected = slope * X + np.sign(gap) * ctu.ctu(abs(gap) * X, 0.7)
     np.testing.assert_allclose(ctu.ctu(X, 0.7, slope=slope), expected, rtol=1e-12, atol=1e-12)
@@ -47,7 +47,7 @@ def test_oracle_special_values():
 
 
 class Reference:
-    """onnx's own evaluator with the interface of Model."""
+    """onnx's own evaluator, with the interface of Model."""
 
     def __init__(self, model):
         self._evaluator = onnx.reference.ReferenceEvaluator(model)
@@ -60,15 +60,14 @@ class Reference:
 @pytest.mark.parametrize("opset", range(1, 27))
 @pytest.mark.parametrize("sloped", [False, True])
 def test_function_at_every_opset(opset, sloped):
-    """The body is valid at the opset, and computes the formula to what its docstring promises."""
+    """The function is valid at the opset and computes the formula as precisely as documented."""
     if opset > onnx.defs.onnx_opset_version():
         pytest.skip("newer than the onnx package")
     model = op_model(TensorProto.FLOAT, sloped, opset=opset, shape=["n"])
     onnx.checker.check_model(model, full_check=True)
     x = X.astype(np.float32)
     if opset < 6:
-        return  # Nothing runs the arithmetic of those.
-    # ONNX Runtime's begins at 7.
+        return  # No evaluator has the arithmetic of these opsets; ONNX Runtime has it from 7 on.
     session = Model(model.SerializeToString()) if opset >= 7 else Reference(model)
     for beta in BETAS[1:]:
         feeds = {"X": x, "beta": np.float32([beta]), "coeff": np.float32([0.5])}
@@ -133,7 +132,7 @@ def _assert_close(y, x, beta, slope, tolerance):
 
 
 @pytest.mark.parametrize("opset", [6, 9, 13, 17])
-def test_function_keeps_to_ops_that_other_runtimes_have(opset):
+def test_function_uses_only_ops_that_other_runtimes_have(opset):
     """jaxonnxruntime has no Greater, and ONNX Runtime no Softplus of doubles."""
     for sloped in (False, True):
         used = {node.op_type for node in ctu.function(opset, {TensorProto.FLOAT}, sloped).node}

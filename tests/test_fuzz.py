@@ -1,9 +1,9 @@
-"""Damaged and hostile models: each ends in success or in a ctonnx error, and none writes a file.
+"""Damaged and hostile models: each ends in success or a ctonnx error, and errors leave no file.
 
-20,000 inputs by default, the same each time: bytes of good models changed at random, and models put
-together from parts that do not fit. CTONNX_FUZZ=10 tries ten times as many, others on each run.
+By default there are 20,000 inputs, the same each time: good models with random bytes changed, and
+models of parts that do not fit. CTONNX_FUZZ=10 tries ten times as many, different on each run.
 
-A process of its own reads them, so that a crash or a hang is told with the input it came from.
+A separate process reads the inputs, so that a crash or a hang is reported with its input.
 """
 
 import multiprocessing
@@ -52,7 +52,7 @@ MEMORY = 4 << 30
 
 
 def work(connection, folder):
-    """Answer each input with what became of it, or with the traceback of a bug."""
+    """Answer each input with how it ended, or with the traceback of a bug."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     folder = Path(folder)
@@ -66,10 +66,10 @@ def work(connection, folder):
 
 
 def digest(number, data, folder):
-    """Do with a file all that the rewriter can; `number` chooses among the ways.
+    """Do everything the rewriter can with a file; `number` chooses the options.
 
     Returns:
-        How far it came.
+        "steered", or the name of the error.
     """
     path, output = folder / "model.onnx", folder / "out.onnx"
     path.write_bytes(data)
@@ -99,7 +99,7 @@ def digest(number, data, folder):
 
 
 def edit_in_memory(number, data):
-    """Patch, set, inspect and unpatch, in one lowering: the file that is written has another."""
+    """Patch, set, inspect and unpatch, in another lowering than that of the written file."""
     model = ModelProto.FromString(data)
     for change in SteeredModel.unsteer, lambda steered: steered.set(0.5):
         copy = ModelProto.FromString(data)
@@ -130,7 +130,7 @@ def assert_refused_by_the_command_line(number, path):
 
 
 def command_line(*arguments):
-    """The exit code of the command line, which must be one that it documents."""
+    """The exit code of the command line, which must be a documented one."""
     sys.argv = ["ctonnx", *map(str, arguments)]
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as messages:
         try:
@@ -149,7 +149,7 @@ def listed(folder):
 
 
 class Reader:
-    """Runs `work` in a process of its own, and a new one when that has died."""
+    """Runs `work` in a separate process, and restarts it after a crash or a hang."""
 
     def __init__(self, folder):
         self._folder = folder
@@ -164,7 +164,7 @@ class Reader:
         theirs.close()
 
     def __call__(self, number, data):
-        """Let it read a file of these bytes; what it does wrong is an AssertionError."""
+        """Have the process read these bytes; raises AssertionError for a bug, a crash or a hang."""
         if self._process is None:
             self._start()
             self._pipe.send((0, b""))
@@ -189,12 +189,13 @@ class Reader:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    made = Reader(tmp_path_factory.mktemp("fuzz"))
-    yield made
-    made.close()
+    process = Reader(tmp_path_factory.mktemp("fuzz"))
+    yield process
+    process.close()
 
 
-def told(reader, capsys):
+def report(reader, capsys):
+    """Print how the inputs ended, and return and reset their number."""
     with capsys.disabled():
         print("\n" + ", ".join(f"{count} {end}" for end, count in sorted(reader.ends.items())))
     total = sum(reader.ends.values())
@@ -206,7 +207,7 @@ def told(reader, capsys):
 
 
 def good_models():
-    """Serialized models that the changes start from, steered ones among them."""
+    """Serialized models to change, some of them steered."""
     texts = [*MODELS.values(), MIXED.replace("OPSET", "17")]
     texts.append(MODELS["plain"].replace("ir_version: 8", "ir_version: 3").replace("17", "9"))
     models = [onnx.parser.parse_model(text) for text in texts]
@@ -228,7 +229,7 @@ def good_models():
 
 
 def mutant(rng, seeds):
-    """One of `seeds` with a few changes of its bytes."""
+    """One of `seeds` with a few bytes changed."""
     data = bytearray(rng.choice(seeds))
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         at = rng.randrange(len(data) + 1)
@@ -262,10 +263,10 @@ def test_changed_bytes(reader, capsys, tmp_path):
         try:
             reader(number, data)
         except AssertionError as error:
-            # The place where it happened tells one bug from another.
+            # Keep one failure for each line of code that raised.
             places = re.findall(r"File .*, line .*", str(error))
             failures.setdefault(places[-1] if places else "", (error, data))
-    done = told(reader, capsys)
+    done = report(reader, capsys)
     for number, (_, data) in enumerate(failures.values()):
         (tmp_path / f"{number}.onnx").write_bytes(data)
     assert not failures, f"in {tmp_path}:\n" + "\n".join(str(e) for e, _ in failures.values())
@@ -342,7 +343,7 @@ RECORDS = st.sampled_from(
     ["ctonnx.original", "ctonnx.version", "ctonnx.lowered", *(["names"] * 20)]
 )
 KINDS = st.sampled_from(["f", "i", "s", "t", "g", "g", "g", "ref", "none", "many"])
-# Mostly the right one.
+# The types are mostly right.
 ATTRIBUTE_TYPES = {
     kind: st.sampled_from([right] * 6 + [0, 1, 3, 5, 6, 8, 10])
     for kind, right in {
@@ -359,7 +360,7 @@ ATTRIBUTE_TYPES = {
 VALUES = st.sampled_from(["", "result", "inside", "AAAA", "CgF4IgRSZWx1", "!", "0.85"])
 
 
-# What makes strategies is cached: made anew for each draw they take longer than what they draw.
+# Strategies are cached: creating them takes longer than drawing from them.
 @cache
 def some(strategy, most=3):
     return st.lists(strategy, max_size=most)
@@ -483,7 +484,7 @@ def models(draw):
             )
         ),
     )
-    # Mostly a model that is let in, and often one that has something to steer.
+    # Most models are accepted, and many have something to steer.
     if draw(st.integers(0, 9)):
         model.opset_import.add(domain="", version=17)
     if draw(st.integers(0, 2)):
@@ -506,4 +507,4 @@ def test_parts_that_do_not_fit(reader, capsys):
         reader(next(numbers), model.SerializeToString())
 
     read()
-    assert told(reader, capsys) >= STRUCTURES / 2
+    assert report(reader, capsys) >= STRUCTURES / 2

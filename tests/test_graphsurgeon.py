@@ -42,8 +42,8 @@ def values(dtype=np.float32):
 
 def call_counts(graph):
     """How many inputs each CTU of a graph and its subgraphs takes."""
-    bodies = [graph, *graph.subgraphs(recursive=True)]
-    return [len(node.inputs) for body in bodies for node in body.nodes if node.op == "CTU"]
+    graphs = [graph, *graph.subgraphs(recursive=True)]
+    return [len(node.inputs) for g in graphs for node in g.nodes if node.op == "CTU"]
 
 
 @pytest.mark.parametrize("opset", [7, 9, 12, 15, 21])
@@ -137,7 +137,7 @@ BRANCHES = """<ir_version: 8, opset_import: ["" : 17]>
     }"""
 
 
-def test_bodies():
+def test_subgraphs():
     """Subgraphs share the function, name no tensor as the graphs around them, and keep their values
     through another import."""
     graph = gs.import_onnx(parsed(BRANCHES))

@@ -1,4 +1,4 @@
-"""What the fuzzers found, and models made to keep the rewriter busy: refused, or steered as is."""
+"""Inputs that fuzzers discovered, and models that would take too long: refused or steered."""
 
 import numpy as np
 import onnx.parser
@@ -22,7 +22,7 @@ def relu():
 
 
 def with_bytes(model, text):
-    """The model with `text` changed to bytes that are no UTF-8."""
+    """The model with `text` replaced by bytes that are not UTF-8."""
     data = model.SerializeToString()
     assert text in data
     return ModelProto.FromString(data.replace(text, b"\xff" * len(text)))
@@ -54,7 +54,7 @@ def test_an_external_data_location_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize("key", ["ctonnx.original", "ctonnx.lowered", "ctonnx.version"])
 @pytest.mark.parametrize("place", ["model", "activation", "another node"])
 def test_records_where_nothing_is_steered(key, place):
-    """They would be taken for ours when undoing: as with a model that is steered already."""
+    """Undoing would take them for its own, so the model counts as steered already."""
     model = relu()
     model.graph.node.add(op_type="Neg", input=["x"], output=["z"])
     model.graph.node.add(op_type="Sigmoid", input=["x"], output=["s"])
@@ -74,7 +74,7 @@ def test_an_activation_whose_output_has_no_name():
 
 
 def test_an_activation_that_holds_a_graph():
-    """What is in there would be steered and then lost with it."""
+    """The activations in that graph must not be lost with the node."""
     model = relu()
     model.graph.node.add().CopyFrom(model.graph.node[0])
     attribute = model.graph.node[0].attribute.add(name="body", type=onnx.AttributeProto.GRAPH)
@@ -86,7 +86,7 @@ def test_an_activation_that_holds_a_graph():
     assert changed == model
 
 
-def test_fields_of_the_future_are_kept_once():
+def test_unknown_fields_stay_and_are_not_duplicated():
     unknown = b"\xa0\x06\x07"  # Field 100, the number 7.
     model = relu()
     data = model.graph.node[0].SerializeToString() + unknown
@@ -131,7 +131,7 @@ def test_a_slope_of_another_type(alpha):
 
 
 def test_the_domain_ctonnx_in_a_function():
-    """As a function of that domain, or one that imports it: unpatching would drop either."""
+    """A function of that domain, or one that imports it, is refused: unpatching would drop it."""
     function = helper.make_function("ctonnx", "CTU", ["X"], ["Y"], [], [])
     importing = helper.make_function("my", "f", [], [], [], [helper.make_opsetid("ctonnx", 1)])
     for foreign in function, importing:
@@ -143,7 +143,7 @@ def test_the_domain_ctonnx_in_a_function():
 
 @pytest.mark.parametrize("lowering", ["portable", "op"])
 def test_the_domain_ctonnx_imported_and_not_used(lowering):
-    """As ONNX Runtime saves a model, once the op library is registered."""
+    """ONNX Runtime saves models like this once the op library is registered."""
     model = relu()
     model.opset_import.insert(0, helper.make_opsetid("ctonnx", 1000))
     changed = ctonnx.patch(model, 0.5, lowering=lowering)
@@ -162,8 +162,8 @@ def test_a_standard_op_that_the_model_redefines():
         steer(model, 0.5)
 
 
-def test_functions_that_the_inliner_takes_for_one():
-    """Domain, name and overload differ, but not onnx's id, which joins the three."""
+def test_functions_that_the_inliner_confuses():
+    """Domain, name and overload differ, but onnx joins them to the same id."""
     model = relu()
     for domain, overload in ("my", "::o"), ("my::", "o"):
         model.functions.add(domain=domain, name="", overload=overload)
@@ -174,7 +174,7 @@ def test_functions_that_the_inliner_takes_for_one():
 
 
 def chain(bodies):
-    """A model that calls f0, whose body calls f1, and so on; the last holds a Relu."""
+    """A model that calls f0, which calls f1, and so on; the last function has a Relu."""
     head = '<ir_version: 8, opset_import: ["" : 17, "my" : 1]>'
     functions = [
         f'<domain: "my", opset_import: ["" : 17, "my" : 1]> f{i} (X) => (Y) {{ {body} }}'
@@ -191,7 +191,7 @@ def test_functions_that_call_themselves():
 
 
 def test_functions_that_call_each_other_beyond_bounds():
-    """3 kB that onnx's inference would take hours over."""
+    """Models of 3 kB for which onnx's shape inference would take hours."""
     twice = [f"H = my.f{i + 1}(X)  Y = my.f{i + 1}(H)" for i in range(30)]
     deep = [f"Y = my.f{i + 1}(X)" for i in range(200)]
     for bodies in twice, deep:

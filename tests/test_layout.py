@@ -1,4 +1,4 @@
-"""Sessions in the blocked layout: same outputs as the plain ones, and every refusal."""
+"""Sessions in the blocked layout: the same outputs as in the plain one, and every refusal."""
 
 import itertools
 import logging
@@ -21,13 +21,13 @@ CPU = ["CPUExecutionProvider"]
 HEAD = '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 16, 8, 8] x'
 PAD = "<pads = [1, 1, 1, 1]>"
 
-# A residual block and a fully connected layer: each way in which an activation is fused.
+# A residual block and a fully connected layer: every way in which activations are fused.
 NET = f"""{HEAD}, float[16, 16, 3, 3] w1, float[16, 16, 3, 3] w2, float[16, 4] w3)
 => (float[N, 4] y)
 {{ c = Conv {PAD} (x, w1)  r = Relu(c)  d = Conv {PAD} (r, w2)  s = Add(d, r)  t = Relu(s)
   p = GlobalAveragePool(t)  f = Flatten(p)  h = Gemm(f, w3)  y = Relu(h) }}"""
 
-# One activation, with what TAIL makes of it.
+# One activation, followed by TAIL.
 ONE = f"""{HEAD}, float[16, 16, 3, 3] w) => (float[N, 16, 8, 8] y)
 {{ c = Conv {PAD} (x, w)  r = Relu(c)  TAIL }}"""
 
@@ -37,7 +37,7 @@ def tail(text):
 
 
 def with_weights(text):
-    """The parsed model, its inputs beside x turned into random initializers."""
+    """The parsed model, with random initializers in place of the inputs other than x."""
     model, rng = parsed(text), np.random.default_rng(0)
     for value in list(model.graph.input)[1:]:
         dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -84,7 +84,7 @@ def random_x(*shape):
 
 
 def assert_same(model, x=None, fed=None, blocked=None, plain=None):
-    """Compare sessions of `model`, by default the blocked and the plain one; return the output."""
+    """Compare two sessions of `model`, by default in both layouts; return the blocked output."""
     if blocked is None:
         blocked, reason = opened(model)
         assert blocked is not None, reason
@@ -100,7 +100,7 @@ def assert_same(model, x=None, fed=None, blocked=None, plain=None):
     return actual
 
 
-# --- the same outputs
+# --- equal outputs
 
 
 MODELS = {
@@ -145,7 +145,7 @@ def test_nan_and_infinity_pass_alike():
 
 @pytest.mark.parametrize("number", range(1, 7))
 def test_partial_steering(number):
-    """Each choice of the three Relus, by the names of their outputs."""
+    """Each proper subset of the three Relus, by the names of their outputs."""
     chosen = [name for i, name in enumerate("rty") if number >> i & 1]
     model = steered(selection=Selection(include=f"^({'|'.join(chosen)})$"))
     assert sum(map(ctu.is_ctu, model.graph.node)) == len(chosen)
@@ -179,7 +179,7 @@ def test_beta_can_be_fed(beta_as):
     assert not np.array_equal(results[0], results[1])
 
 
-def test_added_names_are_free():
+def test_added_names_avoid_existing_ones():
     assert_same(steered(NET.replace("w3", "one"), beta_as="input"))
 
 
@@ -285,7 +285,7 @@ def test_refused_models(reason, make):
 
 
 def test_ops_that_become_a_stand_in_are_refused():
-    """Mish has no kernel: ONNX Runtime replaces it by Softplus, Tanh and Mul."""
+    """ONNX Runtime has no kernel for Mish and replaces it by Softplus, Tanh and Mul."""
     text = tail("y = Mish(r)").replace('"" : 17', '"" : 18')
     assert reason_of(steered(text)) == "ONNX Runtime folded, merged or decomposed some stand-ins"
 
@@ -302,7 +302,7 @@ def test_large_models_are_refused(monkeypatch):
 
 
 def test_weights_in_other_files_count_for_the_size(tmp_path):
-    """They are not read: those that the model uses are few, and the rest of the file is a hole."""
+    """The size of the file counts, unread; the model uses little of it, and the rest is sparse."""
     path, weights = tmp_path / "net.onnx", tmp_path / "net.data"
     onnx.save(steered(), path, save_as_external_data=True, size_threshold=0, location=weights.name)
     with weights.open("r+b") as file:
@@ -426,7 +426,7 @@ def test_fallback_is_silent(recwarn, caplog, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_nothing_is_printed_where_it_applies(capfd):
+def test_the_blocked_layout_prints_nothing(capfd):
     ctonnx.session(steered(beta_as="input", lowering="op").SerializeToString(), CPU)
     assert "nchwc" not in capfd.readouterr().err.lower()
 

@@ -15,7 +15,7 @@ from onnx import TensorProto
 import ctonnx
 from ctonnx import ctu
 
-# The numeric contract of custom_ops/ctu_math.h, row by row.
+# The rows of the numeric contract in custom_ops/ctu_math.h.
 Row = namedtuple("Row", "dtype numpy tolerance")
 CONTRACT = [
     Row(TensorProto.FLOAT, np.float32, 2.5e-7),
@@ -31,14 +31,14 @@ SLOPES = (0.01, 0.25, 1.0, 1.5, -0.5)
 
 
 def samples(count=2000, limit=1e4):
-    """Numbers of every magnitude and both signs, no further from 0 than `limit`."""
+    """Numbers of all magnitudes up to `limit` and both signs."""
     rng = np.random.default_rng(0)
     spread = 10 ** rng.uniform(-8, np.log10(limit), count) * rng.choice([-1, 1], count)
     return np.concatenate([spread, rng.normal(size=count), rng.uniform(-limit, limit, count)])
 
 
 def run(session, x, beta, coeff=0.5, slope=None):
-    """Y for one X; a bfloat16 one goes in and comes out as the same number in float32."""
+    """Y for one X; bfloat16 is passed to and from the session as float32."""
     fed = np.float32 if x.dtype == ml_dtypes.bfloat16 else x.dtype
     inputs = {
         "X": x.astype(fed),
@@ -61,7 +61,7 @@ def assert_contract(row, y, x, beta, coeff, slope=0.0):
         scale = np.maximum(scale, np.abs(x.astype(np.float64)))
     allowed = row.tolerance * scale
     if row.dtype in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
-        # One rounding: half the distance between two numbers of the type around Y.
+        # One rounding: half the spacing of the type at Y.
         kind = ml_dtypes.finfo(row.numpy)
         exponent = np.maximum(np.frexp(exact)[1] - 1, kind.minexp)
         allowed = allowed + np.ldexp(float(kind.eps), exponent) / 2
@@ -92,7 +92,7 @@ def test_contract_with_slope(row):
 
 
 def test_the_contract_catches_a_wrong_kernel():
-    """The comparison itself can fail: c and 1 - c swapped, the epsilon forgotten, one element."""
+    """The comparison fails for c swapped with 1 - c, a missing epsilon, and one wrong element."""
     row, x = CONTRACT[1], samples()
     beta, coeff = 0.75, 0.25  # the same in float32
     right = ctu.ctu(x, beta, coeff)
@@ -181,7 +181,7 @@ def test_shapes_that_do_not_broadcast_are_an_error(shape):
 
 
 def test_shape_inference():
-    """The output's shape is known before a run, symbolic dimensions included."""
+    """The output's shape is known before a run, including symbolic dimensions."""
     model = onnx.parser.parse_model(
         """<ir_version: 8, opset_import: ["" : 17, "ctonnx" : 1]>
         g (float[N, 3] x) => (float[] y) <float beta = {0.85}, float coeff = {0.5}>
@@ -194,7 +194,7 @@ def test_shape_inference():
 
 
 def test_the_input_of_a_run_is_not_overwritten():
-    """The op may write over its input inside the graph, never over what the caller holds."""
+    """The op may overwrite its input inside the graph, but never the caller's array."""
     x = np.float32([[1, -2, 3]])
     run(session_of(TensorProto.FLOAT), x, 0.85)
     np.testing.assert_array_equal(x, [[1, -2, 3]])
@@ -228,7 +228,7 @@ def test_register_twice():
 
 
 def test_every_float16():
-    """All 65,536 bit patterns go in, NaN and denormals among them."""
+    """All 65,536 bit patterns, including NaN and denormals."""
     x = np.arange(65536, dtype=np.uint16).view(np.float16)
     y = run(session_of(TensorProto.FLOAT16), x, 0.85)
     np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
@@ -241,7 +241,7 @@ def test_every_float16():
     [(CONTRACT[2], [-683, -685], [-1024, -1028]), (CONTRACT[3], [-129, -131], [-194, -196])],
 )
 def test_ties_round_to_even(row, x, expected):
-    """With slope 1.5 these lie halfway between two numbers of the type."""
+    """With slope 1.5, the results lie halfway between two numbers of the type."""
     y = run(session_of(row.dtype, sloped=True), np.array(x, row.numpy), 1.0, slope=1.5)
     np.testing.assert_array_equal(y.astype(np.float64), expected)
 

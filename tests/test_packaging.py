@@ -1,4 +1,4 @@
-"""What is installed: the library and what it exports, and an install without a compiler."""
+"""The installed package: the exports of the library, and an install without a compiler."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def test_the_library_exports_two_functions_and_needs_only_the_system():
     ]
     assert sorted(exported) == ["RegisterCustomOps", "ctonnx_cpu_level"]
     needed = [line for line in output("readelf", "-d", path).splitlines() if "NEEDED" in line]
-    # Before glibc 2.34 the first three, which CUDA needs, were libraries of their own.
+    # CUDA needs the first three, which were separate libraries before glibc 2.34.
     system = (
         "libdl.so",
         "librt.so",

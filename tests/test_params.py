@@ -24,9 +24,9 @@ g (float[N, 3, 2, 2] x) => (float[N, 3, 2, 2] a, float[N, 12] b, float[N, 12] c,
 X = np.random.default_rng(0).normal(size=(2, 3, 2, 2)).astype(np.float32)
 
 
-def run(given, beta=None, coeff=0.5):
+def run(parameters, beta=None, coeff=0.5):
     model = parsed(MODEL)
-    report = steer(model, beta, coeff, params=given)
+    report = steer(model, beta, coeff, params=parameters)
     results = [Model(model.SerializeToString(), library).run({"x": X}) for library in (False, True)]
     for name, y in results[0].items():
         np.testing.assert_allclose(y, results[1][name], atol=1e-6)
@@ -42,10 +42,10 @@ def test_scalars_by_name_and_by_pattern():
     np.testing.assert_allclose(y["c"], ctu.ctu(flat, np.float32(0.9), 0.25), atol=1e-6)
 
 
-def test_a_name_outweighs_a_pattern():
-    for given in ({"c": 0.9, "[abcd]": 0.5}, {"[abcd]": 0.5, "c": 0.9}):
+def test_a_name_takes_precedence_over_a_pattern():
+    for parameters in ({"c": 0.9, "[abcd]": 0.5}, {"[abcd]": 0.5, "c": 0.9}):
         model = parsed(MODEL)
-        steer(model, params=given)
+        steer(model, params=parameters)
         assert {a.name: a.beta for a in SteeredModel(model).activations} == {
             "a": 0.5,
             "b": 0.5,
@@ -54,8 +54,8 @@ def test_a_name_outweighs_a_pattern():
         }
 
 
-def test_a_name_that_gives_no_beta_leaves_the_one_of_a_pattern():
-    """Not the input, which is the beta of all that no key gives one."""
+def test_a_name_without_beta_keeps_the_beta_of_a_pattern():
+    """The beta input is only for activations to which no key gives a beta."""
     model = parsed(MODEL)
     steer(
         model,
@@ -64,7 +64,7 @@ def test_a_name_that_gives_no_beta_leaves_the_one_of_a_pattern():
         beta_as="input",
     )
     betas = {node.output[0]: node.input[1] for node in model.graph.node if ctu.is_ctu(node)}
-    assert {name for name, held in betas.items() if held == "beta"} == {"d"}
+    assert {name for name, beta in betas.items() if beta == "beta"} == {"d"}
     assert {a.name: a.beta for a in SteeredModel(model).activations} == {
         "a": 0.5,
         "b": 0.5,
@@ -79,7 +79,7 @@ def test_a_module_is_a_name():
     assert [a.name for a in report.replaced] == ["node_relu_1", "node_relu_2"]
 
 
-def test_those_without_parameters_get_the_common_beta_or_stay():
+def test_activations_without_parameters_get_the_common_beta_or_stay():
     y, report = run({"c": 0.9}, beta=0.5)
     np.testing.assert_allclose(y["a"], ctu.ctu(X, 0.5), atol=1e-6)
     y, report = run({"c": 0.9})
@@ -91,7 +91,7 @@ def test_those_without_parameters_get_the_common_beta_or_stay():
 
 
 def test_one_value_per_channel():
-    """Dimension 1 of 4-D tensors, the last of 2-D and 3-D ones."""
+    """Channels are dimension 1 of 4-D tensors and the last dimension of 2-D and 3-D ones."""
     rng = np.random.default_rng(1)
     of_channels, of_flat, of_last = (rng.uniform(size=n).astype(np.float32) for n in (3, 12, 6))
     y, _ = run(
@@ -107,7 +107,7 @@ def test_one_value_per_channel():
     np.testing.assert_allclose(y["d"], ctu.ctu(X.reshape(2, 2, 6), of_last), atol=2e-6)
 
 
-def test_inspect_set_and_undo():
+def test_inspect_set_and_unsteer():
     model, original = parsed(MODEL), parsed(MODEL)
     steer(model, 0.5, params={"a": [0.1, 0.2, 0.3], "c": 0.9})
     betas = {a.name: a.beta for a in SteeredModel(model).activations}
@@ -121,7 +121,7 @@ def test_inspect_set_and_undo():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("parameters", "message"),
     [
         ({"nothing": 0.5}, "'nothing' matches no activation"),
         ({"(": 0.5}, "neither a name nor a pattern"),
@@ -137,13 +137,13 @@ def test_inspect_set_and_undo():
         ({"d": [0.5, 0.5]}, "d: 2 values for 6 channels"),
     ],
 )
-def test_mistakes(given, message):
+def test_mistakes(parameters, message):
     with pytest.raises(UsageError, match=message):
-        run(given)
+        run(parameters)
 
 
 def test_a_beta_that_no_activation_uses():
-    """It is not written, and cannot be an input."""
+    """An unused beta is not written, and cannot be an input."""
     model, original = parsed(MODEL), parsed(MODEL)
     steer(model, 0.5, params={"": 0.25})
     assert {a.beta for a in SteeredModel(model).activations} == {0.25}
@@ -153,7 +153,7 @@ def test_a_beta_that_no_activation_uses():
         steer(parsed(MODEL), 0.5, params={"": 0.25}, beta_as="input")
 
 
-def test_set_needs_every_beta_to_be_there():
+def test_set_needs_a_default_for_every_beta():
     model = parsed(MODEL)
     steer(model, 0.5, params={"a": 0.25}, beta_as="required-input")
     before = model.SerializeToString(deterministic=True)
@@ -162,8 +162,8 @@ def test_set_needs_every_beta_to_be_there():
     assert model.SerializeToString(deterministic=True) == before
 
 
-def test_check_leaves_an_input_of_the_models_own_alone(tmp_path):
-    """One that is called beta, where every activation has parameters."""
+def test_check_ignores_the_models_own_input_named_beta(tmp_path):
+    """Every activation has parameters, so there is no common beta."""
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (float[3] beta) => (float[3] y) { y = Relu(beta) }"""
     (tmp_path / "m.onnx").write_bytes(parsed(text).SerializeToString())
@@ -186,7 +186,7 @@ def test_channels_of_a_fused_convolution_in_blocks():
 def test_a_list_needs_a_known_shape():
     with pytest.raises(UsageError, match="shape is unknown"):
         params.per_channel(np.zeros(3, np.float32), None, "a")
-    # Of a sequence the last dimension, of a one-dimensional convolution the other.
+    # A sequence has its channels last, a one-dimensional convolution in the middle.
     for shape in ([1, 3, 3], [1, 3, "length"]):
         with pytest.raises(UsageError, match="either of the last two dimensions"):
             params.per_channel(np.zeros(3, np.float32), shape, "a")
@@ -199,13 +199,13 @@ def test_beta_as_input_needs_a_common_beta():
 
 
 def test_files(tmp_path):
-    given = {"a": {"beta": [0.1, 0.2, 0.3]}, "c.d": {"beta": 0.5, "coeff": 0.25}}
-    (tmp_path / "p.json").write_text(json.dumps(given))
-    assert params.read(tmp_path / "p.json") == given
+    parameters = {"a": {"beta": [0.1, 0.2, 0.3]}, "c.d": {"beta": 0.5, "coeff": 0.25}}
+    (tmp_path / "p.json").write_text(json.dumps(parameters))
+    assert params.read(tmp_path / "p.json") == parameters
     arrays = {"a.beta": [0.1, 0.2, 0.3], "c.d.beta": 0.5, "c.d.coeff": 0.25}
     np.savez(tmp_path / "p.npz", **arrays)
     loaded = params.read(tmp_path / "p.npz")
-    assert {k: {n: v.tolist() for n, v in e.items()} for k, e in loaded.items()} == given
+    assert {k: {n: v.tolist() for n, v in e.items()} for k, e in loaded.items()} == parameters
     damaged = bytearray((tmp_path / "p.npz").read_bytes())
     damaged[60] ^= 255
     bad = {"a.json": b"[1]", "b.json": b"{", "c.npz": b"?", "d.npz": b"", "f.npz": bytes(damaged)}

@@ -496,12 +496,16 @@ SERIES = np.stack([X, X, X], 1)
         (small(), (X[:9], Y[:9] > 0), (X, Y > 0), {"validation": 0.1}, "9 training samples, 1 of"),
         (
             small("l = Gemm(h, w, c) y = Relu(l)"),
-            GOOD, GOOD, {},
+            GOOD,
+            GOOD,
+            {},
             "no linear layer produces the output 'y', which comes from Relu 'y': name the tensor",
         ),
         (
             small("y = MatMul(h, g)", trunk=f"{TRUNK} g = Transpose(h)", output="float[N, N] y"),
-            GOOD, GOOD, {},
+            GOOD,
+            GOOD,
+            {},
             "no linear layer produces the output 'y', which comes from MatMul 'y'",
         ),
         (small(), GOOD, GOOD, {"features": "hh"}, "computes no tensor 'hh': did you mean h?"),
@@ -510,32 +514,41 @@ SERIES = np.stack([X, X, X], 1)
         (small(), GOOD, GOOD, {"features": "z"}, "no steered activation is in front of the"),
         (
             small("y = Gemm(z, w, c)", output="float[N, 2] y, float[N, 4] h"),
-            GOOD, GOOD, {},
+            GOOD,
+            GOOD,
+            {},
             "no steered activation is in front of the features 'z'",
         ),
         (
             small("n = ReduceSum<keepdims = 0>(h, middle) y = Gemm(h, w, c)"),
-            GOOD, GOOD, {"features": "n"},
+            GOOD,
+            GOOD,
+            {"features": "n"},
             "the features 'n' are float32[32]: expected the same number of floating-point numbers",
         ),
         (
-            small("m = ReduceMean<axes = [1], keepdims = 0>(h) y = MatMul(m, w)",
-                  shape="N, T, 3"),
+            small("m = ReduceMean<axes = [1], keepdims = 0>(h) y = MatMul(m, w)", shape="N, T, 3"),
             (SERIES, Y),
             (SERIES[:, :2], Y),
             {"features": "h"},
             "'h' of a sample are [3, 4] in the training set and [2, 4] in the test set",
         ),
         (
-            small("p = Concat<axis = 1>(h, h) q = Reshape(p, f) y = MatMul(q, w)",
-                  trunk=f"f = Constant<value = int64[3] {{-1, 2, 4}}>() {TRUNK}",
-                  output="float[N, 2, 2] y"),
-            GOOD, GOOD, {},
+            small(
+                "p = Concat<axis = 1>(h, h) q = Reshape(p, f) y = MatMul(q, w)",
+                trunk=f"f = Constant<value = int64[3] {{-1, 2, 4}}>() {TRUNK}",
+                output="float[N, 2, 2] y",
+            ),
+            GOOD,
+            GOOD,
+            {},
             "the linear layer is applied to a sequence or a map",
         ),
         (
             small("n = Log(z) q = Add(n, h) y = Gemm(q, w, c)"),
-            GOOD, GOOD, {},
+            GOOD,
+            GOOD,
+            {},
             "the features 'q' hold NaN or infinity at beta 1",
         ),
         (small(), GOOD, GOOD, {"seeds": 0}, "seeds must be at least one, all different"),
@@ -546,7 +559,7 @@ SERIES = np.stack([X, X, X], 1)
         (small(), GOOD, GOOD, {"coeff": 2}, "coeff must lie in [0, 1]"),
         (small(), GOOD, GOOD, {"output": "x.onnx"}, "output needs a model that is a path"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_clear_line(model, train, test, options, line):
     with pytest.raises(UsageError) as caught:
         ctonnx.probe(model, train, test, [0.5], **options)
@@ -650,7 +663,7 @@ BOTH = ("--train", "a.npz", "--test", "a.npz")
         (("m.onnx", *BOTH, "-o", "p.csv", "--points", "./p.csv"), 2, "name one file"),
         (("m.onnx", *BOTH, "--features", "u"), 2, "no tensor 'u'"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_end_the_command_with_a_line_and_nothing_written(
     tmp_path, arguments, code, line, monkeypatch, capsys
 ):

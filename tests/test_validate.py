@@ -1,4 +1,4 @@
-"""Validation passes what is right and fails what is wrong: kernels, functions, files, outputs."""
+"""Validation accepts right and rejects wrong kernels, functions, files and outputs."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ ORIGINAL = DIGITS / "digits.onnx"
 
 
 def broken(tmp_path, damage):
-    """The sample steered at 0.85, with its function's body damaged; what the check says of it."""
+    """Steer the sample at 0.85, damage the model, and return the result of the check."""
     model = files.load(ORIGINAL)
     report = steer(model, 0.85)
     damage(model)
@@ -66,7 +66,7 @@ def test_a_model_that_does_not_load_is_an_error():
 
 
 def test_random_inputs_fit_what_the_model_takes():
-    """Sizes are tried in turn for a symbolic dimension; those of a batch's name are 1."""
+    """Sizes are tried in turn for symbolic dimensions; dimensions named like a batch are 1."""
     text = """<ir_version: 8, opset_import: ["" : 17]>
         g (float[batch, m] x, int64[batch] i, bool[3] b, float16[2, batch] h)
         => (float[batch, 2] y, int64[batch] j, bool[3] k, float16[2, batch] l)
@@ -77,7 +77,7 @@ def test_random_inputs_fit_what_the_model_takes():
     assert shapes == {"x": (1, 8), "i": (1,), "b": (3,), "h": (2, 1)}
 
 
-def test_a_model_that_runs_on_nothing_tried_is_an_error():
+def test_a_model_that_runs_on_no_random_input_is_an_error():
     text = """<ir_version: 8, opset_import: ["" : 17]>
         g (float[n, m] x) => (float[n, 1] y) <float[5, 1] w = {1, 2, 3, 4, 5}>
         { y = MatMul(x, w) }"""
@@ -120,7 +120,7 @@ ALONE = "each CTU by itself, "
     ],
     ids=lambda v: "-".join(v.values()) or "defaults" if type(v) is dict else "",
 )
-def test_what_patch_writes_passes(tmp_path, options, names):
+def test_output_of_patch_passes(tmp_path, options, names):
     pytest.importorskip("torch")
     path = steered(tmp_path, **options)
     result = validate.validate(path)
@@ -167,14 +167,14 @@ NO_EPSILON = {"ctu_math.h": (" + 1e-6;", ";"), "ctu_table.h": (" + 1e-6)", ")")}
 
 @pytest.mark.parametrize(
     ("changes", "seen_in_outputs"),
-    # That little is not seen in the outputs, but in each CTU by itself.
+    # A missing epsilon is too small a change for the outputs; runs of single CTUs show it.
     [pytest.param(SWAPPED, True, id="swapped"), pytest.param(NO_EPSILON, False, id="no-epsilon")],
 )
 def test_a_wrong_kernel_fails(tmp_path, monkeypatch, wrong_library, changes, seen_in_outputs):
     pytest.importorskip("torch")
     wrong = wrong_library(changes)
     monkeypatch.setattr(library, "get_library_path", lambda: wrong)
-    if not seen_in_outputs:  # c = 0.5 hides that it is swapped with 1 - c
+    if not seen_in_outputs:  # c = 0.5 hides a swap with 1 - c
         assert failed(validate.validate(steered(tmp_path))) == {ALONE + WITH}
     result = validate.validate(steered(tmp_path, coeff=0.3))
     assert failed(result) == {ALONE + WITH, *((WITH, BLOCKED) if seen_in_outputs else ())}
@@ -210,7 +210,7 @@ CLIPPED = """<ir_version: 8, opset_import: ["" : 17]> g (float[n, 4] x) => (floa
 
 @pytest.mark.parametrize("op_type", ["CTUClip", "CTUMax", "CTUMin", "CTUHardSigmoid"])
 def test_a_wrong_function_of_a_clip_fails(tmp_path, op_type):
-    """The reference does not take the functions in the model for what its ops mean."""
+    """The reference does not rely on the functions in the model."""
     pytest.importorskip("torch")
     model = parsed(CLIPPED)
     steer(model, 0.85)
@@ -222,14 +222,14 @@ def test_a_wrong_function_of_a_clip_fails(tmp_path, op_type):
     if last.op_type in ("Add", "Sub"):
         last.op_type = "Identity"
         del last.input[1:]
-    else:  # That of HardSigmoid calls that of Clip.
+    else:  # The function of HardSigmoid calls that of Clip.
         last.input[3], last.input[4] = last.input[4], last.input[3]
     path.write_bytes(model.SerializeToString())
     assert any(name.startswith(ALONE) for name in failed(validate.validate(path)))
 
 
 def test_inputs_have_more_than_one_element_along_each_axis(tmp_path):
-    """Normalised over a single pixel, any weight would give the same."""
+    """After a normalization over a single pixel, all weights would give the same output."""
     text = """<ir_version: 8, opset_import: ["" : 17]>
         g (float[n, 2, h, w] x) => (float[n, 2, h, w] y)
         <float[2] one = {1.0, 1.0}, float[2] zero = {0.0, 0.0}, float[2, 1, 1] k = {1.0, 3.0}>
@@ -244,7 +244,7 @@ def test_inputs_have_more_than_one_element_along_each_axis(tmp_path):
     assert result.inputs == {"x": [1, 2, 8, 8]}
 
 
-def test_what_is_not_tried_is_said(tmp_path):
+def test_notes_list_what_is_not_compared(tmp_path):
     pytest.importorskip("torch")
     text = """<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
         g (float[3] x) => (float[3] y, float[m] e)
@@ -265,7 +265,7 @@ def test_what_is_not_tried_is_said(tmp_path):
 
 
 def test_the_first_activation_to_differ_is_named(tmp_path):
-    """Against the original, where something in the file was changed behind the third activation."""
+    """A weight of the steered file is changed after the third activation."""
 
     def change(model):
         ctus = [i for i, n in enumerate(model.graph.node) if n.op_type == "CTU"]
@@ -300,8 +300,8 @@ def test_a_missing_output_and_nan_fail(tmp_path):
     assert result.notes == ["input 'image' holds NaN or infinity"]
 
 
-def test_sites_of_every_kind(tmp_path):
-    """A body, a function, a Clip, slopes of each channel and an element type of their own."""
+def test_every_kind_of_site(tmp_path):
+    """A subgraph, a function, a Clip, slopes per channel and another element type."""
     pytest.importorskip("torch")
     text = """<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
         g (float[2, 3] x, bool go) => (float[2, 3] y, float16[2, 3] h, float[2, 3] w)
@@ -318,7 +318,7 @@ def test_sites_of_every_kind(tmp_path):
     path.write_bytes(model.SerializeToString())
     result = validate.validate(path)
     assert result.ok
-    # That in the function is not tried by itself; those in the bodies are alike.
+    # The CTU in the function is not run by itself; those in the two subgraphs are alike.
     assert [len(run.outputs) for run in result.runs] == [3, 3, 4, 4]
 
 
@@ -346,7 +346,7 @@ def test_inputs_and_shapes_that_do_not_fit(tmp_path):
     np.savez(tmp_path / "inputs.npz", image=np.zeros((1, 3, 3), np.float32))
     with pytest.raises(UsageError, match="'image' is batchx1x8x8, got 1x3x3"):
         validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
-    # At beta 1, whatever beta the file has.
+    # The comparison is at beta 1, whatever beta the file has.
     image = np.load(DIGITS / "digits_test.npz")["image"][:4]
     np.savez(tmp_path / "inputs.npz", image=image, beta=0.5)
     for beta_as in ("input", "required-input"):
@@ -363,7 +363,7 @@ def test_inputs_and_shapes_that_do_not_fit(tmp_path):
     with pytest.raises(UsageError, match="is steered itself"):
         validate.validate(path, against=path)
     np.savez(tmp_path / "inputs.npz", image=image, beta=5.0, label=np.arange(4))
-    # What else the file holds is for others.
+    # Other arrays of the file are ignored.
     result = validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
     assert result.ok
     assert result.notes == [f"{tmp_path / 'inputs.npz'}: 'label' is no input of the model: ignored"]
@@ -415,8 +415,8 @@ def tuned():
 """
 
 
-def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
-    """Steered as the ONNX model is; one activation that is not fails, and is named."""
+def test_comparison_with_a_pytorch_model(tmp_path, monkeypatch):
+    """The PyTorch model is steered alike. An activation that is not fails, and is named."""
     pytest.importorskip("onnxscript")
     from ctonnx.torch import by_name
 
@@ -460,7 +460,7 @@ def test_a_pytorch_model_to_compare_with(tmp_path, monkeypatch):
         validate.validate(path, module=name("net"), against=path)
 
 
-def test_a_beta_in_the_inputs_that_is_none_is_refused(tmp_path):
+def test_an_invalid_beta_in_the_inputs_is_refused(tmp_path):
     pytest.importorskip("torch")
     path = steered(tmp_path, beta_as="required-input")
     image = np.load(DIGITS / "digits_test.npz")["image"][:4]
@@ -470,8 +470,8 @@ def test_a_beta_in_the_inputs_that_is_none_is_refused(tmp_path):
             validate.validate(path, inputs=tmp_path / "inputs.npz")
 
 
-def test_a_beta_that_the_model_does_not_tell_comes_from_the_inputs(tmp_path):
-    """Other tools drop metadata: what must be fed is asked for, and taken where it is given."""
+def test_beta_comes_from_the_inputs_if_the_model_does_not_record_it(tmp_path):
+    """Other tools drop metadata. Validation then asks for the beta to feed."""
     pytest.importorskip("torch")
     image = np.load(DIGITS / "digits_test.npz")["image"][:4]
     np.savez(tmp_path / "inputs.npz", image=image, beta=0.7)

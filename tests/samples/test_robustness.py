@@ -1,4 +1,4 @@
-"""samples/robustness in small: the table's shape, and what must hold of any such numbers."""
+"""A quick run of samples/robustness: the shape of the table, and properties of the numbers."""
 
 import csv
 import os
@@ -35,7 +35,7 @@ ATTACKED = ("linf", "l2")
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The folder that a quick run wrote, and what it printed."""
+    """The folder that a quick run wrote, and its output."""
     out = tmp_path_factory.mktemp("robustness")
     command = [sys.executable, str(FOLDER / "robustness.py"), "--quick", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -47,10 +47,10 @@ def written(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(written):
     with (written[0] / "results.csv").open() as file:
-        held = list(csv.DictReader(file))
-    assert tuple(held[0]) == COLUMNS
+        records = list(csv.DictReader(file))
+    assert tuple(records[0]) == COLUMNS
     text = ("threat", "half", "masked")
-    return [{k: v if k in text or v == "" else float(v) for k, v in r.items()} for r in held]
+    return [{k: v if k in text or v == "" else float(v) for k, v in r.items()} for r in records]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_pytorch_and_onnx_runtime_agree_on_every_example(rows):
     assert {row["torch_differs"] for row in rows if row["threat"] in ATTACKED} == {0}
 
 
-def test_attacks_only_take_away(rows):
+def test_attacks_only_lower_accuracy(rows):
     for row in (row for row in rows if row["threat"] in ATTACKED):
         attacks = [row[k] for k in ("white_box", "square", "other_network", "other_betas")]
         assert max(attacks) <= row["clean"] <= 1
@@ -109,7 +109,7 @@ def test_attacks_only_take_away(rows):
         assert missed == row["missed"]
         masked = row["white_box"] > min(attacks)
         assert row["masked"] == ("yes" if masked else "no")
-    # They do something even so small.
+    # Even the quick attacks have an effect.
     assert min(row["white_box"] for row in rows if row["threat"] == "linf") < 0.5
 
 
@@ -117,7 +117,7 @@ def test_with_a_large_bound_nothing_stays_right(written):
     assert "at most 0 of 32 digits stay right at any β" in written[1]
 
 
-def test_the_table_is_printed_and_written_and_drawn(written, rows, robustness):
+def test_the_table_and_the_figure_are_written(written, rows, robustness):
     out, printed = written
     assert (out / "table.md").read_text() == printed
     assert (out / "robustness.png").stat().st_size > 10_000
@@ -156,24 +156,24 @@ def test_the_beta_reported_is_chosen_on_the_other_half(robustness):
     assert robustness.chosen(rows, "l2") == row("report", 0.9, 0.1)
 
 
-def test_corruptions_change_digits_and_keep_them_images(robustness):
+def test_corruptions_change_digits_and_give_valid_images(robustness):
     images, _ = robustness.held_out(60)
     for kind in (*robustness.CORRUPTIONS, "mixed"):
-        made = robustness.corrupted(kind, images)
-        assert made.dtype == np.float32
-        assert made.shape == images.shape
-        assert made.min() >= 0
-        assert made.max() <= 1
-        assert (made != images).any(axis=(1, 2, 3)).all()
-        np.testing.assert_array_equal(made, robustness.corrupted(kind, images))
+        changed = robustness.corrupted(kind, images)
+        assert changed.dtype == np.float32
+        assert changed.shape == images.shape
+        assert changed.min() >= 0
+        assert changed.max() <= 1
+        assert (changed != images).any(axis=(1, 2, 3)).all()
+        np.testing.assert_array_equal(changed, robustness.corrupted(kind, images))
 
 
-def test_the_committed_table_is_of_the_committed_results(robustness):
-    """table.md repeats results.csv; only machine and time are its own."""
+def test_the_committed_table_matches_the_committed_results(robustness):
+    """table.md repeats results.csv, apart from machine and time."""
     with (FOLDER / "results.csv").open() as file:
-        held = list(csv.DictReader(file))
+        records = list(csv.DictReader(file))
     text = ("threat", "half", "masked")
-    rows = [{k: v if k in text or v == "" else float(v) for k, v in r.items()} for r in held]
+    rows = [{k: v if k in text or v == "" else float(v) for k, v in r.items()} for r in records]
     for row in rows:
         for name in ("missed", "torch_differs", "digits"):
             row[name] = int(row[name]) if row[name] != "" else ""

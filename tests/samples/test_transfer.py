@@ -1,4 +1,4 @@
-"""samples/transfer in small: the table's shape, and what must hold of any such numbers."""
+"""A quick run of samples/transfer: the shape of the table, and properties of the numbers."""
 
 import csv
 import os
@@ -24,7 +24,7 @@ COLUMNS = ["data", "method", "seed", "accuracy", "head", "added", "chosen", "pyt
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The folder that a quick run wrote, and what it printed."""
+    """The folder that a quick run wrote, and its output."""
     out = tmp_path_factory.mktemp("transfer")
     command = [sys.executable, str(FOLDER / "transfer.py"), "--quick", "--out", str(out)]
     done = subprocess.run(command, cwd=out, capture_output=True, text=True)
@@ -35,9 +35,9 @@ def written(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(written):
     with (written[0] / "results.csv").open() as file:
-        held = list(csv.DictReader(file))
-    assert list(held[0]) == COLUMNS
-    return {(row["data"], row["method"]): row for row in held}
+        records = list(csv.DictReader(file))
+    assert list(records[0]) == COLUMNS
+    return {(row["data"], row["method"]): row for row in records}
 
 
 def test_every_method_is_there_for_every_data_set(written, rows):
@@ -59,7 +59,7 @@ def test_every_method_is_there_for_every_data_set(written, rows):
     ]
 
 
-def test_the_table_says_what_the_rows_say(written, rows):
+def test_the_table_matches_the_rows(written, rows):
     lines = (written[0] / "table.md").read_text().splitlines()
     for name in transfer.QUICK:
         (line,) = (line for line in lines if line.startswith(f"| {name} |"))
@@ -67,15 +67,15 @@ def test_the_table_says_what_the_rows_say(written, rows):
         assert cells == [f"{float(rows[name, m]['accuracy']):.3f}" for m in transfer.METHODS]
 
 
-def assert_table_is_of_results(folder, names):
-    """table.md repeats results.csv; only its last line, machine and time, is its own."""
+def assert_table_matches_results(folder, names):
+    """Assert that table.md repeats results.csv, apart from its last line, machine and time."""
     with (folder / "results.csv").open() as file:
-        held = list(csv.DictReader(file))
+        records = list(csv.DictReader(file))
     rows = []
-    for row in held:
+    for row in records:
         accuracy = float(row["accuracy"])
         numbers = {key: int(row[key]) for key in ("seed", "head", "added")}
-        # What was right, and the figure's intervals, are not kept: the table needs neither.
+        # results.csv lacks the verdicts and the figure's intervals, which the table does not use.
         rows.append(
             {
                 **row,
@@ -90,33 +90,33 @@ def assert_table_is_of_results(folder, names):
     assert table.rstrip() == committed.rstrip().rpartition("\n")[0].rstrip()
 
 
-def test_a_table_is_of_its_results(written, tmp_path):
-    assert_table_is_of_results(written[0], transfer.QUICK)
+def test_a_table_matches_its_results(written, tmp_path):
+    assert_table_matches_results(written[0], transfer.QUICK)
     for name in ("results.csv", "table.md"):
         (tmp_path / name).write_text((written[0] / name).read_text())
     text = (tmp_path / "table.md").read_text()
     (tmp_path / "table.md").write_text(text.replace("| 1 |", "| 2 |"))
     with pytest.raises(AssertionError):
-        assert_table_is_of_results(tmp_path, transfer.QUICK)
+        assert_table_matches_results(tmp_path, transfer.QUICK)
 
 
-def test_the_committed_table_is_of_the_committed_results():
-    assert_table_is_of_results(FOLDER, (*transfer.IMAGES, *transfer.SERIES))
+def test_the_committed_table_matches_the_committed_results():
+    assert_table_matches_results(FOLDER, (*transfer.IMAGES, *transfer.SERIES))
 
 
 @pytest.mark.parametrize("name", transfer.QUICK)
 def test_beta_1_is_linear_probing(rows, written, name):
-    """By ONNX Runtime on the network as committed, and scikit-learn: the same to the last digit."""
+    """The accuracy equals that of scikit-learn on features of the committed network."""
     model = onnx.load(transfer.network(name))
     gemm = model.graph.node[-1]
     model.graph.output.append(onnx.ValueInfoProto(name=gemm.input[0]))
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (train, labels), (test, expected) = transfer.data(name)
-    features, held = (
+    features, test_features = (
         session.run([gemm.input[0]], {"input": x})[0].astype(np.float64) for x in (train, test)
     )
     head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
-    accuracy = head.fit(features, labels).score(held, expected)
+    accuracy = head.fit(features, labels).score(test_features, expected)
     assert float(rows[name, transfer.PROBED]["accuracy"]) == accuracy
     with (written[0] / "curves.csv").open() as file:
         (point,) = (p for p in csv.DictReader(file) if p["data"] == name and p["beta"] == "1")
@@ -139,10 +139,10 @@ def test_accuracy_is_above_chance(rows):
         )
 
 
-def test_what_is_trained_beyond_the_head(rows):
+def test_number_of_parameters_beyond_the_head(rows):
     for name in transfer.QUICK:
         added = [int(rows[name, method]["added"]) for method in transfer.METHODS]
-        # A pair for each of 16 + 2 (16 + 32 + 64) channels; of rank 1, a row and a column each.
+        # T-CT: a pair for each of 16 + 2 (16 + 32 + 64) channels. LoRA: a row and a column each.
         assert added[:4] == [0, 1, 0, 480]
         model = onnx.load(transfer.network(name))
         shapes = [t.dims for t in model.graph.initializer if len(t.dims) == 4]
@@ -150,7 +150,7 @@ def test_what_is_trained_beyond_the_head(rows):
 
 
 def test_training_again_gives_the_same(rows):
-    """In another process than the run's, and so with another state of every generator."""
+    """In another process than that of the run, with another state of all generators."""
     code = (
         f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import transfer; transfer._prepare();"
         "print(transfer.trained('GunPoint', 'T-CT', 0, 40, (0.1,))['accuracy'])"
@@ -163,7 +163,7 @@ def test_training_again_gives_the_same(rows):
 
 
 def test_means_intervals_and_gains():
-    """Against numbers worked out by hand."""
+    """Compares with numbers computed by hand."""
 
     def row(method, seed, right):
         right = np.array(right, bool)
@@ -173,18 +173,18 @@ def test_means_intervals_and_gains():
     tuned = [
         row("T-CT", i, right) for i, right in enumerate(([1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0]))
     ]
-    found = transfer.summarized([*plain, *tuned])["x", "T-CT"]
-    assert found["accuracy"] == 0.75
-    # Student's t of 2 degrees of freedom, 4.3027, times 0.25 / sqrt(3).
-    assert found["half"] == pytest.approx(0.62103, abs=1e-4)
-    assert found["gain"] == 0.25
-    # Per sample -1/3, 0, 1, 1/3: deviation 0.5693, over sqrt(4), times 3.1824.
-    assert found["gain_half"] == pytest.approx(0.90596, abs=1e-3)
+    result = transfer.summarized([*plain, *tuned])["x", "T-CT"]
+    assert result["accuracy"] == 0.75
+    # Student's t with 2 degrees of freedom, 4.3027, times 0.25 / sqrt(3).
+    assert result["half"] == pytest.approx(0.62103, abs=1e-4)
+    assert result["gain"] == 0.25
+    # The gains per sample are -1/3, 0, 1, 1/3: deviation 0.5693 / sqrt(4), times 3.1824.
+    assert result["gain_half"] == pytest.approx(0.90596, abs=1e-3)
     summary = transfer.summarized([*plain, *tuned])
     assert transfer.relative(summary, ["x"], "T-CT", transfer.PROBED) == pytest.approx(50)
 
 
-def test_a_quick_run_does_not_overwrite_what_is_committed():
+def test_a_quick_run_does_not_overwrite_the_committed_files():
     done = subprocess.run(
         [sys.executable, str(FOLDER / "transfer.py"), "--quick"], capture_output=True, text=True
     )
@@ -192,7 +192,7 @@ def test_a_quick_run_does_not_overwrite_what_is_committed():
     assert "--out" in done.stderr
 
 
-def test_a_data_set_is_as_the_networks_take_it():
+def test_data_sets_fit_the_networks():
     for name in (*transfer.IMAGES, *transfer.SERIES):
         (train, labels), (test, expected) = transfer.data(name)
         shape = (1, 28, 28) if name in transfer.IMAGES else (1, 1, tasks.LENGTH)
@@ -205,7 +205,7 @@ def test_a_data_set_is_as_the_networks_take_it():
         assert len(np.unique(labels)) == labels.max() + 1 == expected.max() + 1
 
 
-def test_the_networks_in_pytorch_are_those_in_onnx():
+def test_the_networks_are_equal_in_pytorch_and_onnx():
     import torch
 
     for name in ("digits", "GunPoint"):
