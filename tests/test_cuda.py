@@ -284,7 +284,7 @@ def test_a_library_without_cuda_kernels_is_left_out_on_cuda(
         session = ctonnx.session(model, providers)
     assert is_registered(session) == registers
     said = [str(warning.message) for warning in caught]
-    assert ["holds none for CUDA" in line for line in said] == [True] * (not registers)
+    assert ["has none for CUDA" in line for line in said] == [True] * (not registers)
     assert session.run(None, {"image": np.zeros((1, 1, 8, 8), np.float32)})[0].shape == (1, 10)
 
 
