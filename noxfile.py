@@ -14,6 +14,14 @@ def lint(session):
     session.install("ruff==0.17.6")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
+    session.install("import-linter==2.17", "click", "numpy", "onnx")
+    session.run("lint-imports")
+    # The packages whose types ctonnx uses, without ctonnx itself, which would be compiled.
+    session.install("torch==2.13.0")  # first, so that no dependency pulls in another build
+    extras = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+    names = ("cpu", "graphsurgeon", "parquet", "ray", "sweep", "torch")
+    session.install("pyright==1.1.414", *(package for name in names for package in extras[name]))
+    session.run("pyright")
 
 
 @nox.session

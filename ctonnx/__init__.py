@@ -6,18 +6,47 @@ PosixPath('model.ct.onnx')
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import inspect, patch, unpatch
+    from .errors import (
+        CheckFailed,
+        CtonnxError,
+        InputFileError,
+        MissingDependency,
+        ModelError,
+        NothingToDo,
+        UsageError,
+    )
+    from .measure.sweeping import sweep
+    from .ort.library import get_library_path, register
+    from .ort.session import session
+    from .transfer.probing import probe
 
 __version__ = "0.1.0"
 
-# Loaded on first use: `ctonnx --help` must not wait for onnx.
+__all__ = [
+    "CheckFailed",
+    "CtonnxError",
+    "InputFileError",
+    "MissingDependency",
+    "ModelError",
+    "NothingToDo",
+    "UsageError",
+    "get_library_path",
+    "inspect",
+    "patch",
+    "probe",
+    "register",
+    "session",
+    "sweep",
+    "unpatch",
+]
+
+# Loaded on first use, as `ctonnx --help` must not wait for onnx.
 _HOMES = {
-    "CheckFailed": "errors",
-    "CtonnxError": "errors",
-    "InputFileError": "errors",
-    "MissingDependency": "errors",
-    "ModelError": "errors",
-    "NothingToDo": "errors",
-    "UsageError": "errors",
+    **dict.fromkeys(__all__, "errors"),
     "get_library_path": "ort.library",
     "inspect": "api",
     "patch": "api",
@@ -28,14 +57,12 @@ _HOMES = {
     "unpatch": "api",
 }
 
-__all__ = sorted(_HOMES)
 
-
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])

@@ -1,30 +1,33 @@
-"""The public functions on models: whatever kind goes in, path, ModelProto or graphsurgeon Graph."""
+"""The public functions on models: a path, a ModelProto or a graphsurgeon Graph goes in and out."""
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto
 
 from .errors import UsageError
 from .model import files
+from .rewriting.find import Activation
 from .rewriting.params import read as read_params
 from .rewriting.steer import Selection, steer
 from .rewriting.steered import SteeredModel
 
 
 def patch(
-    model,
-    beta=None,
-    coeff=0.5,
+    model: Any,
+    beta: float | None = None,
+    coeff: float = 0.5,
     *,
-    params=None,
-    output=None,
-    beta_as="initializer",
-    lowering="portable",
-    ops=None,
-    include=None,
-    exclude=None,
-    force=False,
-):
+    params: str | Path | Mapping | None = None,
+    output: str | Path | None = None,
+    beta_as: str = "initializer",
+    lowering: str = "portable",
+    ops: Iterable[str] | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    force: bool = False,
+) -> Any:
     """Replace the piecewise-affine activations of a model by CT units.
 
     Args:
@@ -44,8 +47,8 @@ def patch(
         force: overwrite `output`.
 
     Returns:
-        The steered model, of the kind that was given; for a path, the Path written. `inspect` tells
-        what was steered and what was skipped, and why.
+        The steered model, of the kind of `model`; for a path, the Path written. `inspect` tells
+        what is steered and what is skipped, and why.
 
     Raises:
         UsageError: a wrong argument, an existing output, a model that is steered already, or a
@@ -53,8 +56,7 @@ def patch(
         NothingToDo: no activation to steer.
         ModelError: the model cannot be read, or is unsafe to read.
     """
-
-    given = read_params(params) if isinstance(params, (str, Path)) else params
+    values = read_params(params) if isinstance(params, str | Path) else params
     if beta_as == "input" and _is_graph(model):
         raise UsageError("a graphsurgeon Graph has no optional inputs: use required-input")
 
@@ -63,7 +65,7 @@ def patch(
             proto,
             beta,
             coeff,
-            params=given,
+            params=values,
             beta_as=beta_as,
             lowering=lowering,
             selection=Selection(ops, include, exclude),
@@ -72,7 +74,7 @@ def patch(
     return _edit(model, change, output, steered_path, force)
 
 
-def inspect(model):
+def inspect(model: Any) -> list[Activation]:
     """The activations of a model: a list of Activation, in graph order.
 
     Args:
@@ -84,31 +86,31 @@ def inspect(model):
     return SteeredModel(_to_proto(model)).activations
 
 
-def unpatch(model, output=None, *, force=False):
+def unpatch(model: Any, output: str | Path | None = None, *, force: bool = False) -> Any:
     """Give back the original of a steered model.
 
     Args:
-        model: a path or an onnx.ModelProto. It is not changed. (A graphsurgeon Graph keeps no
-            metadata, so it cannot tell what its CTUs replaced.)
+        model: a path or an onnx.ModelProto. It is not changed. (A graphsurgeon Graph has no
+            metadata that tell what its CTUs replaced.)
         output: for a path, where to write; `x.onnx` for `x.ct.onnx` where None.
         force: overwrite `output`.
 
     Returns:
-        The original, of the kind that was given; for a path, the Path written.
+        The original, of the kind of `model`; for a path, the Path written.
 
     Raises:
-        UsageError: an existing output, or none that can be derived.
+        UsageError: an existing output, or a path that suggests none.
         NothingToDo: the model is not steered.
         ModelError: the model cannot be read, or its record of the original is missing or damaged.
     """
     return _edit(model, _unsteer, output, original_path, force)
 
 
-def _unsteer(proto):
+def _unsteer(proto: ModelProto) -> None:
     SteeredModel(proto).unsteer()
 
 
-def steered_path(model):
+def steered_path(model: str | Path) -> str | Path:
     """The default output of `patch`: `x.ct.onnx` beside `x.onnx`, and `-` for `-`."""
     if model == files.STDIO:
         return model
@@ -116,7 +118,7 @@ def steered_path(model):
     return model.with_name(f"{model.stem if model.suffix == '.onnx' else model.name}.ct.onnx")
 
 
-def original_path(model):
+def original_path(model: str | Path) -> str | Path:
     """The default output of `unpatch`: `x.onnx` beside `x.ct.onnx`, and `-` for `-`."""
     if model == files.STDIO:
         return model
@@ -126,8 +128,14 @@ def original_path(model):
     return model.with_name(model.name.removesuffix(".ct.onnx") + ".onnx")
 
 
-def _edit(model, change, output, default_output, force):
-    """Apply `change` to a copy of `model` and give that back as the kind that `model` is."""
+def _edit(
+    model: Any,
+    change: Callable[[ModelProto], None],
+    output: str | Path | None,
+    default_output: Callable[[str | Path], str | Path],
+    force: bool,
+) -> Any:
+    """Apply `change` to a copy of `model`, and return that in the kind of `model`."""
     if isinstance(model, (str, Path)):
         with files.Transaction(model, output or default_output, force) as edit:
             change(edit.model)
@@ -143,8 +151,8 @@ def _edit(model, change, output, default_output, force):
     return onnx_graphsurgeon.import_onnx(proto)
 
 
-def _to_proto(model):
-    """A ModelProto of our own to edit."""
+def _to_proto(model: Any) -> ModelProto:
+    """A ModelProto that may be changed."""
     if isinstance(model, (str, Path, ModelProto)):
         return files.own(model)
     if _is_graph(model):
@@ -156,5 +164,5 @@ def _to_proto(model):
     )
 
 
-def _is_graph(model):
+def _is_graph(model: Any) -> bool:
     return type(model).__module__.startswith("onnx_graphsurgeon")

@@ -23,13 +23,21 @@ EPSILON = 1e-6
 # Default c: the two smooth versions of ReLU in equal parts.
 COEFF = 0.5
 
-FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+FLOATING: tuple[int, ...] = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.DOUBLE,
+)
 
 # The numeric contract: the largest error / max(1, |Y|) by the type of X, for |X| up to 1e4, in the
 # kernels and, for beta from 0.3 on, in `function`. Half types add one rounding.
-BOUNDS = dict.fromkeys(FLOATING, 2.5e-7) | {TensorProto.DOUBLE: 4e-15}
+BOUNDS: dict[int, float] = {**dict.fromkeys(FLOATING, 2.5e-7), TensorProto.DOUBLE: 4e-15}
 FALLBACK_FROM_BETA = 0.3
-LOW_FALLBACK_BOUNDS = dict.fromkeys(FLOATING, 4e-7) | {TensorProto.DOUBLE: 4e-15}
+LOW_FALLBACK_BOUNDS: dict[int, float] = {
+    **dict.fromkeys(FLOATING, 4e-7),
+    TensorProto.DOUBLE: 4e-15,
+}
 
 
 def check_unit_interval(name: str, value: object) -> float:

@@ -42,13 +42,13 @@ class MissingDependency(CtonnxError):
     exit_code = 4
 
 
-def first_line(error):
-    """What an exception of another library says, in one line."""
+def first_line(error: object) -> str:
+    """The first line of the text of an exception, or of other output."""
     return str(error).strip().partition("\n")[0][:300]
 
 
-def cause(error):
-    """Type and first line of what an exception comes from."""
+def cause(error: BaseException) -> str:
+    """Type and first line of the exception that an exception comes from."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")

@@ -8,7 +8,7 @@ import numpy as np
 
 from ctonnx.ctu import ctu
 
-# Legible on a light and on a dark page.
+# Colors that are legible on a light page and on a dark one.
 TEXT, AXIS = "#808890", "#80889060"
 
 

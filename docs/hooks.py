@@ -1,6 +1,6 @@
-"""MkDocs hooks: add pages from other folders, and render formulas as MathML.
+"""Hooks of MkDocs for the site: pages from other folders, and formulas as MathML.
 
-Browsers draw MathML themselves, so a page fetches no script and no font.
+The browser itself draws MathML, so a page fetches no script and no font.
 """
 
 import html
@@ -20,34 +20,32 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 
 
 def on_config(config):
-    """Add a page for every sample to the navigation."""
+    """Add the page of every sample to the navigation."""
     section = next(entry for entry in config.nav if "Samples" in entry)
     section["Samples"] = SAMPLES
 
 
 def on_files(files, config):
-    """Add the pages of other folders, and the files that any page shows or links to."""
+    """Add the pages from other folders, and the files that a page shows or links to."""
     linked = set()
     for page in [*OTHERS, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]:
         for link in _LINK.findall((ROOT / page).read_text()):
             path = Path(os.path.normpath(ROOT / page / ".." / link))
-            if path.suffix == ".md" or path.name == "index.html":  # The page of a README exists.
+            # Other pages are added already, and MkDocs writes a README as index.html.
+            if path.suffix == ".md" or path.name == "index.html":
                 continue
             if path.is_file() and ROOT / "docs" not in path.parents:
                 linked.add(str(path.relative_to(ROOT)))
     for path in [*OTHERS, *sorted(linked)]:
+        # Explicitly, because exclude_docs leaves out Python files.
+        included = InclusionLevel.INCLUDED
         files.append(
-            File.generated(
-                config,
-                path,
-                abs_src_path=str(ROOT / path),
-                inclusion=InclusionLevel.INCLUDED,  # exclude_docs drops Python files otherwise.
-            )
+            File.generated(config, path, abs_src_path=str(ROOT / path), inclusion=included)
         )
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Adapt links of the repository, where docs/ is a folder, to the site."""
+    """Adapt links to the site, whose root holds the pages of the repository's docs/."""
     if page.file.src_uri in OTHERS:
         return re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", markdown)
     return markdown.replace("](../", "](")
@@ -57,8 +55,8 @@ def on_page_content(content, page, config, files):
     def formula(match):
         display = "block" if match[1] == "div" else "inline"
         mathml = convert(html.unescape(match[2]), display=display)
-        # Set bars close to what they enclose.
+        # No space between the bars of an absolute value and its operand.
         return mathml.replace("<mo>&#x0007C;</mo>", '<mo lspace="0" rspace="0">&#x0007C;</mo>')
 
-    # mkdocstrings puts a dash after the name of a return value. Ours have no name: drop the dash.
+    # mkdocstrings writes "name - description", but our docstrings do not name the returned value.
     return _FORMULA.sub(formula, _NAMELESS.sub(r"\1", content))

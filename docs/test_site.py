@@ -1,6 +1,6 @@
-"""The built site is complete: `nox -s docs` runs this after `mkdocs build --strict`.
+"""Tests of the built site: `nox -s docs` runs them after `mkdocs build --strict`.
 
-The tests read the HTML in build/site and need only beautifulsoup4, click and pytest.
+They read the HTML in build/site, and need only beautifulsoup4, click and pytest.
 """
 
 import ast
@@ -30,7 +30,7 @@ SOURCES = {
     for path in ROOT.glob(pattern)
 }
 
-# Tag -> attribute with an address that the browser fetches without a click.
+# Tag -> attribute with an address that the browser fetches by itself, unlike a link.
 FETCHED = {
     "audio": "src",
     "embed": "src",
@@ -59,7 +59,7 @@ def test_every_page_is_there():
 @each_page
 def test_links_lead_somewhere(page):
     if page.name == "404.html":
-        pytest.skip("its links are absolute, as it is shown in place of any page")
+        pytest.skip("its links are absolute, because it is shown at any address")
     for tag in PAGES[page].find_all(["a", "img"]):
         link = urlsplit(tag.get("href") or tag.get("src") or "")
         if link.scheme:
@@ -72,7 +72,7 @@ def test_links_lead_somewhere(page):
 
 
 @each_page
-def test_no_other_host_is_asked_for_anything(page):
+def test_pages_fetch_nothing_from_other_hosts(page):
     for tag in PAGES[page].find_all(list(FETCHED)):
         for address in (tag.get(FETCHED[tag.name]), tag.get("srcset")):
             assert not urlsplit(address or "").netloc, tag
@@ -81,7 +81,7 @@ def test_no_other_host_is_asked_for_anything(page):
         assert not re.search(r"(url\(|@import)\s*[\"']?(https?:)?//", text)
 
 
-def test_no_style_sheet_asks_another_host():
+def test_style_sheets_fetch_nothing_from_other_hosts():
     sheets = list(SITE.rglob("*.css"))
     assert sheets
     for path in sheets:
@@ -92,7 +92,7 @@ def test_every_public_name_is_documented():
     text = text_of("python.html")
     public = {name: f"ctonnx.{name}" for name in ctonnx.__all__ if not name[0].isupper()}
     public |= {name: name for name in ctonnx.__all__ if name[0].isupper()}
-    # Parse the file instead of importing it, which would need PyTorch.
+    # Parsed, not imported, because the docs session has no PyTorch.
     tree = ast.parse((ROOT / "ctonnx" / "torch" / "__init__.py").read_text())
     (names,) = (
         ast.literal_eval(node.value)
@@ -134,9 +134,9 @@ def test_formulas_are_rendered(page):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_block_is_fenced(source):
-    """tests/test_docs.py, which runs the blocks of a page, sees only fenced ones."""
+    """tests/test_docs.py, which runs the blocks of a page, would miss indented ones."""
     if source in ("docs/commands.md", "docs/python.md"):
-        pytest.skip("its blocks are generated")
+        pytest.skip("blocks of this page are generated")
     fences = re.findall(r"^ *```+\w+$", (ROOT / source).read_text(), re.MULTILINE)
     assert len(PAGES[SITE / SOURCES[source]].select("article pre")) == len(fences)
 

@@ -1,9 +1,11 @@
 """The public functions: what they accept and return, and which names are visible."""
 
+import ast
 import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -39,6 +41,35 @@ def test_the_public_names():
     assert all(getattr(ctonnx, name).__doc__ for name in PUBLIC[7:])
     with pytest.raises(AttributeError):
         ctonnx.steer  # noqa: B018
+
+
+def public_functions(tree):
+    """The public functions of a module, and the public methods of its public classes."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node)
+            continue
+        # Commands get their arguments from click.
+        function = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        if function and not any("click" in ast.unparse(call) for call in node.decorator_list):
+            yield node
+
+
+def unannotated(tree):
+    """The names of public functions that lack a type somewhere."""
+    for function in public_functions(tree):
+        arguments = function.args
+        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        typed = all(a.annotation for a in named if a.arg not in ("self", "cls"))
+        if not typed or function.returns is None:
+            yield function.name
+
+
+def test_public_functions_are_annotated():
+    modules = Path(ctonnx.__file__).parent.rglob("*.py")
+    missing = {str(path): list(unannotated(ast.parse(path.read_text()))) for path in modules}
+    assert {path: names for path, names in missing.items() if names} == {}
+    assert list(unannotated(ast.parse("def f(x) -> int: ...\ndef g(x: int): ..."))) == ["f", "g"]
 
 
 def test_errors_form_a_tree():
@@ -115,7 +146,7 @@ def test_session_runs_with_the_library_and_without(monkeypatch, tmp_path):
         slow = ctonnx.session(steered).run(None, {"image": digits["image"]})[0]
     np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-4)
     assert (fast.argmax(1) == digits["label"]).mean() > 0.9
-    with pytest.raises(ctonnx.MissingDependency, match="no C\\+\\+ compiler"):
+    with pytest.raises(ctonnx.MissingDependency, match="without a C\\+\\+ compiler"):
         ctonnx.get_library_path()
     alone = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.85, lowering="op")
     with (

@@ -288,7 +288,7 @@ def test_a_library_without_cuda_kernels_is_not_registered_on_cuda(
         session = ctonnx.session(model, providers)
     assert is_registered(session) == registers
     messages = [str(warning.message) for warning in caught]
-    assert ["holds none for CUDA" in message for message in messages] == [True] * (not registers)
+    assert ["has none for CUDA" in message for message in messages] == [True] * (not registers)
     assert session.run(None, {"image": np.zeros((1, 1, 8, 8), np.float32)})[0].shape == (1, 10)
 
 

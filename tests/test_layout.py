@@ -343,6 +343,17 @@ def test_other_providers_are_refused():
 # --- the comparison can fail
 
 
+def test_a_bug_is_raised_and_not_taken_for_a_refusal(monkeypatch):
+    """Falling back to the plain layout would hide the bug."""
+
+    def bug(*arguments):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(blocked, "bake", bug)
+    with pytest.raises(TypeError, match="a bug"):
+        ctonnx.session(steered())
+
+
 def relu_left(sites):
     sites[0].op_type, sites[0].domain = "Relu", ""
     del sites[0].input[1:]

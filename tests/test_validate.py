@@ -18,7 +18,7 @@ from ctonnx.errors import (
     UsageError,
 )
 from ctonnx.model import files
-from ctonnx.ort import library
+from ctonnx.ort import library, runs
 from ctonnx.rewriting.steer import Selection, steer
 from ctonnx.rewriting.steered import SteeredModel
 
@@ -242,6 +242,25 @@ def test_inputs_have_more_than_one_element_along_each_axis(tmp_path):
     result = validate.validate(tmp_path / "c.onnx", against=tmp_path / "a.onnx")
     assert not result.ok
     assert result.inputs == {"x": [1, 2, 8, 8]}
+
+
+def test_each_session_is_opened_once(tmp_path, monkeypatch):
+    """One session for each way to run the model or the CTUs; the blocked layout takes three.
+
+    Its three are the one that optimises, its own, and the plain one to compare with.
+    """
+    pytest.importorskip("torch")
+    path, opened = steered(tmp_path), []
+    open_session = library.open_session
+
+    def count(*arguments):
+        opened.append(arguments)
+        return open_session(*arguments)
+
+    for module in library, runs:
+        monkeypatch.setattr(module, "open_session", count)
+    names = {run.name for run in validate.validate(path).runs}
+    assert len(opened) == 2 + 2 + 3 * (BLOCKED in names)
 
 
 def test_notes_list_what_is_not_compared(tmp_path):

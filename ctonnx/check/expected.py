@@ -13,10 +13,8 @@ from onnx import ModelProto
 
 from ..errors import ModelError, UsageError
 from ..model import files
-from ..ort.runs import Model, variant, with_outputs
+from ..ort.runs import Arrays, Model, variant, with_outputs
 from ..rewriting.steered import SteeredModel
-
-Arrays = dict[str, np.ndarray]
 
 
 class Expected(Protocol):

@@ -16,10 +16,10 @@ from ..model.external import check_external_data
 from ..model.graph import key_of, node_label
 from ..ort import blocked, library
 from ..ort.compare import Comparison, compare
-from ..ort.runs import CPU, Model, load_inputs, random_inputs, variant, with_outputs
+from ..ort.runs import CPU, Arrays, Model, load_inputs, random_inputs, variant, with_outputs
 from ..rewriting.steer import Report
 from ..rewriting.steered import NOT_STEERED, SteeredModel
-from .expected import Arrays, Expected, Float64Run, OriginalRun, PyTorchRun, required_inputs
+from .expected import Expected, Float64Run, OriginalRun, PyTorchRun, required_inputs
 from .units import Units
 
 

@@ -1,6 +1,8 @@
 """`ctonnx inspect`."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import click
 
@@ -33,7 +35,7 @@ def inspect(model, as_json):
     click.echo(", ".join(f"{states[name]} {name}" for name in names))
 
 
-def rows(activations):
+def rows(activations: Iterable[Any]) -> Iterator[tuple[str, ...]]:
     """The rows of a table with one for each activation."""
     if activations:
         yield "STATE", "OP", "SHAPE", "NAME", "MODULE", "SCOPE", ""

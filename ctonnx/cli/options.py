@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-def names(context, option, value):
+def names(context: click.Context, option: click.Parameter, value: str | None) -> list | None:
     """A list of names from text with commas."""
     return None if value is None else [name.strip() for name in value.split(",")]
 

@@ -4,6 +4,9 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
 
 import click
 
@@ -13,19 +16,19 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
-def echo(output, text: str) -> None:
+def echo(output: str | PathLike | None, text: str) -> None:
     """Print a result; to stderr where stdout holds the model."""
     click.echo(text, err=output == "-")
 
 
-def print_json(output=None, **document) -> None:
+def print_json(output: str | PathLike | None = None, **document: Any) -> None:
     """Print one JSON document, with `output` in it where there is one."""
     if output is not None:
         document = {"output": str(output), **document}
     echo(output, json.dumps({"schema_version": 1, **document}, indent=2))
 
 
-def say_report(report, as_json: bool) -> None:
+def say_report(report: Any, as_json: bool) -> None:
     """Print the notes of a Report, and what it skipped, which a JSON document lists by itself."""
     for note in report.notes:
         say(note)
@@ -33,16 +36,16 @@ def say_report(report, as_json: bool) -> None:
         say(f"skipped {activation.path}: {activation.reason}")
 
 
-def counts(report) -> str:
+def counts(report: Any) -> str:
     return f"{len(report.replaced)} steered, {len(report.skipped)} skipped"
 
 
-def as_json(activation, *fields: str) -> dict:
+def as_json(activation: Any, *fields: str) -> dict:
     """The name, op, scope and other fields of an Activation, for a JSON document."""
     return {field: getattr(activation, field) for field in ("name", "op", "scope", *fields)}
 
 
-def progress(label: str = "copying data", rated: bool = False):
+def progress(label: str = "copying data", rated: bool = False) -> Callable | None:
     """A function from a total, None where it is unknown, to a progress bar on stderr.
 
     `rated` shows how many runs are done, and how fast. None where stderr is no terminal.

@@ -1,12 +1,16 @@
 """`ctonnx sweep`."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 import click
 
 from . import options
 from .output import print_json, progress, say
 from .tables import columns, interval, mark
+
+if TYPE_CHECKING:
+    from ..measure.results import Sweep
 
 
 @click.command()
@@ -177,7 +181,7 @@ def _format(result):
     return ".4f" if 0.01 <= largest < 1e5 or not largest else ".3e"
 
 
-def verdict(result):
+def verdict(result: "Sweep") -> str:
     """The last lines of a sweep: the best beta, its gain, and what a race is sure of."""
     best, form = result.best, _format(result)
     coeff = "" if best.coeff is None else f", c {best.coeff:g}"

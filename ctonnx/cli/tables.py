@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import click
 
@@ -19,12 +20,12 @@ def columns(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join([click.style(first, fg=color) if color else first, *rest]).rstrip()
 
 
-def mark(point, result) -> str:
+def mark(point: Any, result: Any) -> str:
     """`*` for the best point of a result, `=` for the original."""
     return "*" if point is result.best else "=" if point is result.original else ""
 
 
-def interval(point, form: str) -> tuple[str, str]:
+def interval(point: Any, form: str) -> tuple[str, str]:
     """The gain of a point and its 95 % interval, in a format."""
     low, high = f"{point.gain_low:+{form}}", f"{point.gain_high:+{form}}"
     return f"{point.gain:+{form}}", f"{low} to {high}"

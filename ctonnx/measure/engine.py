@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from .. import ctu
 from ..data.batches import Batch, Input
 from ..data.source import Source, digest, stamp
-from ..errors import CtonnxError, ModelError, UsageError, first_line
+from ..errors import ModelError, UsageError
 from ..model import files
 from ..model.external import check_external_data
 from ..ort import library
@@ -80,14 +80,9 @@ class Steerable:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        with self._beside_external_data() as model:
-            try:
-                return session(model, providers, options)
-            except CtonnxError:
-                raise
-            except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
-                line = first_line(error)
-                raise ModelError(f"ONNX Runtime cannot load the model: {line}") from error
+        loading = library.errors_as(ModelError, "ONNX Runtime cannot load the model")
+        with self._beside_external_data() as model, loading:
+            return session(model, providers, options)
 
     def identity(self) -> list:
         """What tells the model from others, for JSON."""
@@ -290,11 +285,8 @@ class Runner:
         return dict(zip(self._model.outputs, binding.get_outputs(), strict=True))
 
     def _execute(self, binding: Any) -> None:
-        try:
+        with library.errors_as(UsageError, "the model does not run on the data"):
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
-            line = first_line(error)
-            raise UsageError(f"the model does not run on the data: {line}") from error
 
     def _run(self, binding: Any, names: Sequence[str], rows: int) -> dict[str, np.ndarray]:
         self._execute(binding)

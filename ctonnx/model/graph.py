@@ -1,7 +1,7 @@
 """Walking a model: its graph, subgraphs and model-local functions."""
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -144,7 +144,7 @@ def functions_of(model: ModelProto) -> dict[Key, FunctionProto]:
     return functions
 
 
-def keep(repeated, wanted: Callable) -> None:
+def keep(repeated: MutableSequence, wanted: Callable) -> None:
     """Drop the elements of a repeated protobuf field for which `wanted` is false."""
     for i in reversed(range(len(repeated))):
         if not wanted(repeated[i]):

@@ -1,29 +1,31 @@
 """Names of tensors, and fresh ones."""
 
-from onnx import FunctionProto
+from collections.abc import Container
+
+from onnx import FunctionProto, ModelProto
 
 from .graph import scopes
 
 
-def names(model):
+def names(model: ModelProto) -> set[str]:
     """Every name of a tensor anywhere in the model."""
-    found = set()
+    tensors = set()
     for scope in scopes(model):
-        body = scope.graph
-        if isinstance(body, FunctionProto):
-            found.update(body.input, body.output)
+        graph = scope.graph
+        if isinstance(graph, FunctionProto):
+            tensors.update(graph.input, graph.output)
         else:
-            for values in (body.input, body.output, body.value_info, body.initializer):
-                found.update(value.name for value in values)
-            found.update(tensor.values.name for tensor in body.sparse_initializer)
-        for node in body.node:
-            found.update(node.input, node.output)
-    return found
+            for values in (graph.input, graph.output, graph.value_info, graph.initializer):
+                tensors.update(value.name for value in values)
+            tensors.update(tensor.values.name for tensor in graph.sparse_initializer)
+        for node in graph.node:
+            tensors.update(node.input, node.output)
+    return tensors
 
 
-def unique_name(base, taken):
-    """`base`, or `base` with a number that makes it differ from all of `taken`: the first such
-    number where those before it are taken in order."""
+def unique_name(base: str, taken: Container[str]) -> str:
+    """`base`, or where that is taken `base` with the first free number, if the taken ones have no
+    gap."""
     if base not in taken:
         return base
     # Doubling, then halving: one by one, thousands of names would take quadratic time.
@@ -42,10 +44,10 @@ def unique_name(base, taken):
 class FreshNames:
     """Names that nothing in a ModelProto has, each given out once."""
 
-    def __init__(self, model):
+    def __init__(self, model: ModelProto):
         self._taken = names(model)
 
-    def __call__(self, base):
+    def __call__(self, base: str) -> str:
         """`base`, or `base` with a number."""
         name = unique_name(base, self._taken)
         self._taken.add(name)

@@ -1,17 +1,21 @@
 """The values that a model takes and gives, as arrays by name."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ..errors import UsageError
 
 
-def arrays(outputs):
-    """Pairs of an output's name and value as a dict of arrays: those that a sequence or map holds
-    have names with their index or key."""
+def arrays(outputs: Iterable[tuple[str, Any]]) -> dict[str, np.ndarray]:
+    """Name -> array of outputs, pairs of name and value. The elements of a sequence or map are
+    named with their index or key, like "y[0]"."""
     return {name: array for pair in outputs for name, array in _arrays(*pair)}
 
 
-def _arrays(name, value):
+def _arrays(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(value, list):
         if not value:
             yield name, np.empty(0)
@@ -24,20 +28,20 @@ def _arrays(name, value):
         yield name, value
 
 
-def cast(what, array, dtype):
-    """An array in the dtype that a model takes, contiguous.
+def cast(what: str, array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """A contiguous array in the dtype that a model takes; `what` names it in messages.
 
     Raises:
-        UsageError: it is of another kind of numbers, or holds some beyond the dtype's range; what
+        UsageError: it is of another kind of numbers, or has some beyond the dtype's range; what
             becomes a float may lose digits.
     """
     if not np.can_cast(array.dtype, dtype, "same_kind"):
         raise UsageError(f"{what} is {array.dtype}, the model takes {dtype}")
     with np.errstate(over="ignore"):
-        made = np.asarray(array, dtype, order="C")
+        result = np.asarray(array, dtype, order="C")
     if not np.can_cast(array.dtype, dtype, "safe"):
-        integral = np.issubdtype(dtype, np.integer)
-        kept = made == array if integral else np.isfinite(made) == np.isfinite(array)
-        if not kept.all():
+        integral = np.issubdtype(result.dtype, np.integer)
+        same = result == array if integral else np.isfinite(result) == np.isfinite(array)
+        if not same.all():
             raise UsageError(f"{what} holds numbers that {dtype} cannot")
-    return made
+    return result

@@ -4,19 +4,19 @@ ONNX Runtime runs a convolution, the residual sum behind it and its ReLU as one 
 layout (NCHWc). A custom op in place of the ReLU breaks that up: each has its tensor reordered out
 of the layout and back into it. Yet a CTU of scalar parameters is elementwise: it fits any layout.
 
-The rule: each CTU becomes a stand-in, an op that ONNX Runtime fuses as it does Relu and that the
-model holds nowhere else, one op for each set of parameters; ONNX Runtime optimises that model; each
-stand-in, fused or not, becomes the CTU with the parameters it stands for. Nothing else can be taken
-for a CTU, a Relu that was not steered included. The result serves if as many CTUs came out as went
-in, and if it agrees with the plain session on a random input.
+The rule: each CTU becomes a stand-in, an op that ONNX Runtime fuses as it fuses Relu and that the
+model has nowhere else, one op for each set of parameters; ONNX Runtime optimises that model; each
+stand-in, fused or not, becomes the CTU with its parameters. Nothing else can be mistaken for a CTU,
+not even a Relu that was not steered. The result serves if as many CTUs come out as went in, and if
+it agrees with the plain session on a random input.
 
 It is refused, and the plain session serves, where
-- another provider than the CPU's is asked for, or the options lower the optimisation level or want
-  the optimised model in a file;
-- the model holds no CTU or no convolution, or ONNX Runtime lays out nothing in blocks;
+- the session is to run on another provider than the CPU's, or the options lower the optimisation
+  level or write the optimised model to a file;
+- the model has no CTU or no convolution, or ONNX Runtime lays out nothing in blocks;
 - a parameter is not a scalar input or initializer of the graph, or no op is left to stand in;
 - a CTU is part of a Clip, a HardSigmoid or the like;
-- a CTU is inside a model-local function, which ONNX Runtime copies to where it is called;
+- a CTU is inside a model-local function, which ONNX Runtime copies to its calls;
 - the model computes in half precision, or is too large to be held several times;
 - ONNX Runtime changed the number of stand-ins, by folding, merging or decomposing;
 - the comparison fails, or no random input runs.
@@ -24,22 +24,26 @@ It is refused, and the plain session serves, where
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper
 
 from .. import ctu
-from ..errors import CtonnxError
+from ..errors import CtonnxError, first_line
 from ..model import files
 from ..model.external import check_external_data, read_external_data
-from ..model.graph import DEFAULT_DOMAINS, node_label, scopes
+from ..model.graph import DEFAULT_DOMAINS, keep, node_label, scopes
 from ..model.names import FreshNames
 from ..rewriting import activations
 from . import library
 from .compare import compare
-from .runs import Model, random_inputs
+from .runs import Model, random_run
 
 # Elementwise, and fused into Conv and Gemm wherever Relu is. Relu comes last, for ONNX Runtime
 # removes it before QuantizeLinear and Clip.
@@ -50,11 +54,11 @@ _BLOCKED = "com.microsoft.nchwc"
 # The Azure provider, which CPU wheels list as available, takes only nodes of its own domain.
 _CPU = {"AzureExecutionProvider", "CPUExecutionProvider"}
 
-# Bytes of a model: while the session is made they are held about four times.
+# Bytes of a model, which is in memory about four times while the session opens.
 _LARGEST = 256 << 20
 
-# What the comparison feeds for a parameter that is an input: far from ReLU, so that a CTU that got
-# lost shows.
+# The comparison feeds this to parameters that are inputs: it is far from ReLU, so that a lost CTU
+# shows.
 _PROBE = np.array([0.85], np.float32)
 
 _QUIET = {"log_severity_level": 4, "enable_profiling": False}
@@ -64,25 +68,32 @@ class _Refused(CtonnxError):
     """The model or the options do not fit; the message is the reason."""
 
 
-def open_session(path, providers, options):
+def open_session(
+    path: str | PathLike | bytes, providers: Sequence | None, options: Any
+) -> tuple[Any, str | None]:
     """Open an InferenceSession in the blocked layout, if that is sound.
 
     Args:
         path: the model's path, or its bytes.
-        providers: list of execution providers, as for InferenceSession, or None.
-        options: SessionOptions with the op library registered; other values are set in them while
-            this runs.
+        providers: execution providers, as for InferenceSession.
+        options: SessionOptions with the op library registered; some values change while this runs.
 
     Returns:
         (session, None), or (None, reason) where the plain session is to serve.
     """
     try:
         return _open(path, providers, options), None
-    except Exception as error:  # Whatever it is, the plain session serves, or raises its own.
-        return None, str(error).partition("\n")[0]
+    except CtonnxError as error:
+        return None, str(error)
+    except OSError as error:  # The optimised model goes through a temporary file.
+        return None, f"a file cannot be written or read: {error.strerror}"
+    except Exception as error:
+        if not library.raised_by_onnxruntime(error):
+            raise
+        return None, first_line(error)
 
 
-def _open(path, providers, options):
+def _open(path: str | PathLike | bytes, providers: Sequence | None, options: Any) -> Any:
     level = library.import_onnxruntime().GraphOptimizationLevel
     _check(providers, options, level)
     model = _read(path)
@@ -102,11 +113,11 @@ def _open(path, providers, options):
     return session
 
 
-def _check(providers, options, level):
-    """Refuse what was asked for and the blocked layout cannot give."""
-    if library.hold_providers(options):
+def _check(providers: Sequence | None, options: Any, level: Any) -> None:
+    """Refuse providers and options that the blocked layout cannot serve."""
+    if library.has_providers(options):
         raise _Refused("the session options hold providers")
-    others = {p if isinstance(p, str) else p[0] for p in providers} - _CPU
+    others = {p if isinstance(p, str) else p[0] for p in providers or ()} - _CPU
     if others:
         raise _Refused(f"runs on {min(others)}, not on the CPU alone")
     if options.optimized_model_filepath:
@@ -115,44 +126,41 @@ def _check(providers, options, level):
         raise _Refused("the session options lower the optimisation level")
 
 
-def _read(path):
-    if isinstance(path, bytes):
-        _check_size(len(path))
+def _read(path: str | PathLike | bytes) -> ModelProto:
+    if not isinstance(path, bytes):
+        if Path(path).is_file():
+            _check_size(Path(path).stat().st_size)
+        return files.load(path)
+    _check_size(len(path))
+    try:
         return ModelProto.FromString(path)
-    _check_size(Path(path).stat().st_size)
-    return files.load(path)
+    except DecodeError:
+        raise _Refused("the bytes are no ONNX model") from None
 
 
-def _put_stand_ins(model):
+def _put_stand_ins(model: ModelProto) -> tuple[dict[str, tuple[str, ...]], Counter]:
     """Replace the CTUs of a ModelProto by stand-ins, in place.
 
     Returns:
-        dict from a stand-in's op type to the inputs beside X of the CTUs it stands for, and a
-        Counter of the stand-ins by op type.
+        dict from a stand-in's op type to the inputs behind X of its CTUs, and a Counter of the
+        stand-ins by op type.
     """
-    kept = [function for function in model.functions if not ctu.is_ctu(function)]
-    del model.functions[:]
-    model.functions.extend(kept)
-    found = [(scope, node) for scope in scopes(model) for node in scope.graph.node]
-    sites = [node for _, node in found if ctu.is_ctu(node)]
+    keep(model.functions, lambda function: not ctu.is_ctu(function))
+    nodes = [(scope, node) for scope in scopes(model) for node in scope.graph.node]
+    sites = [node for _, node in nodes if ctu.is_ctu(node)]
     if not sites:
         raise _Refused("the model holds no CTU")
-    if any(scope.function and ctu.is_ctu(node) for scope, node in found):
+    if any(scope.function and ctu.is_ctu(node) for scope, node in nodes):
         raise _Refused("a CTU is inside a model-local function")
     if any(node.op_type != ctu.OP_TYPE for node in sites):
         raise _Refused("a CTU is part of a Clip or the like")
-    if all(node.op_type != "Conv" for _, node in found):
+    if all(node.op_type != "Conv" for _, node in nodes):
         raise _Refused("the model holds no convolution")
     if {t.data_type for t in model.graph.initializer} & {TensorProto.FLOAT16, TensorProto.BFLOAT16}:
         raise _Refused("the model computes in half precision")
 
-    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    for value in model.graph.input:
-        kind = value.type.tensor_type
-        shapes[value.name] = (
-            [d.dim_value for d in kind.shape.dim] if kind.HasField("shape") else None
-        )
-    taken = {_activation(node) for _, node in found}
+    shapes = _parameter_shapes(model)
+    taken = {_activation(node) for _, node in nodes}
     free = [op for op in _STAND_INS if op not in taken]
     stand_ins = {}
     for node in sites:
@@ -168,8 +176,19 @@ def _put_stand_ins(model):
     return {op: group for group, op in stand_ins.items()}, Counter(n.op_type for n in sites)
 
 
-def _load_weights(model, path):
-    """Bring a model's external data into it, as it is optimised from bytes."""
+def _parameter_shapes(model: ModelProto) -> dict[str, list[int] | None]:
+    """The dimensions of the graph's initializers and inputs, None where an input has no shape."""
+    shapes = {}
+    shapes.update((tensor.name, list(tensor.dims)) for tensor in model.graph.initializer)
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        dims = [dim.dim_value for dim in kind.shape.dim]
+        shapes[value.name] = dims if kind.HasField("shape") else None
+    return shapes
+
+
+def _load_weights(model: ModelProto, path: str | PathLike | bytes) -> None:
+    """Read a model's external data into it, as ONNX Runtime optimises it from bytes."""
     if isinstance(path, bytes):
         return
     folder = Path(path).parent
@@ -178,18 +197,18 @@ def _load_weights(model, path):
     read_external_data(model, folder)
 
 
-def _check_size(size):
+def _check_size(size: int) -> None:
     if size > _LARGEST:
         raise _Refused(f"the model is larger than {_LARGEST >> 20} MiB")
 
 
-def _optimise(model, providers, options):
-    """The ModelProto that ONNX Runtime makes of `model`."""
+def _optimise(model: ModelProto, providers: Sequence | None, options: Any) -> ModelProto:
+    """The model after ONNX Runtime's optimisation."""
     with tempfile.TemporaryDirectory(prefix="ctonnx-") as folder:
         file = Path(folder, "model.onnx")
         with _changed(options, optimized_model_filepath=str(file), **_QUIET):
             library.open_session(model.SerializeToString(), options, providers)
-        # Weights that nodes make are in the file now.
+        # The file has the weights that nodes compute, too.
         _check_size(file.stat().st_size)
         optimised = files.load(file)
     if all(node.domain != _BLOCKED for scope in scopes(optimised) for node in scope.graph.node):
@@ -197,13 +216,15 @@ def _optimise(model, providers, options):
     return optimised
 
 
-def bake(optimised, model, parameters):
+def bake(
+    optimised: ModelProto, model: ModelProto, parameters: dict[str, tuple[str, ...]]
+) -> Counter:
     """Put CTUs where the stand-ins are, in place.
 
     Args:
-        optimised: the ModelProto that ONNX Runtime made of `model`.
-        model: the ModelProto with stand-ins, which still holds the CTUs' parameters.
-        parameters: op type of a stand-in -> inputs beside X of the CTUs it stands for.
+        optimised: `model` after ONNX Runtime's optimisation.
+        model: the ModelProto with stand-ins, which still has the CTUs' parameters.
+        parameters: op type of a stand-in -> the inputs behind X of its CTUs.
 
     Returns:
         Counter of the CTUs by the op type of their stand-in.
@@ -211,11 +232,11 @@ def bake(optimised, model, parameters):
     graph, fresh, count = optimised.graph, FreshNames(optimised), Counter()
     used = {name for group in parameters.values() for name in group}
     # ONNX Runtime dropped the parameters, as nothing used them.
-    held = {tensor.name for tensor in graph.initializer}
-    graph.initializer.extend(t for t in model.graph.initializer if t.name in used - held)
+    missing = used - {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(t for t in model.graph.initializer if t.name in missing)
 
-    # ONNX Runtime lets a value of any shape be fed where a scalar is declared. One per channel
-    # would be wrong in this layout, so that is made an error.
+    # ONNX Runtime accepts a value of any shape where a scalar is declared. One per channel would be
+    # wrong in this layout, so the guard refuses it.
     scalar = {name: name for name in used}
     guards = []
     one = fresh("one")
@@ -225,7 +246,7 @@ def bake(optimised, model, parameters):
     if guards:
         graph.initializer.append(helper.make_tensor(one, TensorProto.INT64, [1], [1]))
 
-    # Innermost bodies first, as a body is copied along with the node that holds it.
+    # Innermost subgraphs first, as a subgraph is copied along with its node.
     for scope in reversed(list(scopes(optimised))):
         nodes = []
         for node in scope.graph.node:
@@ -246,44 +267,30 @@ def bake(optimised, model, parameters):
     return count
 
 
-def _activation(node):
+def _activation(node: NodeProto) -> str | None:
     """The standard op that a node is, or that is fused into it as its activation."""
     if (node.domain, node.op_type) in activations.FUSED:
         return activations.attribute(node, "activation", None, AttributeProto.STRING)
     return node.op_type if node.domain in DEFAULT_DOMAINS else None
 
 
-def _verify(plain, session, parameters):
+def _verify(plain: Any, session: Any, parameters: set[str]) -> None:
     """Refuse a session that differs from the plain one in its interface, or in a run."""
-    fed = {}
+    feeds = {}
     for kind in "inputs", "overridable_initializers", "outputs":
         values = [getattr(s, f"get_{kind}")() for s in (plain, session)]
         expected, actual = ([(v.name, v.type, v.shape) for v in side] for side in values)
         if expected != actual:
             raise _Refused(f"its {kind} differ from the plain session's")
-        fed.update((v.name, _PROBE) for v in values[0] if v.name in parameters)
-    reference = _Run(plain, fed)
-    inputs = random_inputs(reference)
-    for result in compare(reference.last, _Run(session, fed).run(inputs)):
+        feeds.update((v.name, _PROBE) for v in values[0] if v.name in parameters)
+    inputs, outputs = random_run(Model.of(plain), given=feeds)
+    for result in compare(outputs, Model.of(session).run(inputs)):
         if not result.ok:
             raise _Refused(f"its output {result.name!r} {result.reason}")
 
 
-class _Run(Model):
-    """An open session that runs with `fed` beside its other inputs; `last` is its last result."""
-
-    def __init__(self, session, fed):
-        self._use(session)
-        self._fed = fed
-        self.inputs = [i for i in self.inputs if i.name not in fed]
-
-    def run(self, inputs):
-        self.last = super().run({**inputs, **self._fed})
-        return self.last
-
-
 @contextmanager
-def _changed(options, **values):
+def _changed(options: Any, **values: Any) -> Iterator[None]:
     """Give SessionOptions other values for as long as the block lasts."""
     before = {name: getattr(options, name) for name in values}
     try:

@@ -1,8 +1,15 @@
 """Comparing two runs of a model: every output is compared, or the comparison fails."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+# From the name of an output, both arrays and the measurements to the reason why it fails, or None.
+_Judge = Callable[[str, np.ndarray, np.ndarray, dict[str, Any]], str | None]
 
 # Differences below this are noise: at beta 1 a CTU differs from ReLU by up to 7e-7 around 0.
 _NOISE = 1e-6
@@ -19,7 +26,7 @@ _PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output of two runs; the numbers are NaN where it could not be compared.
+    """One output of two runs; the numbers are NaN where it cannot be compared.
 
     `max_rel` is max|actual - expected| / max|expected|, `ulp` the largest difference in units of
     the last place of the actual type at the expected value, `cosine` the similarity of the two as
@@ -38,7 +45,13 @@ class Comparison:
     top1: float | None = None
 
 
-def compare(expected, actual, rtol=None, atol=None, reference=False):
+def compare(
+    expected: Arrays,
+    actual: Arrays,
+    rtol: float | None = None,
+    atol: float | None = None,
+    reference: bool = False,
+) -> list[Comparison]:
     """Compare two runs: dicts from output name to array.
 
     Args:
@@ -53,22 +66,22 @@ def compare(expected, actual, rtol=None, atol=None, reference=False):
         empty.
     """
 
-    def judge(name, expected, actual, measured):
+    def judge(name, expected, actual, numbers):
         relative, absolute = rtol, _NOISE if atol is None else atol
         if relative is None:
             usual = _REFERENCE_TOLERANCE if reference else _TOLERANCE
             relative = _HALF_TOLERANCE.get(actual.dtype.name, usual)
-        if measured["max_abs"] <= absolute + relative * np.abs(_finite(expected)).max(initial=0.0):
+        if numbers["max_abs"] <= absolute + relative * np.abs(_finite(expected)).max(initial=0.0):
             return None
         return (
-            f"differs by {measured['max_abs']:.1e}, relative {measured['max_rel']:.1e}, "
+            f"differs by {numbers['max_abs']:.1e}, relative {numbers['max_rel']:.1e}, "
             f"allowed {relative:.0e}"
         )
 
     return _compare(expected, actual, judge, reference)
 
 
-def within(expected, actual, allowed):
+def within(expected: Arrays, actual: Arrays, allowed: Arrays) -> list[Comparison]:
     """Compare runs of single CT units with the numeric contract.
 
     Args:
@@ -81,12 +94,12 @@ def within(expected, actual, allowed):
         list of Comparison, as `compare`.
     """
 
-    def judge(name, expected, actual, measured):
+    def judge(name, expected, actual, numbers):
         with np.errstate(invalid="ignore"):  # inf - inf
             error = np.abs(actual.astype(np.float64) - expected)
         finite = np.isfinite(expected)
         relative = (error / np.maximum(1, np.abs(expected)))[finite]
-        measured.update(max_rel=float(relative.max(initial=0.0)), ulp=None, cosine=None, top1=None)
+        numbers.update(max_rel=float(relative.max(initial=0.0)), ulp=None, cosine=None, top1=None)
         bound = allowed[name]
         if _PRECISION[actual.dtype.name] < 24:
             bound = bound + _unit(expected, actual.dtype.name) / 2
@@ -96,7 +109,7 @@ def within(expected, actual, allowed):
     return _compare(expected, actual, judge, reference=True)
 
 
-def _compare(expected, actual, judge, reference):
+def _compare(expected: Arrays, actual: Arrays, judge: _Judge, reference: bool) -> list[Comparison]:
     results = [
         _compare_one(name, expected.get(name), actual.get(name), judge, reference)
         for name in sorted({*expected, *actual})
@@ -106,7 +119,13 @@ def _compare(expected, actual, judge, reference):
     return results
 
 
-def _compare_one(name, expected, actual, judge, reference):
+def _compare_one(
+    name: str,
+    expected: np.ndarray | None,
+    actual: np.ndarray | None,
+    judge: _Judge,
+    reference: bool,
+) -> Comparison:
     def failed(reason):
         return Comparison(name, float("nan"), float("nan"), False, reason)
 
@@ -131,14 +150,14 @@ def _compare_one(name, expected, actual, judge, reference):
     finite = np.isfinite(expected)
     if not np.array_equal(finite, np.isfinite(wide)) or np.any(expected[~finite] != wide[~finite]):
         return failed("infinite in other places")
-    measured = _measure(_finite(expected), _finite(wide), kind)
+    numbers = _measure(_finite(expected), _finite(wide), kind)
     if expected.ndim == 2 and expected.shape[1] > 1 and len(expected):
-        measured["top1"] = float(np.mean(expected.argmax(1) == wide.argmax(1)))
-    reason = judge(name, expected, actual, measured)
-    return Comparison(name, **measured, ok=reason is None, reason=reason)
+        numbers["top1"] = float(np.mean(expected.argmax(1) == wide.argmax(1)))
+    reason = judge(name, expected, actual, numbers)
+    return Comparison(name, **numbers, ok=reason is None, reason=reason)
 
 
-def _measure(expected, actual, kind):
+def _measure(expected: np.ndarray, actual: np.ndarray, kind: str) -> dict[str, Any]:
     difference = np.abs(actual - expected)
     max_abs = float(difference.max(initial=0.0))
     largest = float(np.abs(expected).max(initial=0.0))
@@ -153,13 +172,13 @@ def _measure(expected, actual, kind):
     }
 
 
-def _unit(values, kind):
+def _unit(values: np.ndarray, kind: str) -> np.ndarray:
     """The distance of two neighbouring numbers of a type around each value, subnormals aside."""
     smallest = {"float16": -14}.get(kind, -1022 if kind == "float64" else -126)
     exponent = np.maximum(np.frexp(values)[1] - 1, smallest)
     return np.ldexp(1.0, exponent - (_PRECISION[kind] - 1))
 
 
-def _finite(values):
+def _finite(values: np.ndarray) -> np.ndarray:
     values = values.astype(np.float64)
     return values[np.isfinite(values)]

@@ -1,16 +1,21 @@
 """The op library: finding it, registering it, and opening plain ONNX Runtime sessions."""
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
+from os import PathLike
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from ..errors import MissingDependency, cause
+from ..errors import CtonnxError, MissingDependency, cause, first_line
 
 # The oldest ONNX Runtime whose C API has all that the library uses.
 MIN_ONNXRUNTIME = (1, 18)
 
-# What NVIDIA's providers are called, built into ONNX Runtime and as plug-ins. `session` opens those
-# of `get_available_providers` by name, and a plug-in where the session options hold its device.
+# NVIDIA's execution providers, built into ONNX Runtime and as plug-ins. `session` opens those of
+# `get_available_providers` by name, and a plug-in where the session options have its device.
 CUDA_PROVIDERS = ("CUDAExecutionProvider", "CudaPluginExecutionProvider")
 TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
@@ -18,23 +23,23 @@ _LIBRARY = "libctonnx_ops.so"
 _REGISTERED = "ctonnx.registered"
 
 
-def get_library_path():
+def get_library_path() -> str:
     """Path of the op library, as str, for `SessionOptions.register_custom_ops_library`.
 
     Raises:
-        MissingDependency: ctonnx was installed where no C++ compiler was found, or not at all.
+        MissingDependency: ctonnx was installed without a C++ compiler, or is not installed.
     """
-    # Beside this file, or, where that is a source folder, where the package is installed.
+    # In this package, or, where that is a source folder, in the installed one.
     for path in Path(__file__).parent.parent / _LIBRARY, _installed(_LIBRARY):
         if path is not None and path.is_file():
             return str(path)
     raise MissingDependency(
-        "the op library is missing: ctonnx is not installed, or was where no C++ compiler was "
-        "found; install g++ or clang++, then ctonnx again"
+        "the op library is missing: ctonnx is not installed, or was installed without a C++ "
+        "compiler; install g++ or clang++, then ctonnx again"
     )
 
 
-def has_library():
+def has_library() -> bool:
     """Whether the op library is installed."""
     try:
         return bool(get_library_path())
@@ -42,22 +47,22 @@ def has_library():
         return False
 
 
-def cuda_kernels(library):
+def cuda_kernels(library: str) -> str | None:
     """The GPUs that the library at a path has kernels for, as a line of text; None for none."""
-    found = re.search(rb"ctonnx CUDA kernels: ([^\0]+)\0", Path(library).read_bytes())
-    return found and found[1].decode()
+    match = re.search(rb"ctonnx CUDA kernels: ([^\0]+)\0", Path(library).read_bytes())
+    return match and match[1].decode()
 
 
-def _installed(name):
+def _installed(name: str) -> Path | None:
     """Path of a file of the installed package; None where there is no such file or package."""
     try:
         files = metadata.files("ctonnx") or ()
     except metadata.PackageNotFoundError:
         return None
-    return next((Path(file.locate()) for file in files if file.name == name), None)
+    return next((Path(str(file.locate())) for file in files if file.name == name), None)
 
 
-def import_onnxruntime():
+def import_onnxruntime() -> ModuleType:
     """The module onnxruntime.
 
     Raises:
@@ -68,7 +73,7 @@ def import_onnxruntime():
     except ImportError as error:
         reason = error
         while reason is not None:
-            # Its C++ makes an ImportError of whatever is raised while it starts.
+            # Its C++ turns whatever is raised while it starts into an ImportError.
             if isinstance(reason, KeyboardInterrupt | SystemExit):
                 raise reason from None
             reason = reason.__cause__ or reason.__context__
@@ -83,8 +88,8 @@ def import_onnxruntime():
     return onnxruntime
 
 
-def register(session_options):
-    """Make the CTU kernels known to an onnxruntime.SessionOptions; a second call does nothing.
+def register(session_options: Any) -> None:
+    """Register the CTU kernels with an onnxruntime.SessionOptions; a second call does nothing.
 
     Raises:
         MissingDependency: the op library is not installed, or ONNX Runtime is too old.
@@ -95,21 +100,26 @@ def register(session_options):
         session_options.add_session_config_entry(_REGISTERED, "1")
 
 
-def is_registered(session_options):
-    """ONNX Runtime refuses a library registered twice, so the options carry the fact along."""
+def is_registered(session_options: Any) -> bool:
+    """Whether the options have the library: ONNX Runtime refuses to register it twice."""
     try:
         return bool(session_options.get_session_config_entry(_REGISTERED))
     except RuntimeError:
         return False
 
 
-def hold_providers(options):
-    """Whether SessionOptions hold execution providers, as those of new releases can."""
+def has_providers(options: Any) -> bool:
+    """Whether SessionOptions name execution providers, as those of new releases can."""
     return getattr(options, "has_providers", bool)()
 
 
-def open_session(path, options, providers):
-    """An onnxruntime.InferenceSession of a path or bytes; `providers` None: those of the options.
+def open_session(path: str | PathLike | bytes, options: Any, providers: Sequence | None) -> Any:
+    """Open an onnxruntime.InferenceSession.
+
+    Args:
+        path: the model's path or bytes.
+        options: onnxruntime.SessionOptions.
+        providers: execution providers; those of the options where None.
 
     Raises:
         MissingDependency: this onnxruntime lacks one of `providers`.
@@ -118,8 +128,29 @@ def open_session(path, options, providers):
     available = ort.get_available_providers()
     for provider in providers or ():
         name = provider if isinstance(provider, str) else provider[0]
-        # Left to itself, ONNX Runtime warns and runs on the CPU.
+        # ONNX Runtime itself warns and runs on the CPU.
         if name not in available:
             raise MissingDependency(f"{name} is not available: choose among {', '.join(available)}")
     model = path if isinstance(path, bytes) else str(path)
     return ort.InferenceSession(model, options, providers=providers)
+
+
+@contextmanager
+def errors_as(kind: type[CtonnxError], what: str) -> Iterator[None]:
+    """Turn ONNX Runtime's errors into `kind`, with the message "`what`: its first line"."""
+    try:
+        yield
+    except Exception as error:
+        if not raised_by_onnxruntime(error):
+            raise
+        raise kind(f"{what}: {first_line(error)}") from error
+
+
+def raised_by_onnxruntime(error: BaseException) -> bool:
+    """Whether an exception is ONNX Runtime's own: it has a type for each of its codes, and its
+    Python code raises ValueError and RuntimeError."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    module = "" if last is None else last.tb_frame.f_globals.get("__name__", "")
+    return any(name.startswith("onnxruntime") for name in (type(error).__module__, module))

@@ -1,98 +1,92 @@
-"""Running models, to compare them: ONNX Runtime on one thread, and inputs to feed."""
+"""Running models in order to compare them: ONNX Runtime on one thread, and inputs to feed."""
 
 import tempfile
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from os import PathLike
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
-from onnx import ValueInfoProto
+from onnx import ModelProto, ValueInfoProto
 
-from ..errors import (
-    CheckFailed,
-    InputFileError,
-    MissingDependency,
-    ModelError,
-    UsageError,
-    first_line,
-)
+from ..errors import CheckFailed, InputFileError, MissingDependency, ModelError, UsageError
 from ..model import files
 from ..model.external import has_external_data
 from ..model.values import arrays, cast
-from .library import import_onnxruntime, open_session, register
+from .library import errors_as, import_onnxruntime, open_session, register
 
 CPU = "CPUExecutionProvider"
 
-# Sizes tried in turn for an input's symbolic dimensions, until the model runs.
-# Where every axis has one element, what a normalisation or an attention gives tells nothing: last.
+# Sizes for symbolic dimensions, tried in turn until the model runs. With one element along every
+# axis a normalisation or an attention tells nothing: 1 comes last.
 _SIZES = (8, 32, 64, 224, 256, 512, 2, 1)
 
-# By default convolutions and matrix products on CUDA are of TF32, which differs by 1e-3.
+# By default CUDA computes convolutions and matrix products in TF32, which differs by 1e-3.
 # https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#use_tf32
 _OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}
 
+Arrays = dict[str, np.ndarray]
+
 
 class Model:
-    """A model to run in ONNX Runtime, on one thread of the CPU or on another provider.
+    """A model in ONNX Runtime, on one thread of the CPU or on another execution provider.
+
+    `inputs` and `optional_inputs` are onnxruntime.NodeArg, the latter those with a default.
 
     Args:
         path: path of a model, or its bytes.
         library: whether to register the op library.
-        provider: the execution provider; what it does not take runs on the CPU.
+        provider: the execution provider; ops that it lacks run on the CPU.
 
     Raises:
         MissingDependency: the provider is not available, or does not start.
         ModelError: ONNX Runtime does not load the model.
     """
 
-    def __init__(self, path, library=False, provider=CPU):
-        ort = import_onnxruntime()
-        options = ort.SessionOptions()
+    def __init__(self, path: str | PathLike | bytes, library: bool = False, provider: str = CPU):
+        options = import_onnxruntime().SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 4
         if library:
             register(options)
-        try:
-            given = [(provider, _OPTIONS.get(provider, {}))]
-            session = open_session(path, options, given)
-        except MissingDependency:
-            raise
-        except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
-            raise ModelError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
+        providers = [(provider, _OPTIONS.get(provider, {}))]
+        with errors_as(ModelError, "ONNX Runtime cannot load the model"):
+            session = open_session(path, options, providers)
         if provider not in session.get_providers():
             raise MissingDependency(f"{provider} does not start here, `ctonnx doctor` tells more")
         self._use(session)
 
-    def _use(self, session):
+    def _use(self, session: Any) -> None:
         self._session = session
         self.inputs = session.get_inputs()
         self.optional_inputs = session.get_overridable_initializers()
         self.names = {i.name for i in self.inputs}
 
     @classmethod
-    def of(cls, session):
-        """A session that is open already."""
+    def of(cls, session: Any) -> Self:
+        """The Model of an InferenceSession that is open already."""
         model = cls.__new__(cls)
         model._use(session)
         return model
 
-    def run(self, inputs):
-        """Output name -> array for `inputs`, input name -> array; a sequence's have an index.
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
+        """Output name -> array for `inputs`, input name -> array; values.arrays has the names of
+        what a sequence holds.
 
         Raises:
-            ModelError: it does not run on them.
+            ModelError: the model does not run on them.
         """
         names = [output.name for output in self._session.get_outputs()]
-        try:
-            values = self._session.run(names, inputs)
-        except Exception as error:  # As above.
-            raise ModelError(f"ONNX Runtime cannot run the model: {first_line(error)}") from error
-        return arrays(zip(names, values, strict=True))
+        with errors_as(ModelError, "ONNX Runtime cannot run the model"):
+            outputs = self._session.run(names, inputs)
+        return arrays(zip(names, outputs, strict=True))
 
 
-def with_outputs(model, names):
-    """A copy of a ModelProto whose outputs are the tensors `names`."""
+def with_outputs(model: ModelProto, names: Sequence[str]) -> ModelProto:
+    """A copy of a model whose outputs are the tensors `names`."""
     copy = files.own(model)
     del copy.graph.output[:]
     # ONNX Runtime infers their types.
@@ -100,21 +94,20 @@ def with_outputs(model, names):
     return copy
 
 
-def variant(path, model):
-    """A context of what opens as `model`, a changed ModelProto of the one at `path`.
-
-    Its bytes, or a file beside that, where its external data are.
+def variant(path: Path, model: ModelProto) -> AbstractContextManager[Path | bytes]:
+    """A context of what ONNX Runtime opens as `model`, a changed copy of the one at `path`: its
+    bytes, or a file beside `path` where the model has external data there.
 
     Raises:
-        UsageError: the model's folder cannot be written to.
+        UsageError: the folder of `path` cannot be written to.
     """
     data = model.SerializeToString()
     return beside(data, path.parent) if has_external_data(model) else nullcontext(data)
 
 
 @contextmanager
-def beside(data, folder):
-    """The path of a file of `data`, a model, in `folder`, for as long as this lasts.
+def beside(data: bytes, folder: str | PathLike) -> Iterator[Path]:
+    """A context of a file with `data`, a model, in `folder`.
 
     Raises:
         UsageError: the folder cannot be written to.
@@ -129,81 +122,96 @@ def beside(data, folder):
         yield Path(stream.name)
 
 
-def load_inputs(path, model, known, notes):
-    """The inputs of `model`, a Model, from an .npz file with an array for each, by name, but for
-    those whose names are `known`. What else the file holds is passed over, with a line in `notes`.
+def load_inputs(
+    path: str | PathLike, model: Model, optional: Collection[str], notes: list[str]
+) -> Arrays:
+    """The inputs of a model from an .npz file with an array for each, by name.
+
+    Args:
+        optional: names of inputs that the file need not have.
+        notes: a list that takes a line for each array that is no input.
 
     Raises:
         InputFileError: the file cannot be read.
-        UsageError: an input is missing, unknown, or of another kind of numbers.
+        UsageError: an input is missing, of another shape, or of another kind of numbers.
     """
     try:
-        with np.load(path, allow_pickle=False) as held:
-            given = {name: held[name] for name in held}
+        with np.load(path, allow_pickle=False) as archive:
+            inputs = {name: archive[name] for name in archive}
     except FileNotFoundError:
         raise InputFileError(f"{path}: no such file") from None
-    except Exception:  # Whatever the parser raises for a damaged file.
+    except Exception:  # NumPy and zipfile raise whatever they like for a damaged file.
         raise InputFileError(
             f"{path}: cannot be read as an .npz file, as numpy.savez writes"
         ) from None
     kinds = {i.name: i.type for i in (*model.inputs, *model.optional_inputs)}
     wanted = ", ".join(f"{i.name} {_by_x(i.shape)}" for i in model.inputs)
-    for name in sorted(model.names - given.keys() - set(known)):
+    for name in sorted(model.names - inputs.keys() - set(optional)):
         raise UsageError(f"{path}: holds no array for input {name!r}, the model takes {wanted}")
-    for name in sorted(given.keys() - kinds.keys()):
+    for name in sorted(inputs.keys() - kinds.keys()):
         notes.append(f"{path}: {name!r} is no input of the model: ignored")
-        del given[name]
-    for name, array in given.items():
+        del inputs[name]
+    for name, array in inputs.items():
         dtype = _dtype(kinds[name])
         if dtype is None:
             raise UsageError(f"{path}: {name!r} is {kinds[name]}, for which there is no array")
-        given[name] = cast(f"{path}: {name!r}", array, dtype)
-    shapes = {i.name: given[i.name].shape for i in model.inputs if i.name in given}
+        inputs[name] = cast(f"{path}: {name!r}", array, dtype)
+    shapes = {i.name: inputs[i.name].shape for i in model.inputs if i.name in inputs}
     _check_shapes(str(path), shapes, model.inputs)
-    return given
+    return inputs
 
 
-def random_inputs(model, shapes=None, given=None, seed=0):
-    """Inputs that `model`, a Model, runs on: normal floats, integers 0 and 1, in a size it takes.
+def random_inputs(
+    model: Model,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+) -> Arrays:
+    """Inputs that a model runs on: normal floats, integers 0 and 1, in a size that it takes.
 
     Args:
-        shapes: input name -> list of sizes, for inputs with symbolic dimensions.
+        shapes: input name -> sizes, for inputs with symbolic dimensions.
         given: input name -> array to use instead.
 
     Raises:
         CheckFailed: the model runs on none of the sizes tried.
-        UsageError: a shape does not fit, or is of an input that the model lacks.
+        UsageError: a shape does not fit, or the model has no such input.
     """
+    return random_run(model, shapes, given, seed)[0]
+
+
+def random_run(
+    model: Model,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    given: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+) -> tuple[Arrays, Arrays]:
+    """Inputs as `random_inputs` gives them, and the model's outputs for them."""
     shapes, given = shapes or {}, given or {}
-    inputs = [i for i in model.inputs if i.name not in given]
-    _check_shapes("shape", shapes, inputs)
+    nodes = [i for i in model.inputs if i.name not in given]
+    _check_shapes("shape", shapes, nodes)
     # A first dimension without a size is a batch, and so is another of its name.
-    batches = {i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], str)}
+    batches = {i.shape[0] for i in nodes if i.shape and isinstance(i.shape[0], str)}
 
-    def made(size):
-        rng = np.random.default_rng(seed)
-        result = dict(given)
-        for i in inputs:
-            dims = shapes.get(i.name) or [
-                d if isinstance(d, int) else 1 if at == 0 or d in batches else size
-                for at, d in enumerate(i.shape)
-            ]
-            result[i.name] = _random(rng, i.type, dims)
-        return result
+    def dims(node, size):
+        return shapes.get(node.name) or [
+            d if isinstance(d, int) else 1 if at == 0 or d in batches else size
+            for at, d in enumerate(node.shape)
+        ]
 
-    fixed = all(isinstance(dim, int) for i in inputs for dim in shapes.get(i.name) or i.shape)
-    error = None
+    fixed = all(isinstance(dim, int) for i in nodes for dim in shapes.get(i.name) or i.shape)
+    failure = None
     for size in _SIZES[:1] if fixed else _SIZES:
-        result = made(size)
+        rng = np.random.default_rng(seed)
+        inputs = dict(given) | {i.name: _random(rng, i.type, dims(i, size)) for i in nodes}
         try:
-            model.run(result)
-            return result
-        except ModelError as caught:  # The size does not fit.
-            error = caught
-    raise CheckFailed(f"found no random input that the model runs on: {error}")
+            return inputs, model.run(inputs)
+        except ModelError as error:  # The size does not fit.
+            failure = error
+    raise CheckFailed(f"found no random input that the model runs on: {failure}")
 
 
-def _check_shapes(source, shapes, inputs):
+def _check_shapes(source: str, shapes: Mapping[str, Sequence[int]], inputs: Sequence) -> None:
     declared = {i.name: i.shape for i in inputs}
     for name, shape in shapes.items():
         if name not in declared:
@@ -216,11 +224,11 @@ def _check_shapes(source, shapes, inputs):
             raise UsageError(f"{source}: {name!r} is {_by_x(want)}, got {_by_x(shape)}")
 
 
-def _by_x(shape):
+def _by_x(shape: Sequence) -> str:
     return "x".join("?" if dim is None else str(dim) for dim in shape) or "a scalar"
 
 
-def _dtype(kind):
+def _dtype(kind: str) -> np.dtype | None:
     """The NumPy dtype of ONNX Runtime's name of a tensor type; None for other types."""
     name = kind.removeprefix("tensor(").removesuffix(")")
     try:
@@ -229,7 +237,7 @@ def _dtype(kind):
         return None
 
 
-def _random(rng, kind, dims):
+def _random(rng: np.random.Generator, kind: str, dims: Sequence[int]) -> np.ndarray:
     dtype = _dtype(kind)
     if dtype is None or dtype.kind not in "fiub":
         raise CheckFailed(f"no random input can be made for {kind}")

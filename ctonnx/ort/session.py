@@ -3,20 +3,30 @@
 import logging
 import threading
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from os import PathLike
+from typing import Any
+
+from onnx import ModelProto
 
 from ..errors import MissingDependency, UsageError
 from . import blocked, library
 
 _CPU = ("CPUExecutionProvider",)
 
-# Options of the user's may be shared between threads, and are changed while a session is made.
+# Threads may share a user's options, which change while a session opens.
 _using_options = threading.Lock()
-_log = logging.getLogger("ctonnx.runtime")  # The docs name it to users.
+_log = logging.getLogger("ctonnx.runtime")  # The docs give users this name.
 
 
-def session(path, providers=None, session_options=None, *, layout=True):
+def session(
+    path: str | PathLike | bytes | ModelProto,
+    providers: Sequence | None = None,
+    session_options: Any = None,
+    *,
+    layout: bool = True,
+) -> Any:
     """Open an onnxruntime.InferenceSession on a steered model, with the op library.
 
     Where the library is not installed, or has no CUDA kernels and CUDA runs the session, a warning
@@ -25,8 +35,8 @@ def session(path, providers=None, session_options=None, *, layout=True):
 
     Args:
         path: the model's path, its bytes or an onnx.ModelProto.
-        providers: execution providers, as for InferenceSession; where None, those that
-            `session_options` hold, or else all that are available but TensorRT's.
+        providers: execution providers, as for InferenceSession; where None, those of
+            `session_options`, or else all available ones but TensorRT's.
         session_options: options to use; the library is registered with them.
         layout: on the CPU, keep ONNX Runtime's blocked layout of convolutional networks around the
             CTUs, where that is sound: faster runs of the same outputs, for a slower start. The
@@ -35,11 +45,10 @@ def session(path, providers=None, session_options=None, *, layout=True):
 
     Raises:
         MissingDependency: onnxruntime is not installed, too old or without one of `providers`; or
-            the library is missing and the model holds no fallback.
+            the library is missing and the model has no fallback.
         UsageError: `path` is something else, or `providers` is a str.
     """
-    ort = library.import_onnxruntime()
-    if hasattr(path, "SerializeToString"):
+    if isinstance(path, ModelProto):
         path = path.SerializeToString()
     if not isinstance(path, str | bytes | PathLike):
         raise UsageError(f"expected a path, bytes or a ModelProto, got {type(path).__name__}")
@@ -47,20 +56,15 @@ def session(path, providers=None, session_options=None, *, layout=True):
         raise UsageError(f"providers must be a list, got {providers!r}")
     options = session_options
     if options is None:
-        options = ort.SessionOptions()
-        # ONNX Runtime would warn of an initializer that is an input too, as beta is meant to be.
+        options = library.import_onnxruntime().SessionOptions()
+        # ONNX Runtime would warn of an initializer that is an input too, as an optional beta is.
         options.log_severity_level = 3
-    if not providers:
-        # TensorRT's come first among those, which is what the warning below is about.
-        available = [
-            p for p in ort.get_available_providers() if p not in library.TENSORRT_PROVIDERS
-        ]
-        providers = None if library.hold_providers(options) else available
+    providers = providers or _default_providers(options)
     with nullcontext() if session_options is None else _using_options:
         opened = _open_for_cuda(path, options, providers)
         if opened is not None:
             warnings.warn(
-                "running without fast kernels: the op library holds none for CUDA; install ctonnx "
+                "running without fast kernels: the op library has none for CUDA; install ctonnx "
                 "again where nvcc works",
                 RuntimeWarning,
                 stacklevel=2,
@@ -77,7 +81,7 @@ def session(path, providers=None, session_options=None, *, layout=True):
                 return opened
             _log.debug("plain layout: %s", reason)
         opened = library.open_session(path, options, providers)
-    if _tensorrt_first(opened.get_providers()):
+    if _is_first(opened.get_providers(), library.TENSORRT_PROVIDERS, library.CUDA_PROVIDERS):
         _log.warning(
             "TensorRT comes before CUDA in this session's providers, and each CTU node splits its "
             "engine: for TensorRT, steer with --lowering primitives"
@@ -85,24 +89,27 @@ def session(path, providers=None, session_options=None, *, layout=True):
     return opened
 
 
-def _tensorrt_first(providers):
-    """Whether TensorRT takes nodes before CUDA, which alone runs the op, has its turn."""
-    return _first_of(providers, library.TENSORRT_PROVIDERS, library.CUDA_PROVIDERS)
+def _default_providers(options: Any) -> list[str] | None:
+    """All available execution providers but TensorRT's; None where the options have their own."""
+    if library.has_providers(options):
+        return None
+    available = library.import_onnxruntime().get_available_providers()
+    return [name for name in available if name not in library.TENSORRT_PROVIDERS]
 
 
-def _first_of(providers, some, others):
+def _is_first(providers: list[str], some: tuple[str, ...], others: tuple[str, ...]) -> bool:
     """Whether the first of `providers` that is among `some` or `others` is among `some`."""
-    return next((p in some for p in providers if p in some + others), False)
+    return next((name in some for name in providers if name in some + others), False)
 
 
-def _open_for_cuda(path, options, providers):
-    """A session without the op library, where CUDA runs it and the library holds no kernels for it.
+def _open_for_cuda(path: str | PathLike | bytes, options: Any, providers: Sequence | None) -> Any:
+    """A session without the op library, where CUDA runs it and the library has no kernels for it.
 
-    With the library the CPU would run each CTU, between two copies, as what is registered replaces
-    the function. None where the library is to be registered: elsewhere, where CUDA does not start,
-    and where the model carries no function.
+    With the library the CPU would run each CTU, between two copies, as a registered op replaces the
+    function. None where the library is to be registered: elsewhere, where CUDA does not start, and
+    where the model carries no function.
     """
-    if providers is None:  # Options do not tell what they hold.
+    if providers is None:  # Options do not tell which providers they have.
         ort = library.import_onnxruntime()
         names = {*ort.get_available_providers(), *(d.ep_name for d in ort.get_ep_devices())}
     else:
@@ -113,15 +120,22 @@ def _open_for_cuda(path, options, providers):
         return None
     try:
         opened = library.open_session(path, options, providers)
-    except Exception:  # Another is raised with the library, unless it is what was missing.
-        return None
-    return opened if _first_of(opened.get_providers(), library.CUDA_PROVIDERS, _CPU) else None
+    except Exception as error:
+        if not library.raised_by_onnxruntime(error):
+            raise
+        return None  # The session with the library raises its own error.
+    return opened if _is_first(opened.get_providers(), library.CUDA_PROVIDERS, _CPU) else None
 
 
-def _open_without_library(path, options, providers, why):
+def _open_without_library(
+    path: str | PathLike | bytes,
+    options: Any,
+    providers: Sequence | None,
+    reason: MissingDependency,
+) -> Any:
     try:
         return library.open_session(path, options, providers)
     except Exception as error:  # ONNX Runtime has an exception type for each of its codes.
         if "ctonnx:CTU" in str(error):
-            raise MissingDependency(f"the model holds no fallback, and {why}") from error
+            raise MissingDependency(f"the model holds no fallback, and {reason}") from error
         raise

@@ -177,7 +177,7 @@ _QUANTIZING = {
     "QGemm": 8,
 }
 _AFFINE = {"Add", "BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul", "Sub", "Sum"}
-_LOWEST = {
+_LOWEST: dict[int, int] = {
     TensorProto.UINT8: 0,
     TensorProto.INT8: -(1 << 7),
     TensorProto.UINT16: 0,
@@ -235,7 +235,7 @@ def judge(node: NodeProto, dtypes: Iterable[int], constant: Constant) -> Judgeme
     if len(node.input) < needed or not all(node.input[:needed]):
         return "it lacks an input"
     if any(a.ref_attr_name for a in node.attribute):
-        return "its attribute comes from the function around it"
+        return "it has an attribute of the function around it"
     if any(a.HasField("g") or a.graphs for a in node.attribute):
         return "it has a subgraph, which no activation has"
     steering = STEERABLE[node.op_type](node, constant)
@@ -251,8 +251,10 @@ def judge(node: NodeProto, dtypes: Iterable[int], constant: Constant) -> Judgeme
 
 
 def _type_name(dtype: int) -> str:
-    known = dtype in TensorProto.DataType.values()
-    return TensorProto.DataType.Name(dtype).lower() if known else f"of the unknown type {dtype}"
+    try:
+        return TensorProto.DataType.Name(dtype).lower()
+    except ValueError:
+        return f"of the unknown type {dtype}"
 
 
 def unfused(node: NodeProto) -> NodeProto | None:

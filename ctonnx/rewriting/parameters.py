@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from .. import ctu
 from ..errors import UsageError
@@ -20,7 +20,7 @@ def scalar(name: str, value: float, dtype: int = TensorProto.FLOAT) -> TensorPro
     return helper.make_tensor(name, dtype, [], [value])
 
 
-def scalar_input(name: str):
+def scalar_input(name: str) -> ValueInfoProto:
     """The ValueInfoProto of a float32 input without dimensions."""
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, [])
 

@@ -7,7 +7,7 @@ for `undo`.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -59,7 +59,7 @@ def steer(
     beta: float | None = None,
     coeff: float = ctu.COEFF,
     *,
-    params: dict | None = None,
+    params: Mapping | None = None,
     beta_as: str = "initializer",
     lowering: str = "portable",
     selection: Selection | None = None,
@@ -332,7 +332,7 @@ def _of_fitting_types(
 
 
 def _with_parameters(
-    sites: list[Site], given: dict | None, beta: float | None, coeff: float, report: Report
+    sites: list[Site], given: Mapping | None, beta: float | None, coeff: float, report: Report
 ) -> tuple[list[Site], list[params.Values]]:
     """The sites that have a beta, and the values of each; the others are skipped."""
     found = [site.activation for site in sites]
@@ -467,7 +467,7 @@ def _in_common(arrays: list[np.ndarray]) -> str:
 # --- notes
 
 
-def _note_weights(model: ModelProto, given: dict | None, report: Report) -> None:
+def _note_weights(model: ModelProto, given: Mapping | None, report: Report) -> None:
     """Note where a state dict holds other weights than the model: T-CT trains a head as well."""
     if not isinstance(given, params.Trained):
         return

@@ -9,6 +9,7 @@ import numpy as np
 from onnx import ModelProto
 
 from ..data.batches import Batch
+from ..data.source import Source
 from ..errors import CtonnxError, InputFileError, UsageError
 from ..measure import engine
 from ..model import files, flow
@@ -50,7 +51,7 @@ class FeatureReader:
     coeff: float | None
     notes: list[str]
 
-    def read_original(self, source) -> FeatureSet:
+    def read_original(self, source: Source) -> FeatureSet:
         """The features of a source's samples in the original network, as at β = 1.
 
         Raises:
@@ -60,7 +61,7 @@ class FeatureReader:
         """
         return _read(self.original, source, self.site, [(1.0, self.coeff)])
 
-    def read_steered(self, source, betas: Sequence[float]) -> FeatureSet:
+    def read_steered(self, source: Source, betas: Sequence[float]) -> FeatureSet:
         """The features of a source's samples at each β.
 
         Raises:
@@ -149,7 +150,7 @@ def _without_steering(model: str | Path | ModelProto) -> ModelProto | None:
     return original
 
 
-def batches(source) -> Iterator[Batch]:
+def batches(source: Source) -> Iterator[Batch]:
     """All batches of a source, the next one prepared while one is used."""
     for _, batch in engine.prefetch(source, zip(itertools.count())):
         yield batch

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.source import Source
 from ..errors import UsageError
 from .heads import LinearHead, fold
 
@@ -97,7 +98,7 @@ def define_task(
     return Task(classes, targets, indices_of(test_labels, classes), seeds, splits)
 
 
-def batch_labels(labels: np.ndarray | None, source) -> list[Label]:
+def batch_labels(labels: np.ndarray | None, source: Source) -> list[Label]:
     """The labels of a batch of a source, as whole numbers and text.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
+from ..data.source import Source
 from ..errors import ModelError
 from ..measure import engine, intervals, metrics
 from ..measure.results import ResultTable, without_nan
@@ -100,7 +101,7 @@ class WrittenModel:
 
 
 def measure_accuracy(
-    model: Path | bytes, source, output: str, classes: Sequence[fit.Label]
+    model: Path | bytes, source: Source, output: str, classes: Sequence[fit.Label]
 ) -> tuple[float, list[str]]:
     """The accuracy of a model in plain ONNX Runtime, on the samples of a source.
 
