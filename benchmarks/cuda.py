@@ -189,8 +189,8 @@ def time_kernel(torch, library, dtype, code, size, rounds, beta=BETA, points=1, 
     torch.cuda.synchronize()
     some = slice(max(0, count - 4096), count)
     exact = ctu.ctu(xs[-1][some].double().cpu().numpy(), beta, COEFF)
-    got = ys[-1][some].double().cpu().numpy()
-    if not (abs(got - exact) <= 1e-2 * (1 + abs(exact))).all():
+    actual = ys[-1][some].double().cpu().numpy()
+    if not (abs(actual - exact) <= 1e-2 * (1 + abs(exact))).all():
         raise RuntimeError(f"the timed kernel is wrong for {dtype}, {size} bytes")
     return {name: value / turns for name, value in times.items()}
 

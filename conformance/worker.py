@@ -148,9 +148,8 @@ def interface(path):
 
     graph = onnx.load(path, load_external_data=False).graph
     initializers = {tensor.name for tensor in graph.initializer}
-    return [v.name for v in graph.input if v.name not in initializers], [
-        v.name for v in graph.output
-    ]
+    inputs = [v.name for v in graph.input if v.name not in initializers]
+    return inputs, [v.name for v in graph.output]
 
 
 def to_json(arrays):
@@ -194,8 +193,8 @@ class Page:
         class Files(http.server.SimpleHTTPRequestHandler):
             def translate_path(self, path):
                 name = Path(urllib.parse.urlsplit(path).path).name
-                ours = {"model": page.model, "worker.mjs": Path(__file__).with_name("worker.mjs")}
-                return str(ours.get(name) or dist / name)
+                files = {"model": page.model, "worker.mjs": Path(__file__).with_name("worker.mjs")}
+                return str(files.get(name) or dist / name)
 
             def guess_type(self, path):
                 known = {".mjs": "text/javascript", ".wasm": "application/wasm"}

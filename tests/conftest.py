@@ -195,10 +195,8 @@ def light_model(name):
             tensor.CopyFrom(numpy_helper.from_array(np.int64(shape), tensor.name))
     for node in model.graph.node:
         for attribute in node.attribute:
-            if node.op_type == "AveragePool" and attribute.ints == [
-                7,
-                7,
-            ]:  # the last feature map, for an image of 224
+            # The last feature map, of 7x7 for an image of 224x224.
+            if node.op_type == "AveragePool" and attribute.ints == [7, 7]:
                 attribute.ints[:] = [size // 32] * 2
     initializers = {tensor.name for tensor in model.graph.initializer}
     (image,) = (value for value in model.graph.input if value.name not in initializers)

@@ -348,8 +348,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, arguments, code, line):
     np.savez("few.npz", image=np.zeros((2, 1, 8, 8), np.float32), label=[0, 1])
     assert run("patch", "digits.onnx", "--beta", "0.5", "-o", "steered.onnx")[0] == 0
     before = files()
-    got, out, err = run(*arguments)
-    assert (got, out) == (code, "")
+    actual, out, err = run(*arguments)
+    assert (actual, out) == (code, "")
     assert err.count("\n") == 1
     assert err.startswith("ctonnx: ")
     assert line in err
@@ -519,8 +519,8 @@ def test_mistakes_of_exports_are_one_line_and_write_nothing(run, nets):
     Path("bad.pt2").write_bytes(b"bad")
     before = files()
     for arguments, code, line in EXPORT_MISTAKES:
-        got, out, err = run(*arguments)
-        assert (got, out) == (code, ""), (arguments, err)
+        actual, out, err = run(*arguments)
+        assert (actual, out) == (code, ""), (arguments, err)
         err = err.removeprefix("made\n")
         assert err.count("\n") == 1, err
         assert err.startswith("ctonnx: ")

@@ -158,10 +158,10 @@ class Reader:
 
     def _start(self):
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, self._folder), daemon=True)
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=work, args=(child_pipe, self._folder), daemon=True)
         self._process.start()
-        theirs.close()
+        child_pipe.close()
 
     def __call__(self, number, data):
         """Have the process read these bytes; raises AssertionError for a bug, a crash or a hang."""

@@ -44,7 +44,7 @@ class Network:
 class Spiral:
     def __init__(self, data):
         self.points, self.arms = np.array(data["points"]), np.array(data["arms"])
-        self.held_points, self.held_arms = np.array(data["held_points"]), data["held_arms"]
+        self.test_points, self.test_arms = np.array(data["held_points"]), data["held_arms"]
         self.network = Network("spiral")
         self.axis = np.linspace(-REACH, REACH, SIDE)
         self.grid = np.stack(np.meshgrid(self.axis, self.axis), -1).reshape(-1, 2)
@@ -53,7 +53,7 @@ class Spiral:
         return self.network(self.grid, beta).reshape(SIDE, SIDE)
 
     def accuracy(self, beta):
-        return np.mean((self.network(self.held_points, beta) > 0) == self.held_arms)
+        return np.mean((self.network(self.test_points, beta) > 0) == self.test_arms)
 
     def sharpest(self, beta):
         """The largest turn in degrees between neighbouring pieces, 0.1 long, of the boundary."""

@@ -113,7 +113,7 @@ def main():
 
     rng = seeded()
     points, arms = spiral(240, rng)
-    held_points, held_arms = spiral(600, rng)
+    test_points, test_arms = spiral(600, rng)
     classifier = network(2, width=16, depth=3)
     train(classifier, points, arms, F.binary_cross_entropy_with_logits, steps=2000)
     onnx.save(steered(exported(classifier, 2)), out / "spiral.onnx")
@@ -134,8 +134,8 @@ def main():
         "spiral": {
             "points": rounded(points),
             "arms": arms.tolist(),
-            "held_points": rounded(held_points),
-            "held_arms": held_arms.tolist(),
+            "held_points": rounded(test_points),
+            "held_arms": test_arms.tolist(),
         },
         "regression": {
             "x": rounded(x),
@@ -152,8 +152,8 @@ def main():
 
     for beta in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
         feeds = {"beta": np.float32(beta), "coeff": np.float32(0.5)}
-        logits = run(out / "spiral.onnx", held_points, feeds)
-        accuracy = ((logits > 0) == held_arms).mean()
+        logits = run(out / "spiral.onnx", test_points, feeds)
+        accuracy = ((logits > 0) == test_arms).mean()
         error = ((run(out / "regression.onnx", line[:, None], feeds) - curve(line)) ** 2).mean()
         print(f"beta {beta:.1f}  spiral accuracy {accuracy:.3f}  squared error {error:.4f}")
 

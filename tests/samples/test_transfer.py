@@ -213,5 +213,5 @@ def test_the_networks_are_equal_in_pytorch_and_onnx():
         _, (inputs, _) = transfer.data(name)
         with torch.no_grad():
             expected = transfer.pretrain.load(path)(torch.from_numpy(inputs)).numpy()
-        got = transfer._outputs(path.read_bytes(), inputs)
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        actual = transfer._outputs(path.read_bytes(), inputs)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
