@@ -130,7 +130,7 @@ def function(opset: int, dtypes: Iterable[int], sloped: bool) -> FunctionProto:
         FunctionProto (X, beta, coeff[, slope]) -> Y. Its error against the exact formula is that of
         BOUNDS for beta >= 0.3, and of LOW_FALLBACK_BOUNDS below.
     """
-    # Less is the only comparison, the one that jaxonnxruntime has.
+    # Less is the only comparison used: jaxonnxruntime has no other.
     dtypes = set(dtypes)
     compute = TensorProto.DOUBLE if TensorProto.DOUBLE in dtypes else TensorProto.FLOAT
     body = _Body(opset)

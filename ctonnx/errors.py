@@ -48,7 +48,7 @@ def first_line(error: object) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """Type and first line of the exception that an exception comes from."""
+    """Type and first line of the root cause of an exception."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-from .errors import MissingDependency
+from .errors import MissingDependency, cause
 
 # Package -> its name in messages and the extra that installs it.
 _PACKAGES = {
@@ -24,12 +24,16 @@ def require(module: str) -> ModuleType:
     """Import a module of an optional package and return it.
 
     Raises:
-        MissingDependency: the package, or one that it needs, is not installed.
+        MissingDependency: the package is not installed, or cannot be imported.
     """
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise _missing(module) from None
+    except ModuleNotFoundError as error:
+        if error.name in _parents(module):
+            raise _missing(module) from None
+        raise MissingDependency(f"{module} cannot be imported: {cause(error)}") from error
+    except (ImportError, OSError) as error:
+        raise MissingDependency(f"{module} cannot be imported: {cause(error)}") from error
 
 
 def check_installed(package: str) -> None:
@@ -40,6 +44,12 @@ def check_installed(package: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise _missing(package)
+
+
+def _parents(module: str) -> set[str]:
+    """The module and the packages that it is in."""
+    parts = module.split(".")
+    return {".".join(parts[: i + 1]) for i in range(len(parts))}
 
 
 def _missing(module: str) -> MissingDependency:

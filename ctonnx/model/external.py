@@ -42,22 +42,17 @@ def check_external_data(model: ModelProto, folder: Path) -> dict[str, Path]:
     """
     sizes = {}
     for tensor in filter(_is_external, _tensors(model)):
-        entry = {item.key: item.value for item in tensor.external_data}
-        location = entry.get("location", "")
-        try:
-            if len(entry) < len(tensor.external_data):
-                raise ValueError("a key is given twice")
-            if location not in sizes:
+        location, offset, length, needed = _entry(tensor)
+        if location not in sizes:
+            try:
                 sizes[location] = _checked_size(folder, location)
-            needed = _byte_size(tensor)
-            offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
-            if offset < 0 or length < needed or offset + length > sizes[location]:
-                raise ModelError(
-                    f"external data file {location!r} is too short, or the entry is damaged"
-                )
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            # A location that is no name, a link to itself, text in place of a number.
-            raise ModelError(f"external data of {tensor.name!r}: {error}") from None
+            except (OSError, RuntimeError, ValueError) as error:
+                # A location that is no name, or a link to itself.
+                raise ModelError(f"external data of {tensor.name!r}: {error}") from None
+        if offset < 0 or length < needed or offset + length > sizes[location]:
+            raise ModelError(
+                f"external data file {location!r} is too short, or the entry is damaged"
+            )
     # `a` and `./a` are one file.
     return {os.path.normpath(location): folder / location for location in sizes}
 
@@ -68,19 +63,39 @@ def has_external_data(model: ModelProto) -> bool:
 
 
 def read_external_data(model: ModelProto, folder: Path) -> None:
-    """Bring the external data in `folder` into `model`.
+    """Read the external data in `folder` into `model`.
 
     Raises:
         ModelError: as `check_external_data`.
     """
     check_external_data(model, folder)
     for tensor in filter(_is_external, _tensors(model)):
-        entry = {item.key: item.value for item in tensor.external_data}
-        with open(folder / entry["location"], "rb") as stream:
-            stream.seek(int(entry.get("offset", 0)))
-            tensor.raw_data = stream.read(_byte_size(tensor))
+        location, offset, _, needed = _entry(tensor)
+        try:
+            with open(folder / location, "rb") as stream:
+                stream.seek(offset)
+                tensor.raw_data = stream.read(needed)
+        except OSError as error:
+            raise ModelError(f"external data file {location!r}: {error.strerror}") from None
         tensor.ClearField("data_location")
         del tensor.external_data[:]
+
+
+def _entry(tensor: TensorProto) -> tuple[str, int, int, int]:
+    """Where a tensor's external data lie: location, offset and length; and the bytes it needs.
+
+    Raises:
+        ModelError: the entry is damaged.
+    """
+    entry = {item.key: item.value for item in tensor.external_data}
+    try:
+        if len(entry) < len(tensor.external_data):
+            raise ValueError("a key is given twice")
+        needed = _byte_size(tensor)
+        offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
+    except (KeyError, TypeError, ValueError) as error:  # An unknown type, text for a number.
+        raise ModelError(f"external data of {tensor.name!r}: {error}") from None
+    return entry.get("location", ""), offset, length, needed
 
 
 def _checked_size(folder: Path, location: str) -> int:
@@ -95,7 +110,7 @@ def _checked_size(folder: Path, location: str) -> int:
     ):
         raise ModelError(f"unsafe external data location {location!r}")
     if not file.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"external data {location!r} leave the model's folder through a link")
+        raise ModelError(f"external data file {location!r} leaves the model's folder by a link")
     if not file.is_file():
         raise ModelError(f"external data file {location!r} is missing, or is no regular file")
     return file.stat().st_size

@@ -1,4 +1,4 @@
-"""Finding activations: which nodes of a model are, whether they are steered, and if not why."""
+"""Finding activations: which nodes are activations, which are steered, and why others are not."""
 
 import ast
 from collections.abc import Iterator
