@@ -91,7 +91,7 @@ def test_external_data_are_copied_to_another_folder(external, tmp_path):
         ({"location": "../weights.bin"}, "unsafe external data location"),
         ({"location": "/etc/passwd"}, "unsafe external data location"),
         ({"location": "sub/../../weights.bin"}, "unsafe external data location"),
-        ({"location": "link.bin"}, "leave the model's folder"),
+        ({"location": "link.bin"}, "leaves the model's folder"),
         ({"location": "pipe"}, "no regular file"),
         ({"location": "missing.bin"}, "missing"),
         ({"offset": "8"}, "too short"),

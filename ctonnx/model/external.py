@@ -91,11 +91,14 @@ def _entry(tensor: TensorProto) -> tuple[str, int, int, int]:
     try:
         if len(entry) < len(tensor.external_data):
             raise ValueError("a key is given twice")
+        location = entry.get("location", "")
+        if not isinstance(location, str):
+            raise ValueError("its location is not UTF-8")
         needed = _byte_size(tensor)
         offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
     except (KeyError, TypeError, ValueError) as error:  # An unknown type, text for a number.
         raise ModelError(f"external data of {tensor.name!r}: {error}") from None
-    return entry.get("location", ""), offset, length, needed
+    return location, offset, length, needed
 
 
 def _checked_size(folder: Path, location: str) -> int:
