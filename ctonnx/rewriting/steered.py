@@ -14,6 +14,7 @@ from ..model.inference import typed_scopes
 from .find import Activation, Site, decimal, survey
 from .parameters import Parameters, fill, scalar, scalar_input
 from .records import Metadata, has_record, lowered_op
+from .renamed import are_left, give_back_names
 from .undo import unsteer
 
 # In the class below `set` is a method.
@@ -22,6 +23,10 @@ Names = set[str]
 NOT_STEERED = "the model is not steered: `ctonnx patch` steers it"
 
 _LOWERED = "the model holds no CTU, for it was lowered to primitives: go back to its original"
+_RENAMED = (
+    "another tool renamed the CTUs of several steered models, and their functions differ: "
+    "`ctonnx unpatch` it, or steer the original"
+)
 _INLINED = "the model was steered, and another tool inlined its CTUs: this may be part of one"
 
 
@@ -30,6 +35,7 @@ class SteeredModel:
 
     `proto` is the model itself, which `set`, `override` and `unsteer` change; anything else that
     changes it calls for a new SteeredModel. `metadata` is a typed view of its `ctonnx.*` keys.
+    CTUs that another tool has renamed get their name back; `renamed` are the names they had.
 
     Args:
         proto: the ModelProto.
@@ -43,12 +49,20 @@ class SteeredModel:
     def __init__(self, proto: ModelProto, betas: Names | None = None):
         self.proto = proto
         check_names(proto, self._scopes)
+        self.renamed = give_back_names(proto)
+        self._forget()
         self.metadata = Metadata(proto)
         self._betas = betas
 
     @cached_property
     def ctus(self) -> list[NodeProto]:
-        """The CTU nodes, without those in the functions of our ops."""
+        """The CTU nodes, without those in the functions of our ops.
+
+        Raises:
+            UsageError: another tool has renamed them, and their functions differ.
+        """
+        if are_left(self.proto):
+            raise UsageError(_RENAMED)
         return [n for scope in self._scopes_with_ctus for n in scope.graph.node if ctu.is_ctu(n)]
 
     @cached_property
@@ -187,14 +201,15 @@ class SteeredModel:
         return betas, self.parameters.coeffs
 
     def unsteer(self) -> None:
-        """Give the model back as it was before steering.
+        """Take the steering out of the model, and nothing that other tools did to it since.
 
         Raises:
             NothingToDo: the model holds no CTU, as after lowering to primitives.
-            ModelError: a CTU has no record of what it replaced, or a record is damaged.
+            ModelError: as `undo.unsteer`; the model is unchanged.
         """
-        self._check_ctus()
-        unsteer(self.proto, self._scopes_with_ctus)
+        if not are_left(self.proto):
+            self._check_ctus()
+        unsteer(self.proto)
         self._forget()
 
     @cached_property
