@@ -87,7 +87,7 @@ def inspect(model: Any) -> list[Activation]:
 
 
 def unpatch(model: Any, output: str | Path | None = None, *, force: bool = False) -> Any:
-    """Give back the original of a steered model.
+    """Give back the original of a steered model, with what other tools did to that since.
 
     Args:
         model: a path or an onnx.ModelProto. It is not changed. (A graphsurgeon Graph has no
@@ -101,7 +101,8 @@ def unpatch(model: Any, output: str | Path | None = None, *, force: bool = False
     Raises:
         UsageError: an existing output, or a path that suggests none.
         NothingToDo: the model is not steered.
-        ModelError: the model cannot be read, or its record of the original is missing or damaged.
+        ModelError: the model cannot be read, its record of the original is missing or damaged, or
+            other tools have changed it so that the original cannot be had.
     """
     return _edit(model, _unsteer, output, original_path, force)
 

@@ -30,6 +30,7 @@ from ..model.graph import DEFAULT_DOMAINS, functions_of, key_of, scopes
 from ..model.inference import check_calls
 from ..model.values import arrays
 from ..optional import require
+from ..rewriting.renamed import give_back_names
 
 # Attributes that name an element type: of an output, or of the computation.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype", "output_dtype", "softmax_precision")
@@ -177,6 +178,7 @@ def _to_float64(value: Any) -> Any:
 def _prepare(model: str | os.PathLike[str] | ModelProto) -> ModelProto:
     """A copy of a ModelProto, or the model at a path: with its data, without functions."""
     copy = files.own(model)
+    give_back_names(copy)
     _name_default_domain(copy)
     _check_broadcast(copy)
     functions = [f for f in copy.functions if not ctu.is_ctu(f)]

@@ -8,7 +8,7 @@ import click
 
 from . import options
 from .output import as_json as fields_of
-from .output import print_json
+from .output import print_json, say
 from .tables import columns
 
 
@@ -22,8 +22,15 @@ def inspect(model, as_json):
     reason, skipped.
     """
     from .. import api
+    from ..model import files
 
-    activations = api.inspect(model)
+    steered = api.SteeredModel(files.load(model))
+    activations = steered.activations
+    if steered.renamed:
+        say(
+            f"another tool renamed CTUs to {', '.join(sorted(steered.renamed))}, for which ONNX "
+            "Runtime has no kernel: `ctonnx set` gives them their name back"
+        )
     if as_json:
         fields = ("status", "reason", "beta", "coeff", "shape", "module")
         print_json(activations=[fields_of(a, *fields) for a in activations])

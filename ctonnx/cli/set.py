@@ -22,7 +22,10 @@ def set_(model, beta, output, force, as_json):
 
     path = model if output is None else output
     with files.Transaction(model, path, force or output is None, progress()) as edit:
-        count = SteeredModel(edit.model).set(beta)
+        steered = SteeredModel(edit.model)
+        count = steered.set(beta)
+    if steered.renamed:
+        say(f"the CTUs have their name back, in place of {', '.join(sorted(steered.renamed))}")
     if count > 1:
         say(f"all activations have it now, in place of {count} betas")
     if as_json:

@@ -12,7 +12,7 @@ from .output import echo, print_json, progress
 @options.force
 @options.json
 def unpatch(model, output, force, as_json):
-    """Give back the original of a steered MODEL.
+    """Give back the original of a steered MODEL, with what other tools did to it since.
 
     MODEL is a file, or - for standard input. --output defaults to X.onnx beside X.ct.onnx, and to
     standard output for -.

@@ -11,7 +11,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, helper, shape_inference
 from ..errors import ModelError
 from .graph import Key, Scope, functions_of, key_of, nested_scopes
 
-_INFERENCE_ERRORS = (
+INFERENCE_ERRORS = (
     shape_inference.InferenceError,
     onnx.checker.ValidationError,
     RuntimeError,
@@ -48,7 +48,7 @@ def typed_scopes(model: ModelProto, scopes: list[Scope]) -> list[Scope]:
                         seen.add((key, arguments))
                         pending.append((key, arguments))
 
-    collect(by_function[None], _inferred(_without_weights(model)))
+    collect(by_function[None], _inferred(without_weights(model)))
     while pending:
         key, arguments = pending.popleft()
         call = _as_model(functions[key], arguments, model.ir_version, functions)
@@ -137,7 +137,7 @@ def _called(
 def _inferred(model: ModelProto) -> list[Scope]:
     """The Scopes of the main graph and its subgraphs, with the types that inference finds."""
     # Where inference fails, what the model declares is known.
-    with suppress(*_INFERENCE_ERRORS):
+    with suppress(*INFERENCE_ERRORS):
         model = shape_inference.infer_shapes(model)
     result = list(nested_scopes(Scope("", model.graph)))
     for scope in result:
@@ -163,7 +163,7 @@ def _dimension(dim) -> int | str | None:
     return dim.dim_value if dim.HasField("dim_value") else None
 
 
-def _without_weights(model: ModelProto) -> ModelProto:
+def without_weights(model: ModelProto) -> ModelProto:
     """A copy of a model for inference, in which large initializers keep only type and shape."""
     light = ModelProto(
         ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions

@@ -106,8 +106,7 @@ def _clip(node: NodeProto, constant: Constant) -> Judgement:
 def bounds_that_bend(lo: float | None, hi: float | None) -> tuple[float | None, float | None] | str:
     """The bounds of a Clip, with None for those that bound nothing; or the reason why the Clip is
     left alone."""
-    # Exporters write a missing bound as the largest number.
-    lo, hi = (None if b is None or not abs(b) <= 3.4e38 else b for b in (lo, hi))
+    lo, hi = (None if b is None or bounds_nothing(b) else b for b in (lo, hi))
     if lo is None and hi is None:
         return "it has no bounds"
     if lo is not None and hi is not None and not lo < hi:
@@ -115,6 +114,11 @@ def bounds_that_bend(lo: float | None, hi: float | None) -> tuple[float | None, 
     if lo is not None and 0 < lo < 1e-3:
         return f"it guards against numbers under {lo:g}, which is arithmetic"
     return lo, hi
+
+
+def bounds_nothing(bound: float) -> bool:
+    """Whether a bound of a Clip is as good as none: exporters write the largest number then."""
+    return not abs(bound) <= 3.4e38
 
 
 def _max(node: NodeProto, constant: Constant) -> Judgement:

@@ -156,8 +156,10 @@ class Parameters:
             coeff: whether c is to change as well as beta.
 
         Raises:
-            UsageError: one lies outside the graph, or something other than CTUs uses it.
+            UsageError: one lies outside the graph, something other than CTUs uses it, or another
+                tool has given beta or c another type.
         """
+        _check_types(self._model, self.betas | self.coeffs)
         _check_exclusive(self._model, self.betas, BETA_SLOT)
         if coeff:
             _check_exclusive(self._model, self.coeffs, COEFF_SLOT)
@@ -186,6 +188,19 @@ class Parameters:
 
 def _inputs(ctus, slot):
     return {name for node in ctus for name in node.input[slot : slot + 1]}
+
+
+def _check_types(model, parameters):
+    """Refuse `parameters` that are not float32: no kernel takes them."""
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    types.update((v.name, v.type.tensor_type.elem_type) for v in model.graph.input)
+    for name in sorted(parameters & types.keys()):
+        if types[name] in ctu.FLOATING and types[name] != TensorProto.FLOAT:
+            dtype = TensorProto.DataType.Name(types[name]).lower()
+            raise UsageError(
+                f"{name!r} is {dtype}, which a CTU does not take, as another tool has converted "
+                "the steered model: `ctonnx unpatch` gives the converted original, to steer again"
+            )
 
 
 def _check_exclusive(model, parameters, slot):

@@ -140,21 +140,23 @@ def record_op_type(node: NodeProto) -> None:
     _add(node, _ORIGINAL, _encode(NodeProto(op_type=node.op_type)))
 
 
-def restore_node(node: NodeProto) -> None:
-    """Put back what the record of a node holds, and drop the record.
+def original_node(node: NodeProto) -> NodeProto:
+    """What the record of a node holds: the node as it was, with the names of that time.
 
     Raises:
         ModelError: there is no record, or it is damaged.
     """
     text = get(node, _ORIGINAL)
     if text is None:
-        raise ModelError(f"CTU {node_label(node)!r} has no record of what it replaced: cannot undo")
-    before = _decode(NodeProto, text)
-    for changed in ("op_type", "domain", "input", "attribute"):
-        node.ClearField(changed)
-    if before.output:
-        node.ClearField("output")
-    node.MergeFrom(before)
+        raise ModelError(
+            f"CTU {node_label(node)!r} has no record of what it replaced, as some tools drop the "
+            "metadata of nodes: cannot undo: go back to the original"
+        )
+    return _decode(NodeProto, text)
+
+
+def drop_record(node: NodeProto) -> None:
+    """Drop the record of a node."""
     keep(node.metadata_props, lambda entry: entry.key != _ORIGINAL)
 
 

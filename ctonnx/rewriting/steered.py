@@ -14,6 +14,7 @@ from ..model.inference import typed_scopes
 from .find import Activation, Site, decimal, survey
 from .parameters import Parameters, fill, scalar, scalar_input
 from .records import Metadata, has_record, lowered_op
+from .renamed import are_left, give_back_names
 from .undo import unsteer
 
 # In the class below `set` is a method.
@@ -22,6 +23,14 @@ Names = set[str]
 NOT_STEERED = "the model is not steered: `ctonnx patch` steers it"
 
 _LOWERED = "the model holds no CTU, for it was lowered to primitives: go back to its original"
+_GONE = (
+    "the model holds no CTU, for another tool inlined them, or it was lowered to primitives: go "
+    "back to its original"
+)
+_RENAMED = (
+    "another tool renamed the CTUs of several steered models, and their functions differ: "
+    "`ctonnx unpatch` it, or steer the original"
+)
 _INLINED = "the model was steered, and another tool inlined its CTUs: this may be part of one"
 
 
@@ -30,6 +39,7 @@ class SteeredModel:
 
     `proto` is the model itself, which `set`, `override` and `unsteer` change; anything else that
     changes it calls for a new SteeredModel. `metadata` is a typed view of its `ctonnx.*` keys.
+    CTUs that another tool has renamed get their name back; `renamed` are the names they had.
 
     Args:
         proto: the ModelProto.
@@ -43,12 +53,20 @@ class SteeredModel:
     def __init__(self, proto: ModelProto, betas: Names | None = None):
         self.proto = proto
         check_names(proto, self._scopes)
+        self.renamed = give_back_names(proto)
+        self._forget()
         self.metadata = Metadata(proto)
         self._betas = betas
 
     @cached_property
     def ctus(self) -> list[NodeProto]:
-        """The CTU nodes, without those in the functions of our ops."""
+        """The CTU nodes, without those in the functions of our ops.
+
+        Raises:
+            UsageError: another tool has renamed them, and their functions differ.
+        """
+        if are_left(self.proto):
+            raise UsageError(_RENAMED)
         return [n for scope in self._scopes_with_ctus for n in scope.graph.node if ctu.is_ctu(n)]
 
     @cached_property
@@ -69,8 +87,8 @@ class SteeredModel:
         if not self.ctus:
             baked = self._baked_parameters()
             activations = [replace(a, **baked) if a.status == "steered" else a for a in activations]
-        if self.was_steered and not self.is_steered:
-            # Another tool inlined the functions: the CTU's own Relu looks like any other.
+        if self._has_inlined():
+            # The Relu in the function of a CTU, and the Max in that of a CTUMax, look like any.
             activations = [
                 replace(a, status="skipped", reason=_INLINED) if a.status == "steerable" else a
                 for a in activations
@@ -183,18 +201,20 @@ class SteeredModel:
         if self.ctus:
             if not betas:
                 raise UsageError("the model's CTUs name no beta: steer its original")
+            self._check_functions()
             self.parameters.check_changeable(coeff)
         return betas, self.parameters.coeffs
 
     def unsteer(self) -> None:
-        """Give the model back as it was before steering.
+        """Take the steering out of the model, and nothing that other tools did to it since.
 
         Raises:
             NothingToDo: the model holds no CTU, as after lowering to primitives.
-            ModelError: a CTU has no record of what it replaced, or a record is damaged.
+            ModelError: as `undo.unsteer`; the model is unchanged.
         """
-        self._check_ctus()
-        unsteer(self.proto, self._scopes_with_ctus)
+        if not are_left(self.proto):
+            self._check_ctus()
+        unsteer(self.proto)
         self._forget()
 
     @cached_property
@@ -215,7 +235,30 @@ class SteeredModel:
 
     def _check_ctus(self) -> None:
         if not self.ctus:
-            raise NothingToDo(_LOWERED if self.was_steered else NOT_STEERED)
+            if not self.was_steered:
+                raise NothingToDo(NOT_STEERED)
+            raise NothingToDo(_LOWERED if any(map(lowered_op, self._nodes())) else _GONE)
+
+    def _has_inlined(self) -> bool:
+        """Whether another tool has inlined functions of CTUs, or of ops that call them."""
+        if not self.is_steered:
+            return self.was_steered
+        for scope in self._scopes_with_ctus:
+            negated = {n.output[0]: n.input[0] for n in scope.graph.node if n.op_type == "Neg"}
+            distances = {n.output[0] for n in scope.graph.node if n.op_type == "Abs"}
+            if any(negated.get(n.input[0]) in distances for n in scope.graph.node if ctu.is_ctu(n)):
+                return True
+        return False
+
+    def _check_functions(self) -> None:
+        """Refuse a model without a function that its CTUs call: it does not run."""
+        names = {function.name for function in self.proto.functions if ctu.is_ctu(function)}
+        missing = {node.op_type for node in self.ctus} - names - {ctu.OP_TYPE}
+        if missing:
+            raise UsageError(
+                f"the model calls {min(missing)}, whose function another tool has dropped: steer "
+                "the original"
+            )
 
     def _baked_parameters(self) -> dict[str, float]:
         """beta and coeff of a model lowered to primitives, as far as the metadata tell."""
