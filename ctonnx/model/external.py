@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from google.protobuf.message import Message
@@ -21,6 +22,9 @@ _HOLDING_TENSORS = {
     "SparseTensorProto",
     "TensorProto",
 }
+
+# Marks a tensor that `read_scalars` has read, among the entries that say where its data lie.
+_READ = "ctonnx.read"
 
 # Bits of the element types that share bytes.
 _PACKED_BITS = {
@@ -42,22 +46,7 @@ def check_external_data(model: ModelProto, folder: Path) -> dict[str, Path]:
     """
     sizes = {}
     for tensor in filter(_is_external, _tensors(model)):
-        entry = {item.key: item.value for item in tensor.external_data}
-        location = entry.get("location", "")
-        try:
-            if len(entry) < len(tensor.external_data):
-                raise ValueError("a key is given twice")
-            if location not in sizes:
-                sizes[location] = _checked_size(folder, location)
-            needed = _byte_size(tensor)
-            offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
-            if offset < 0 or length < needed or offset + length > sizes[location]:
-                raise ModelError(
-                    f"external data file {location!r} is too short, or the entry is damaged"
-                )
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            # A location that is no name, a link to itself, text in place of a number.
-            raise ModelError(f"external data of {tensor.name!r}: {error}") from None
+        _checked_place(tensor, folder, sizes)
     # `a` and `./a` are one file.
     return {os.path.normpath(location): folder / location for location in sizes}
 
@@ -76,11 +65,73 @@ def read_external_data(model: ModelProto, folder: Path) -> None:
     check_external_data(model, folder)
     for tensor in filter(_is_external, _tensors(model)):
         entry = {item.key: item.value for item in tensor.external_data}
-        with open(folder / entry["location"], "rb") as stream:
-            stream.seek(int(entry.get("offset", 0)))
-            tensor.raw_data = stream.read(_byte_size(tensor))
-        tensor.ClearField("data_location")
+        _read(tensor, folder / entry["location"], int(entry.get("offset", 0)))
         del tensor.external_data[:]
+
+
+def read_scalars(model: ModelProto, folder: Path, restorable: bool = False) -> None:
+    """Bring the external data in `folder` of tensors of one element into `model`.
+
+    What cannot be read safely stays where it is.
+
+    Args:
+        restorable: whether `restore_scalars` can undo it.
+    """
+    sizes = {}
+    for tensor in filter(_is_external, _tensors(model)):
+        if math.prod(tensor.dims) != 1:
+            continue
+        with suppress(ModelError, OSError):
+            location, offset = _checked_place(tensor, folder, sizes)
+            _read(tensor, folder / location, offset)
+            if restorable:
+                tensor.external_data.add(key=_READ)
+            else:
+                del tensor.external_data[:]
+
+
+def restore_scalars(model: ModelProto) -> None:
+    """Leave those tensors to their files that `read_scalars` has read, and nothing has changed."""
+    for tensor in _tensors(model):
+        if tensor.external_data and tensor.external_data[-1].key == _READ:
+            del tensor.external_data[-1]
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+
+
+def _checked_place(tensor: TensorProto, folder: Path, sizes: dict[str, int]) -> tuple[str, int]:
+    """The location and offset of a tensor's external data.
+
+    Args:
+        sizes: of the files checked before, by location; that of this one is added.
+
+    Raises:
+        ModelError: as `check_external_data`.
+    """
+    entry = {item.key: item.value for item in tensor.external_data}
+    location = entry.get("location", "")
+    try:
+        if len(entry) < len(tensor.external_data):
+            raise ValueError("a key is given twice")
+        if location not in sizes:
+            sizes[location] = _checked_size(folder, location)
+        needed = _byte_size(tensor)
+        offset, length = int(entry.get("offset", 0)), int(entry.get("length", needed))
+        if offset < 0 or length < needed or offset + length > sizes[location]:
+            raise ModelError(
+                f"external data file {location!r} is too short, or the entry is damaged"
+            )
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # A location that is no name, a link to itself, text in place of a number.
+        raise ModelError(f"external data of {tensor.name!r}: {error}") from None
+    return location, offset
+
+
+def _read(tensor: TensorProto, file: Path, offset: int) -> None:
+    with open(file, "rb") as stream:
+        stream.seek(offset)
+        tensor.raw_data = stream.read(_byte_size(tensor))
+    tensor.ClearField("data_location")
 
 
 def _checked_size(folder: Path, location: str) -> int:
