@@ -1,4 +1,5 @@
-"""The order of nodes. ONNX asks for one in which they can run; ONNX Runtime takes any."""
+"""The order of nodes. ONNX asks for one in which they can run; ONNX Runtime takes any, but in
+subgraphs and functions."""
 
 import heapq
 

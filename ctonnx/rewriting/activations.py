@@ -374,7 +374,10 @@ def attribute(node: NodeProto, name: str, default: Any, kind: int = AttributePro
 
 
 def _has_kinked_part(node: NodeProto) -> bool:
-    """Whether an attribute names an activation with a kink, as that of RNN or MoE."""
+    """Whether an attribute names an activation with a kink that `unfused` cannot take out, as those
+    of RNN and MoE."""
+    if (node.domain, node.op_type) in FUSED:
+        return False
     parts = []
     for name in _PARTS:
         parts.append(attribute(node, name, "", AttributeProto.STRING))

@@ -34,6 +34,7 @@ def unsteer(model: ModelProto, steered: list[Scope]) -> None:
         for node in scope.graph.node:
             if records.is_recorded(node):
                 records.restore_node(node)
+                parameters.difference_update(node.input)
         if inserted:
             keep(scope.graph.node, lambda node: node.op_type)
     keep(model.functions, lambda function: not ctu.is_ctu(function))
