@@ -43,7 +43,7 @@ def listed(model):
         ("r = Max(x, low)  y = Min(r, six)", (-1, 6)),
         ("r = Clip(x, zero)  y = Min(r, six)", (0, 6)),
         ("r = Min(x, six)  y = Clip(r, low)", (-1, 6)),
-        ("r = Relu(x)  y = Clip(r, , six)", (0, 6)),
+        ("r = Max(x, low)  y = Clip(r, , six)", (-1, 6)),
     ],
 )
 @pytest.mark.parametrize("lowering", ["portable", "op", "primitives"])
@@ -64,7 +64,7 @@ def test_a_clip_in_two_nodes_is_a_clip(nodes, bounds, lowering, beta):
 
 @pytest.mark.parametrize("opset", [6, 9])
 def test_a_clip_in_two_nodes_at_old_opsets(opset):
-    model = model_of("r = Relu(x)  y = Clip <max: float = 6.0> (r)", opset)
+    model = model_of("c = Clip <min: float = 0.0> (x)  y = Min(c, wide_six)", opset, "1")
     changed = ctonnx.patch(model, 0.7)
     assert [n.op_type for n in changed.graph.node] == ["Identity", "CTUClip"]
     assert ctonnx.unpatch(changed) == model
@@ -92,6 +92,8 @@ def test_a_first_half_that_others_read_is_an_activation_too():
         ("r = Relu(x)  y = Min(r, x)", ["r"]),
         ("r = LeakyRelu(x)  y = Min(r, six)", ["r"]),
         ("r = Max(x, low)  y = Relu(r)", ["y"]),
+        ("r = Relu(x)  y = Clip(r, , six)", ["r", "y"]),
+        ("r = Clip(x, zero)  y = Clip(r, , six)", ["r", "y"]),
         # Two of three make the Clip, the third is arithmetic.
         ("r = Relu(x)  s = Min(r, six)  y = Max(s, low)", ["s"]),
     ],

@@ -156,12 +156,14 @@ def keeps_shape(scope: Scope, x: str, bound: str | float) -> bool:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A node that bounds x from one side, by `operand`, as in Steering, which has the `value`."""
+    """A node that bounds x from one side, by `operand`, as in Steering, which has the `value`.
+    `alone` tells whether it is an activation by itself."""
 
     x: str
     operand: str | float
     value: float
     upper: bool
+    alone: bool
 
 
 def _one_bound(node: NodeProto, scope: Scope) -> _Bound | None:
@@ -172,7 +174,7 @@ def _one_bound(node: NodeProto, scope: Scope) -> _Bound | None:
         for bound, x in _orders(node):
             value = scope.constant(bound)
             if value is not None and x:
-                return _Bound(x, bound, value, node.op_type == "Min")
+                return _Bound(x, bound, value, node.op_type == "Min", alone=value == 0)
     elif node.op_type in ("Relu", "Clip") and any(node.input[:1]):
         steering = STEERABLE[node.op_type](node, scope)
         if not isinstance(steering, Steering) or steering.op_type == "CTUClip":
@@ -180,17 +182,20 @@ def _one_bound(node: NodeProto, scope: Scope) -> _Bound | None:
         operand = (*steering.operands, 0.0)[0]
         value = scope.constant(operand) if isinstance(operand, str) else operand
         if value is not None:
-            return _Bound(steering.x, operand, value, steering.op_type == "CTUMin")
+            return _Bound(steering.x, operand, value, steering.op_type == "CTUMin", alone=True)
     return None
 
 
 def as_clip(inner: NodeProto, outer: NodeProto, scope: Scope) -> Steering | None:
     """The Clip that two nodes make up, where `outer` reads what `inner` gives; or None.
 
-    Its X is that of `inner`, its bounds are finite and may be those of a Clip.
+    Its X is that of `inner`, and its bounds are finite and may be those of a Clip. Two activations,
+    such as two Clips with a bound each, stay two.
     """
     below, above = _one_bound(inner, scope), _one_bound(outer, scope)
     if below is None or above is None or above.x != inner.output[0]:
+        return None
+    if below.alone and above.alone:
         return None
     x = below.x
     if below.upper:
