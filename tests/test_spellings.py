@@ -10,6 +10,7 @@ import ctonnx
 from ctonnx import ctu
 from ctonnx.check.reference import Reference
 from ctonnx.errors import UsageError
+from ctonnx.model.graph import scopes
 from ctonnx.ort.runs import Model
 from ctonnx.rewriting.steered import SteeredModel
 
@@ -60,6 +61,34 @@ def test_a_clip_in_two_nodes_is_a_clip(nodes, bounds, lowering, beta):
         np.testing.assert_allclose(y, Reference(changed).run(X)["y"], atol=5e-6)
         assert ctonnx.unpatch(changed) == model
         assert ctonnx.unpatch(changed).SerializeToString() == model.SerializeToString()
+
+
+@pytest.mark.parametrize("in_function", [False, True])
+@pytest.mark.parametrize(
+    "nodes",
+    ["m = Max(X, l)  Y = Min(m, h)", "Y = Clip(X, l, h)", "m = Relu(X)  Y = Min(m, h)"],
+)
+def test_bounds_that_are_cast_to_the_type_of_x(nodes, in_function):
+    """PyTorch's exporter writes ReLU6 so where it does not optimise."""
+    body = f"""{{ zero = Constant <value_int: int = 0> ()  six = Constant <value_int: int = 6> ()
+        l = CastLike(zero, X)  t = Identity(six)  h = CastLike(t, X)  {nodes} }}"""
+    head = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+        g (float[N] X) => (float[N] Y)"""
+    function = """<domain: "my", opset_import: ["" : 17]> relu6 (X) => (Y)"""
+    text = f"{head} {body}"
+    if in_function:
+        text = f"{head} {{ Y = my.relu6(X) }} {function} {body}"
+    model = parsed(text)
+    assert len(ctonnx.inspect(model)) == 1
+    changed = ctonnx.patch(model, 0.7)
+    y = Model(changed.SerializeToString(), False).run({"X": X["x"]})["Y"]
+    np.testing.assert_allclose(y, clip(X["x"], 0, 6, 0.7), atol=5e-6)
+    assert ctonnx.unpatch(changed) == model
+
+
+def test_casts_of_one_another_are_no_constant():
+    model = model_of("a = Identity(b)  b = Identity(a)  y = Max(x, a)")
+    assert next(scopes(model)).constant("a") is None
 
 
 @pytest.mark.parametrize("opset", [6, 9])

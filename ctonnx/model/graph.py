@@ -16,6 +16,7 @@ from onnx import (
     numpy_helper,
 )
 
+from .. import ctu
 from ..errors import ModelError
 
 # The two names of the domain of the standard ops.
@@ -61,6 +62,10 @@ class Scope:
 
     def constant(self, name: str) -> float | None:
         """The number that nodes see under `name`, where that is a scalar constant, or None."""
+        seen = set()
+        while name in self._casts and name not in seen:
+            seen.add(name)
+            name = self._casts[name]
         if self.inputs_vary and name in self._inputs:
             return None
         if name in self._constants:
@@ -72,6 +77,19 @@ class Scope:
         if isinstance(self.graph, FunctionProto):
             return set(self.graph.input)
         return {value.name for value in self.graph.input}
+
+    @cached_property
+    def _casts(self) -> dict[str, str]:
+        """Tensors that are others, at most in another floating-point type."""
+        return {
+            node.output[0]: node.input[0]
+            for node in self.graph.node
+            if node.op_type in ("Cast", "CastLike", "Identity")
+            and node.domain in DEFAULT_DOMAINS
+            and any(node.input[:1])
+            and any(node.output[:1])
+            and all(a.type == AttributeProto.INT and a.i in ctu.FLOATING for a in node.attribute)
+        }
 
     @cached_property
     def _in_files(self) -> set[str]:
