@@ -154,8 +154,12 @@ def _edit(
 
 def _to_proto(model: Any) -> ModelProto:
     """A ModelProto that may be changed."""
-    if isinstance(model, (str, Path, ModelProto)):
-        return files.own(model)
+    if isinstance(model, (str, Path)):
+        return files.load(model)
+    if isinstance(model, ModelProto):
+        proto = ModelProto()
+        proto.CopyFrom(model)
+        return proto
     if _is_graph(model):
         import onnx_graphsurgeon
 

@@ -15,6 +15,9 @@ import ctonnx
 from ctonnx.errors import ModelError, UsageError
 from ctonnx.model import external as external_data
 from ctonnx.model import files
+from ctonnx.rewriting.steered import SteeredModel
+
+X = np.float32([[-9, -0.1, 1, 2], [0, 0.5, 5.9, 8]])
 
 WEIGHTED = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 4] x) => (float[N, 4] y) { h = Add(x, w)  y = Relu(h) }"""
@@ -83,6 +86,68 @@ def test_external_data_are_copied_to_another_folder(external, tmp_path):
         ctonnx.patch(external, 1.0, output=tmp_path / "out" / "m.onnx", force=True)
     assert (tmp_path / "out" / "weights.bin").read_bytes() == b"somebody else's!"
     assert sorted(os.listdir(tmp_path / "out")) == ["m.onnx", "weights.bin"]
+
+
+# Every number lies in a file: bounds of Clip, Max and Min, and the slope of PRelu.
+NUMBERS = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[2, 4] x) => (float[2, 4] y) <float lo = {0}, float hi = {6}, float slope = {0.25}>
+{ a = Clip(x, lo, hi)  b = Max(a, lo)  c = Min(b, hi)  d = PRelu(c, slope)  y = Relu(d) }"""
+
+
+def save_numbers(model, path):
+    """Save a model with every initializer in n.bin."""
+    for tensor in model.graph.initializer:  # onnx moves raw data alone.
+        array = onnx.numpy_helper.to_array(tensor)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path, save_as_external_data=True, location="n.bin", size_threshold=0)
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    path = tmp_path / "numbers.onnx"
+    save_numbers(parsed(NUMBERS), path)
+    return path
+
+
+def test_numbers_in_external_data_count_and_stay_there(numbers, tmp_path):
+    inline = parsed(NUMBERS)
+    assert ctonnx.inspect(numbers) == ctonnx.inspect(inline)
+    assert [a.status for a in ctonnx.inspect(numbers)] == ["steerable"] * 4
+    (tmp_path / "out").mkdir()
+    for folder in (tmp_path, tmp_path / "out"):
+        steered = ctonnx.patch(numbers, 0.7, output=folder / "s.onnx")
+        tensors = onnx.load(steered, load_external_data=False).graph.initializer
+        external = {t.name for t in tensors if t.data_location == TensorProto.EXTERNAL}
+        assert {"lo", "hi"} <= external
+        expected = ctonnx.session(ctonnx.patch(inline, 0.7)).run(None, {"x": X})
+        np.testing.assert_array_equal(ctonnx.session(steered).run(None, {"x": X}), expected)
+        original = ctonnx.unpatch(steered, output=folder / "again.onnx")
+        assert original.read_bytes() == numbers.read_bytes()
+
+
+def test_numbers_that_cannot_be_read_safely_are_a_reason_to_skip(numbers):
+    model = onnx.load(numbers, load_external_data=False)
+    reasons = {a.op: a.reason for a in ctonnx.inspect(model)}
+    assert "another file" in reasons["Clip"]
+    assert "another file" in reasons["Max"]
+    assert reasons["Relu"] is None
+    (numbers.parent / "n.bin").rename(numbers.parent / "moved.bin")
+    assert {a.op: a.reason for a in ctonnx.inspect(numbers)} == reasons
+    for tensor in model.graph.initializer:
+        _set_external(tensor, {"location": "../" + numbers.parent.name + "/moved.bin"})
+    numbers.write_bytes(model.SerializeToString())
+    assert {a.op: a.reason for a in ctonnx.inspect(numbers)} == reasons
+
+
+def test_beta_in_external_data_can_be_seen_and_set(tmp_path):
+    path = tmp_path / "s.onnx"
+    save_numbers(ctonnx.patch(parsed(NUMBERS), 0.7), path)
+    assert {a.beta for a in ctonnx.inspect(path)} == {0.7}
+    with files.Transaction(path, path, force=True) as edit:
+        SteeredModel(edit.model).set(0.9)
+    assert {a.beta for a in ctonnx.inspect(path)} == {0.9}
+    (tmp_path / "n.bin").write_bytes(b"")
+    assert {a.beta for a in ctonnx.inspect(path)} == {0.9}
 
 
 @pytest.mark.parametrize(

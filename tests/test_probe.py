@@ -220,6 +220,28 @@ def test_old_models_and_fixed_batches():
     assert [value.name for value in session.get_inputs()] == ["x"]
 
 
+def test_nodes_in_another_order_than_they_run_in(tmp_path):
+    """ONNX Runtime takes them, and so do the model and the head that are written."""
+    model = small("l = MatMul(h, w)  y = Add(l, c)")
+    expected = ctonnx.probe(model, (X, Y), (X, Y), [0.5])
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in reversed(model.graph.node)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "m.onnx")
+    out = tmp_path / "head.onnx"
+    result = ctonnx.probe(tmp_path / "m.onnx", (X, Y), (X, Y), [0.5], output=out)
+    assert result.points == expected.points
+    onnx.checker.check_model(onnx.load(out))
+
+
+def test_a_node_of_the_head_gets_a_name_of_its_own():
+    model = small()
+    model.graph.node[0].name = "node_Gemm"
+    result = ctonnx.probe(model, (X, Y), (X, Y), [0.5])
+    names = [node.name for node in result.model.graph.node if node.name]
+    assert len(names) == len(set(names))
+
+
 def test_what_hangs_on_the_old_head_is_left_out():
     model = small(
         "y = Gemm(h, w, c) i = ArgMax<axis = 1, keepdims = 0>(y) e = Abs(h) d = Neg(z)",

@@ -233,6 +233,40 @@ def test_fused_activations_are_split_off(activation, expected, lowering):
         assert changed == model
 
 
+@each_lowering
+def test_a_name_that_an_activation_taken_out_would_get_is_taken(lowering):
+    """ONNX Runtime refuses two nodes of one name."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (float[1, 1, 2, 2] x) => (float[1, 1, 2, 2] y) <float[1, 1, 1, 1] w = {-2}>
+    { h = com.microsoft.FusedConv <activation: string = "Relu"> (x, w)  y = Relu(h) }"""
+    model = onnx.parser.parse_model(text)
+    model.graph.node[0].name, model.graph.node[1].name = "conv", "conv_activation"
+    changed, _ = steered(model, 0.5, lowering=lowering)
+    x = np.float32([[[[-5, -0.1], [0.3, 2]]]])
+    y = outputs(changed, {"x": x}, library=lowering == "op")["y"]
+    expected = ctu.ctu(ctu.ctu(-2 * x.astype(np.float64), 0.5), 0.5)
+    np.testing.assert_allclose(y, expected, atol=4e-6)
+    if lowering != "primitives":
+        SteeredModel(changed).unsteer()
+        assert changed == model
+
+
+@pytest.mark.parametrize("beta_as", BETA_AS)
+@each_lowering
+def test_the_last_initializer_stays_the_last(beta_as, lowering):
+    """Some tools find a table of a model there."""
+    model = parsed(CLIPS)
+    first, last = model.graph.initializer[0].name, model.graph.initializer[-1].name
+    changed, _ = steered(model, 0.5, beta_as=beta_as, lowering=lowering)
+    changes = [changed]
+    if lowering != "primitives" and beta_as != "required-input":
+        changes.append(ModelProto.FromString(changed.SerializeToString()))
+        SteeredModel(changes[-1]).set(0.7, 0.3, "input")
+    for model in changes:
+        assert model.graph.initializer[0].name == first
+        assert model.graph.initializer[-1].name == last
+
+
 def test_a_fused_gemm_becomes_a_gemm():
     text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
     g (float[2, 2] x) => (float[2, 2] y)

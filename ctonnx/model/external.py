@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from google.protobuf.message import Message
@@ -21,6 +22,9 @@ _HOLDING_TENSORS = {
     "SparseTensorProto",
     "TensorProto",
 }
+
+# Marks a tensor that `read_scalars` has read, among the entries that say where its data lie.
+_READ = "ctonnx.read"
 
 # Bits of the element types that share bytes.
 _PACKED_BITS = {
@@ -42,17 +46,7 @@ def check_external_data(model: ModelProto, folder: Path) -> dict[str, Path]:
     """
     sizes = {}
     for tensor in filter(_is_external, _tensors(model)):
-        location, offset, length, needed = _entry(tensor)
-        if location not in sizes:
-            try:
-                sizes[location] = _checked_size(folder, location)
-            except (OSError, RuntimeError, ValueError) as error:
-                # A location that is no name, or a link to itself.
-                raise ModelError(f"external data of {tensor.name!r}: {error}") from None
-        if offset < 0 or length < needed or offset + length > sizes[location]:
-            raise ModelError(
-                f"external data file {location!r} is too short, or the entry is damaged"
-            )
+        _checked_place(tensor, folder, sizes)
     # `a` and `./a` are one file.
     return {os.path.normpath(location): folder / location for location in sizes}
 
@@ -70,15 +64,70 @@ def read_external_data(model: ModelProto, folder: Path) -> None:
     """
     check_external_data(model, folder)
     for tensor in filter(_is_external, _tensors(model)):
-        location, offset, _, needed = _entry(tensor)
-        try:
-            with open(folder / location, "rb") as stream:
-                stream.seek(offset)
-                tensor.raw_data = stream.read(needed)
-        except OSError as error:
-            raise ModelError(f"external data file {location!r}: {error.strerror}") from None
-        tensor.ClearField("data_location")
+        location, offset, _, _ = _entry(tensor)
+        _read(tensor, folder / location, offset)
         del tensor.external_data[:]
+
+
+def read_scalars(model: ModelProto, folder: Path, restorable: bool = False) -> None:
+    """Read the external data in `folder` of tensors of one element into `model`.
+
+    Data that cannot be read safely stay where they are.
+
+    Args:
+        restorable: whether `restore_scalars` can undo it.
+    """
+    sizes = {}
+    for tensor in filter(_is_external, _tensors(model)):
+        if math.prod(tensor.dims) != 1:
+            continue
+        with suppress(ModelError):
+            location, offset = _checked_place(tensor, folder, sizes)
+            _read(tensor, folder / location, offset)
+            if restorable:
+                tensor.external_data.add(key=_READ)
+            else:
+                del tensor.external_data[:]
+
+
+def restore_scalars(model: ModelProto) -> None:
+    """Make external again what `read_scalars` has read and nothing has changed since."""
+    for tensor in _tensors(model):
+        if tensor.external_data and tensor.external_data[-1].key == _READ:
+            del tensor.external_data[-1]
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+
+
+def _checked_place(tensor: TensorProto, folder: Path, sizes: dict[str, int]) -> tuple[str, int]:
+    """The location and offset of a tensor's external data.
+
+    Args:
+        sizes: location -> size of the files checked before; this tensor's file is added.
+
+    Raises:
+        ModelError: as `check_external_data`.
+    """
+    location, offset, length, needed = _entry(tensor)
+    if location not in sizes:
+        try:
+            sizes[location] = _checked_size(folder, location)
+        except (OSError, RuntimeError, ValueError) as error:
+            # A location that is no name, or a link to itself.
+            raise ModelError(f"external data of {tensor.name!r}: {error}") from None
+    if offset < 0 or length < needed or offset + length > sizes[location]:
+        raise ModelError(f"external data file {location!r} is too short, or the entry is damaged")
+    return location, offset
+
+
+def _read(tensor: TensorProto, file: Path, offset: int) -> None:
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            tensor.raw_data = stream.read(_byte_size(tensor))
+    except OSError as error:
+        raise ModelError(f"external data file {file.name!r}: {error.strerror}") from None
+    tensor.ClearField("data_location")
 
 
 def _entry(tensor: TensorProto) -> tuple[str, int, int, int]:

@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
 
 from ..errors import ModelError, UsageError
-from .external import check_external_data, has_external_data
+from .external import check_external_data, has_external_data, read_scalars, restore_scalars
+from .order import sort_nodes
 
 # In place of a path: standard input or output.
 STDIO = "-"
@@ -35,14 +36,30 @@ Progress = Callable[[int | None], AbstractContextManager]
 
 
 def load(path: str | os.PathLike) -> ModelProto:
-    """Read a binary ONNX file, or standard input for `-`, without its external data.
+    """Read a model to work with: a binary ONNX file, or standard input for `-`.
+
+    Nodes in another order than they run in are sorted. External data stay where they are but for
+    single numbers, such as the bounds of a Clip.
 
     Returns:
         ModelProto.
 
     Raises:
-        ModelError: the file is missing, unreadable, too large, or no ONNX model.
+        ModelError: the file is missing, unreadable, too large, or no ONNX model; or nodes depend on
+            themselves.
     """
+    model = _parsed(path)
+    if path != STDIO:
+        read_scalars(model, Path(path).parent)
+    try:
+        sort_nodes(model)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    return model
+
+
+def _parsed(path: str | os.PathLike) -> ModelProto:
+    """The model in a file, as it is."""
     path = "standard input" if path == STDIO else Path(path)
     try:
         data = _read(path)
@@ -65,7 +82,8 @@ def load(path: str | os.PathLike) -> ModelProto:
 
 
 def own(model: str | os.PathLike | ModelProto) -> ModelProto:
-    """A ModelProto that the caller may change: a copy of one, or read from a path by `load`.
+    """A ModelProto that the caller may change: a copy of one, with its nodes sorted, or read from a
+    path by `load`.
 
     Raises:
         ModelError: as `load`.
@@ -77,6 +95,7 @@ def own(model: str | os.PathLike | ModelProto) -> ModelProto:
         raise UsageError(f"expected a path or a ModelProto, got {type(model).__name__}")
     copy = ModelProto()
     copy.CopyFrom(model)
+    sort_nodes(copy)
     return copy
 
 
@@ -106,8 +125,9 @@ class Transaction:
     data: when the block or the writing fails, nothing is left behind and nothing that was there has
     changed.
 
-    `model` is the ModelProto at `path`, to change in place. `output` is the Path, or `-`, once
-    that is checked: by `stage`, or in the end.
+    `model` is the ModelProto at `path`, to change in place. Its nodes keep their order, right or
+    not, and what is external stays so, though single numbers can be read in the block. `output` is
+    the Path, or `-`, once that is checked: by `stage`, or in the end.
 
     Args:
         path: the model, or `-` for standard input, which can have no external data.
@@ -141,7 +161,9 @@ class Transaction:
         self._staged: tuple[Path, Path] | None = None  # folder of the data, model
 
     def __enter__(self) -> Self:
-        self.model = load(self._path)
+        self.model = _parsed(self._path)
+        if self._path != STDIO:
+            read_scalars(self.model, Path(self._path).parent, restorable=True)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -163,6 +185,7 @@ class Transaction:
     def _check(self) -> None:
         if self._data is not None:
             return
+        restore_scalars(self.model)
         given = self._given
         self.output = check_output(given(self._path) if callable(given) else given, self._force)
         if STDIO in (self._path, self.output) and has_external_data(self.model):

@@ -4,18 +4,11 @@ A node reads its inputs and the tensors that its subgraphs capture from the grap
 Model-local functions capture nothing.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from onnx import (
-    AttributeProto,
-    GraphProto,
-    ModelProto,
-    NodeProto,
-    ValueInfoProto,
-    helper,
-)
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
-from .graph import Scope, scopes
+from .graph import Scope, reads, scopes
 from .inference import typed_scopes
 
 # Ops that give other values in every run.
@@ -52,33 +45,6 @@ _HEAVY = {
     "RNN",
     "Scan",
 }
-
-
-def reads(node: NodeProto) -> set[str]:
-    """The names of the tensors that a node reads, in its subgraphs too."""
-    names = set(filter(None, node.input))
-    for subgraph in _subgraphs(node):
-        names |= _captured(subgraph)
-    return names
-
-
-def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        else:
-            yield from attribute.graphs
-
-
-def _captured(subgraph: GraphProto) -> set[str]:
-    """The names of the tensors that a subgraph reads from the graph around it."""
-    own = {value.name for value in (*subgraph.input, *subgraph.initializer)}
-    own.update(tensor.values.name for tensor in subgraph.sparse_initializer)
-    names = {value.name for value in subgraph.output}
-    for node in subgraph.node:
-        names |= reads(node)
-        own.update(node.output)
-    return names - own
 
 
 class Flow:

@@ -16,6 +16,7 @@ from onnx import (
     numpy_helper,
 )
 
+from .. import ctu
 from ..errors import ModelError
 
 # The two names of the domain of the standard ops.
@@ -53,8 +54,18 @@ class Scope:
         self.types = self.parent.types.new_child() if self.parent else ChainMap()
         self.shapes = self.parent.shapes.new_child() if self.parent else ChainMap()
 
+    def lies_in_a_file(self, name: str) -> bool:
+        """Whether nodes see under `name` an initializer of one number that lies in a file."""
+        if name in self._in_files:
+            return True
+        return bool(self.parent and self.parent.lies_in_a_file(name))
+
     def constant(self, name: str) -> float | None:
         """The number that nodes see under `name`, where that is a scalar constant, or None."""
+        seen = set()
+        while name in self._casts and name not in seen:
+            seen.add(name)
+            name = self._casts[name]
         if self.inputs_vary and name in self._inputs:
             return None
         if name in self._constants:
@@ -66,6 +77,25 @@ class Scope:
         if isinstance(self.graph, FunctionProto):
             return set(self.graph.input)
         return {value.name for value in self.graph.input}
+
+    @cached_property
+    def _casts(self) -> dict[str, str]:
+        """Tensors that are others, at most in another floating-point type."""
+        return {
+            node.output[0]: node.input[0]
+            for node in self.graph.node
+            if node.op_type in ("Cast", "CastLike", "Identity")
+            and node.domain in DEFAULT_DOMAINS
+            and any(node.input[:1])
+            and any(node.output[:1])
+            and all(a.type == AttributeProto.INT and a.i in ctu.FLOATING for a in node.attribute)
+        }
+
+    @cached_property
+    def _in_files(self) -> set[str]:
+        tensors = self.graph.initializer if isinstance(self.graph, GraphProto) else ()
+        external = TensorProto.EXTERNAL
+        return {t.name for t in tensors if t.data_location == external and t.dims in ([], [1])}
 
     @cached_property
     def _constants(self) -> dict[str, float]:
@@ -119,6 +149,33 @@ def nested_scopes(scope: Scope) -> Iterator[Scope]:
                 yield from nested_scopes(Scope(path, attribute.g, scope.function, scope))
             for i, graph in enumerate(attribute.graphs):
                 yield from nested_scopes(Scope(f"{path}[{i}]", graph, scope.function, scope))
+
+
+def reads(node: NodeProto) -> set[str]:
+    """The names of the tensors that a node reads, in its subgraphs too."""
+    names = set(filter(None, node.input))
+    for subgraph in _subgraphs(node):
+        names |= _captured(subgraph)
+    return names
+
+
+def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        else:
+            yield from attribute.graphs
+
+
+def _captured(subgraph: GraphProto) -> set[str]:
+    """The names of the tensors that a subgraph reads from the graph around it."""
+    own = {value.name for value in (*subgraph.input, *subgraph.initializer)}
+    own.update(tensor.values.name for tensor in subgraph.sparse_initializer)
+    names = {value.name for value in subgraph.output}
+    for node in subgraph.node:
+        names |= reads(node)
+        own.update(node.output)
+    return names - own
 
 
 def node_label(node: NodeProto) -> str:

@@ -10,6 +10,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, helper, shape_inference
 
 from ..errors import ModelError
 from .graph import Key, Scope, functions_of, key_of, nested_scopes
+from .order import restore_order, sort_nodes
 
 INFERENCE_ERRORS = (
     shape_inference.InferenceError,
@@ -30,7 +31,8 @@ def typed_scopes(model: ModelProto, scopes: list[Scope]) -> list[Scope]:
         `scopes`.
 
     Raises:
-        ModelError: two functions share a name, or functions call each other beyond all bounds.
+        ModelError: two functions share a name, functions call each other beyond all bounds, or
+            nodes depend on themselves.
     """
     functions = functions_of(model)
     by_function = check_calls(model, scopes)
@@ -136,9 +138,12 @@ def _called(
 
 def _inferred(model: ModelProto) -> list[Scope]:
     """The Scopes of the main graph and its subgraphs, with the types that inference finds."""
+    # Inference goes by the order of the nodes; the scopes to fill in have that of the model.
+    orders = sort_nodes(model)
     # Where inference fails, what the model declares is known.
     with suppress(*INFERENCE_ERRORS):
         model = shape_inference.infer_shapes(model)
+    restore_order(model, orders)
     result = list(nested_scopes(Scope("", model.graph)))
     for scope in result:
         graph = scope.graph

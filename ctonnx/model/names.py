@@ -1,6 +1,6 @@
 """Names of tensors, and fresh ones."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from onnx import FunctionProto, ModelProto
 
@@ -23,6 +23,11 @@ def names(model: ModelProto) -> set[str]:
     return tensors
 
 
+def node_names(model: ModelProto) -> set[str]:
+    """Every name of a node anywhere in the model."""
+    return {node.name for scope in scopes(model) for node in scope.graph.node}
+
+
 def unique_name(base: str, taken: Container[str]) -> str:
     """`base`, or where that is taken `base` with the first free number, if the taken ones have no
     gap."""
@@ -42,10 +47,11 @@ def unique_name(base: str, taken: Container[str]) -> str:
 
 
 class FreshNames:
-    """Names that nothing in a ModelProto has, each given out once."""
+    """Names that no tensor in a ModelProto has, or no node with `node_names`, each given out
+    once."""
 
-    def __init__(self, model: ModelProto):
-        self._taken = names(model)
+    def __init__(self, model: ModelProto, names_of: Callable[[ModelProto], set[str]] = names):
+        self._taken = names_of(model)
 
     def __call__(self, base: str) -> str:
         """`base`, or `base` with a number."""

@@ -13,9 +13,12 @@ kinks, and CTU0(-|d|) is what smoothing adds at a kink where two lines differ by
 The last four equal lo + CTU0(X - lo) - CTU0(X - hi) and the like, without its cancellation for a
 large X and without its NaN for an infinite one. They are ops of ours as well, each with a
 model-local function that calls `ctonnx::CTU`: see ctu.kinked_function.
+
+Two nodes that bound X from below and from above, such as Min(Relu(X), hi), are the Clip that they
+compute.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +26,7 @@ import numpy as np
 from onnx import AttributeProto, NodeProto, TensorProto, helper
 
 from .. import ctu
-from ..model.graph import DEFAULT_DOMAINS, keep
+from ..model.graph import DEFAULT_DOMAINS, Scope, keep
 
 # Ops that ONNX Runtime's optimiser writes with an activation in their attributes.
 FUSED = {
@@ -53,11 +56,8 @@ class Steering:
 # A Steering, the reason why a node is left alone, or None for a node that is no activation.
 Judgement = Steering | str | None
 
-# Gives the value of a tensor by name where that is a scalar constant, or None.
-Constant = Callable[[str], float | None]
 
-
-def _relu(node: NodeProto, constant: Constant) -> Judgement:
+def _relu(node: NodeProto, scope: Scope) -> Judgement:
     return Steering(ctu.OP_TYPE, node.input[0])
 
 
@@ -74,22 +74,22 @@ def _attributes(node: NodeProto) -> list:
     return [attribute(node, *item) for item in _ATTRIBUTES[node.op_type].items()]
 
 
-def _leaky_relu(node: NodeProto, constant: Constant) -> Judgement:
+def _leaky_relu(node: NodeProto, scope: Scope) -> Judgement:
     return Steering(ctu.OP_TYPE, node.input[0], tuple(_attributes(node)))
 
 
-def _prelu(node: NodeProto, constant: Constant) -> Judgement:
+def _prelu(node: NodeProto, scope: Scope) -> Judgement:
     # A single number broadcasts at every opset.
-    slope = constant(node.input[1])
+    slope = scope.constant(node.input[1])
     return Steering(ctu.OP_TYPE, node.input[0], (node.input[1] if slope is None else slope,))
 
 
-def _clip(node: NodeProto, constant: Constant) -> Judgement:
+def _clip(node: NodeProto, scope: Scope) -> Judgement:
     bounds = _attributes(node)
     operands = list(bounds)
     for index, name in enumerate(node.input[1:3]):
         if name:
-            bounds[index], operands[index] = constant(name), name
+            bounds[index], operands[index] = scope.constant(name), name
             if bounds[index] is None:
                 return "its bounds are computed at run time, or lie in another file"
     x, bending = node.input[0], bounds_that_bend(*bounds)
@@ -121,25 +121,98 @@ def bounds_nothing(bound: float) -> bool:
     return not abs(bound) <= 3.4e38
 
 
-def _max(node: NodeProto, constant: Constant) -> Judgement:
-    return _with_zero(node, constant, lambda x: Steering(ctu.OP_TYPE, x))
+def _max(node: NodeProto, scope: Scope) -> Judgement:
+    return _with_zero(node, scope)
 
 
-def _min(node: NodeProto, constant: Constant) -> Judgement:
-    return _with_zero(node, constant, lambda x: Steering("CTUMin", x, (0.0,)))
+def _min(node: NodeProto, scope: Scope) -> Judgement:
+    return _with_zero(node, scope)
 
 
-def _with_zero(
-    node: NodeProto, constant: Constant, steering: Callable[[str], Steering]
-) -> Judgement:
+def _with_zero(node: NodeProto, scope: Scope) -> Judgement:
     """Max or Min is an activation against 0 alone; elsewhere it is arithmetic, and not reported."""
-    for zero, x in (node.input, reversed(node.input)) if len(node.input) == 2 else ():
-        if constant(zero) == 0:
-            return steering(x)
+    for zero, x in _orders(node):
+        if scope.constant(zero) == 0:
+            if not keeps_shape(scope, x, zero):
+                return Steering(f"CTU{node.op_type}", x, (zero,))
+            if node.op_type == "Max":
+                return Steering(ctu.OP_TYPE, x)
+            return Steering("CTUMin", x, (0.0,))
+    if any(scope.lies_in_a_file(bound) for bound, _ in _orders(node)):
+        return "its bound lies in another file, which is not at hand: give the model's path"
     return None
 
 
-def _hard_sigmoid(node: NodeProto, constant: Constant) -> Judgement:
+def _orders(node: NodeProto) -> Iterator[tuple[str, str]]:
+    """The inputs of a Max or Min of two, in both orders: one of them may be a bound."""
+    if len(node.input) == 2:
+        first, second = node.input
+        yield from ((first, second), (second, first))
+
+
+def keeps_shape(scope: Scope, x: str, bound: str | float) -> bool:
+    """Whether x surely keeps its shape in Max or Min with a bound of one number, which may have a
+    dimension more."""
+    if not isinstance(bound, str) or scope.shapes.get(bound) == []:
+        return True
+    return bool(scope.shapes.get(x))
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A node that bounds x from one side, by `operand`, as in Steering, which has the `value`.
+    `alone` tells whether it is an activation by itself."""
+
+    x: str
+    operand: str | float
+    value: float
+    upper: bool
+    alone: bool
+
+
+def _one_bound(node: NodeProto, scope: Scope) -> _Bound | None:
+    """What a node bounds, where it bounds one tensor by one constant and does nothing else."""
+    if node.domain not in DEFAULT_DOMAINS or _unusual(node) or not any(node.output[:1]):
+        return None
+    if node.op_type in ("Max", "Min"):
+        for bound, x in _orders(node):
+            value = scope.constant(bound)
+            if value is not None and x:
+                return _Bound(x, bound, value, node.op_type == "Min", alone=value == 0)
+    elif node.op_type in ("Relu", "Clip") and any(node.input[:1]):
+        steering = STEERABLE[node.op_type](node, scope)
+        if not isinstance(steering, Steering) or steering.op_type == "CTUClip":
+            return None
+        operand = (*steering.operands, 0.0)[0]
+        value = scope.constant(operand) if isinstance(operand, str) else operand
+        if value is not None:
+            return _Bound(steering.x, operand, value, steering.op_type == "CTUMin", alone=True)
+    return None
+
+
+def as_clip(inner: NodeProto, outer: NodeProto, scope: Scope) -> Steering | None:
+    """The Clip that two nodes make up, where `outer` reads what `inner` gives; or None.
+
+    Its X is that of `inner`, and its bounds are finite and may be those of a Clip. Two activations,
+    such as two Clips with a bound each, stay two.
+    """
+    below, above = _one_bound(inner, scope), _one_bound(outer, scope)
+    if below is None or above is None or above.x != inner.output[0]:
+        return None
+    if below.alone and above.alone:
+        return None
+    x = below.x
+    if below.upper:
+        below, above = above, below
+    if below.upper or not above.upper:
+        return None
+    bounds = below.value, above.value
+    if bounds_that_bend(*bounds) != bounds:
+        return None
+    return Steering("CTUClip", x, (below.operand, above.operand))
+
+
+def _hard_sigmoid(node: NodeProto, scope: Scope) -> Judgement:
     return Steering("CTUHardSigmoid", node.input[0], (*_attributes(node), 0.0, 1.0))
 
 
@@ -169,7 +242,11 @@ LEFT_ALONE = {
     ("", "Shrink"): _JUMPS,
 }
 
-_RECURRENT = ("RNN", "GRU", "LSTM")
+# The attributes that name the activations inside an op, and what their absence stands for.
+_PARTS = ("activation", "activations", "activation_type")
+_DEFAULT_PARTS = {("com.microsoft", op): "relu" for op in ("MoE", "QMoE", "ShardedMoE")}
+# In the names of activations with a kink, without case and "_".
+_KINKED = ("relu", "clip", "hardsigmoid")
 
 # Ops that quantize their output -> the position of its zero point. QuantizeLinear quantizes the
 # output of another op: where that is an affine one, clipping at 0 comes from a Relu.
@@ -190,38 +267,33 @@ _LOWEST: dict[int, int] = {
 _TAKEN_IN = "its range starts at 0, as quantization absorbed a Relu: steer before quantizing"
 
 
-def clips_at_zero(
-    node: NodeProto,
-    types: Mapping[str, set[int]],
-    constant: Constant,
-    producers: Mapping[str, str],
-) -> str | None:
+def clips_at_zero(node: NodeProto, scope: Scope, producers: Mapping[str, NodeProto]) -> str | None:
     """The reason why the Relu that quantization absorbed into a node's range cannot be steered;
     None where there is none: the range goes below 0, or the input comes from no affine op.
 
     Args:
-        types: element types by tensor name, as Scope.types.
-        constant: gives the value of a scalar constant by name, or None.
-        producers: output name -> op type of the nodes around.
+        producers: output name -> node, of the nodes around.
     """
     if node.op_type not in _QUANTIZING or node.domain not in (*DEFAULT_DOMAINS, "com.microsoft"):
         return None
     position = _QUANTIZING[node.op_type]
     x, name = (*node.input[:1], "")[0], (*node.input[position : position + 1], "")[0]
-    if node.op_type == "QuantizeLinear" and producers.get(x) not in _AFFINE:
+    producer = producers.get(x)
+    affine = producer is not None and producer.op_type in _AFFINE
+    if node.op_type == "QuantizeLinear" and not affine:
         return None
-    zero = constant(name) if name else 0
-    dtypes = types.get(name or (*node.output, "")[0], {TensorProto.UINT8})
+    zero = scope.constant(name) if name else 0
+    dtypes = scope.types.get(name or (*node.output, "")[0], {TensorProto.UINT8})
     lowest = {_LOWEST[dtype] for dtype in dtypes if dtype in _LOWEST}
     return _TAKEN_IN if zero in lowest else None
 
 
-def judge(node: NodeProto, dtypes: Iterable[int], constant: Constant) -> Judgement:
+def judge(node: NodeProto, dtypes: Iterable[int], scope: Scope) -> Judgement:
     """Judge a node.
 
     Args:
         dtypes: the element types of its tensor, none where they are unknown.
-        constant: gives the value of a scalar constant by name, or None.
+        scope: the typed Scope around it.
 
     Returns:
         Steering, the reason why the node is left alone, or None for a node that is no activation.
@@ -231,18 +303,16 @@ def judge(node: NodeProto, dtypes: Iterable[int], constant: Constant) -> Judgeme
         return None
     if (domain, node.op_type) in LEFT_ALONE:
         return LEFT_ALONE[domain, node.op_type]
-    if not domain and node.op_type in _RECURRENT:
-        return f"it is part of {node.op_type}" if _holds_relu(node, "activations") else None
     if domain or node.op_type not in STEERABLE:
-        return None
+        return f"it is part of {node.op_type}" if _has_kinked_part(node) else None
     needed = 2 if node.op_type == "PRelu" else 1
     if len(node.input) < needed or not all(node.input[:needed]):
         return "it lacks an input"
     if any(a.ref_attr_name for a in node.attribute):
         return "it has an attribute of the function around it"
-    if any(a.HasField("g") or a.graphs for a in node.attribute):
+    if _unusual(node):
         return "it has a subgraph, which no activation has"
-    steering = STEERABLE[node.op_type](node, constant)
+    steering = STEERABLE[node.op_type](node, scope)
     if not isinstance(steering, Steering):
         return steering
     wrong = set(dtypes) - set(ctu.FLOATING)
@@ -252,6 +322,11 @@ def judge(node: NodeProto, dtypes: Iterable[int], constant: Constant) -> Judgeme
             return None
         return f"its tensor is {_type_name(wrong.pop())}, not floating-point"
     return steering
+
+
+def _unusual(node: NodeProto) -> bool:
+    """Whether a node has an attribute that an activation cannot have, or that calls give it."""
+    return any(a.ref_attr_name or a.HasField("g") or a.graphs for a in node.attribute)
 
 
 def _type_name(dtype: int) -> str:
@@ -285,6 +360,16 @@ def take_out(node: NodeProto, output: str) -> None:
         node.op_type, node.domain = "Gemm", ""
 
 
+def pass_on(node: NodeProto, x: str) -> None:
+    """Let a node that bounds `x`, or has a bound fused into it, give it without that bound."""
+    if unfused(node) is not None:
+        take_out(node, node.output[0])
+        return
+    node.op_type = "Identity"
+    del node.attribute[:], node.input[:]
+    node.input.append(x)
+
+
 def attribute(node: NodeProto, name: str, default: Any, kind: int = AttributeProto.FLOAT) -> Any:
     """The value of a node's attribute of an AttributeProto type; `default` where there is none, or
     where it refers to the function around it."""
@@ -297,5 +382,17 @@ def attribute(node: NodeProto, name: str, default: Any, kind: int = AttributePro
     return default
 
 
-def _holds_relu(node: NodeProto, name: str) -> bool:
-    return any(b"Relu" in value for value in attribute(node, name, [], AttributeProto.STRINGS))
+def _has_kinked_part(node: NodeProto) -> bool:
+    """Whether an attribute names an activation with a kink that `unfused` cannot take out, as those
+    of RNN and MoE."""
+    if (node.domain, node.op_type) in FUSED:
+        return False
+    parts = []
+    for name in _PARTS:
+        parts.append(attribute(node, name, "", AttributeProto.STRING))
+        values = attribute(node, name, [], AttributeProto.STRINGS)
+        parts.extend(value.decode(errors="replace") for value in values)
+    if not any(parts):
+        parts = [_DEFAULT_PARTS.get((node.domain, node.op_type), "")]
+    parts = [part.lower().replace("_", "") for part in parts]
+    return any(kinked in part for part in parts for kinked in _KINKED)

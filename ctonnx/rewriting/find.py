@@ -1,14 +1,15 @@
 """Finding activations: which nodes are activations, which are steered, and why others are not."""
 
 import ast
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import NodeProto, TensorProto, numpy_helper
+from onnx import FunctionProto, NodeProto, TensorProto, numpy_helper
 
 from .. import ctu
-from ..model.graph import Scope, node_label
+from ..model.graph import Scope, node_label, reads
 from . import activations, records
 
 
@@ -45,7 +46,8 @@ class Site:
 
     `dtypes` holds the element types of its tensor, none where they are unknown. `steering` is what
     a steerable one becomes. `inner` is the activation as a node of its own where it is fused into
-    `node`.
+    `node`. `absorbed` is another node whose bound the steered one takes over, such as the Relu of
+    Min(Relu(X), 6), and the tensor that it bounds.
     """
 
     activation: Activation
@@ -54,6 +56,7 @@ class Site:
     dtypes: set[int]
     steering: activations.Steering | None = None
     inner: NodeProto | None = None
+    absorbed: tuple[NodeProto, str] | None = None
 
     @property
     def becomes(self) -> activations.Steering:
@@ -72,13 +75,21 @@ def survey(scopes: list[Scope], values: dict[str, float | list | None]) -> Itera
     for scope in scopes:
         if scope.function is not None and ctu.is_ctu(scope.function):
             continue
-        producers = {name: node.op_type for node in scope.graph.node for name in node.output}
+        producers = {name: node for node in scope.graph.node for name in node.output if name}
+        pairs = _pairs(scope, producers)
+        absorbed = {id(pair.absorbed[0]) for pair in pairs.values() if pair.absorbed}
         for node in scope.graph.node:
+            if id(node) in absorbed:
+                continue
             inner = activations.unfused(node)
             # X, bounds, slope and Y share one element type: the first that is known.
             types = (scope.types.get(name) for name in (*node.input, *node.output))
             dtypes = next(filter(None, types), set())
-            judgement = _judge(node, inner, dtypes, scope, values, producers)
+            pair = pairs.get(id(node))
+            if pair is not None:
+                judgement = _activation(node, node.op_type, scope, "steerable"), pair.steering
+            else:
+                judgement = _judge(node, inner, dtypes, scope, values, producers)
             if judgement is None:
                 continue
             activation, steering = judgement
@@ -87,32 +98,92 @@ def survey(scopes: list[Scope], values: dict[str, float | list | None]) -> Itera
                 shape=scope.shapes.get((*node.output, "")[0]),
                 module=_module(node),
             )
-            yield Site(activation, node, scope, dtypes, steering, inner)
+            together = None if pair is None else pair.absorbed
+            yield Site(activation, node, scope, dtypes, steering, inner, together)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The Steering of a node that is a Clip together with the one before it. `absorbed` is as in
+    Site, None where other nodes read that one too."""
+
+    steering: activations.Steering
+    absorbed: tuple[NodeProto, str] | None
+
+
+def _pairs(scope: Scope, producers: Mapping[str, NodeProto]) -> dict[int, _Pair]:
+    """The pairs of nodes that make up a Clip, by the id of the second."""
+    pairs, members = {}, set()
+    readers = None
+    for node in scope.graph.node:
+        if node.op_type not in ("Max", "Min", "Clip", "Relu") or id(node) in members:
+            continue
+        for name in node.input[:2]:
+            first = producers.get(name)
+            if first is None or id(first) in members or records.lowered_op(node) is not None:
+                continue
+            bounding = activations.unfused(first) or first
+            steering = activations.as_clip(bounding, node, scope)
+            if steering is None or not scope.types.get(name, set()) <= set(ctu.FLOATING):
+                continue
+            if readers is None:
+                readers = _readers(scope)
+            alone = readers[name] == 1
+            fused = bounding is not first
+            if fused and not alone:
+                continue  # X is no tensor of its own.
+            x = steering.x
+            if alone and _keeps_shape(bounding, x, scope):
+                steering = replace(steering, x=name)
+                pairs[id(node)] = _Pair(steering, (first, x))
+            else:
+                pairs[id(node)] = _Pair(steering, None)
+            members.update((id(first), id(node)))
+            break
+    return pairs
+
+
+def _keeps_shape(node: NodeProto, x: str, scope: Scope) -> bool:
+    """Whether a node that bounds x by a constant surely gives the shape of x."""
+    bounds = node.input if node.op_type in ("Max", "Min") else ()
+    return all(activations.keeps_shape(scope, x, bound) for bound in bounds if bound != x)
+
+
+def _readers(scope: Scope) -> Counter[str]:
+    """How many nodes, and outputs of the scope, read each tensor."""
+    graph = scope.graph
+    if isinstance(graph, FunctionProto):
+        counts = Counter(graph.output)
+    else:
+        counts = Counter(value.name for value in graph.output)
+    for node in graph.node:
+        counts.update(reads(node))
+    return counts
+
+
+def _activation(node, op, scope, status, **fields) -> Activation:
+    return Activation(node_label(node), op, scope.path, status, **fields)
 
 
 def _judge(node, inner, dtypes, scope, values, producers):
     """The Activation that a node is, and its Steering; None for any other node."""
-
-    def activation(op, status, **fields):
-        return Activation(node_label(node), op, scope.path, status, **fields)
-
     if ctu.is_ctu(node):
         # A CTU of another tool may lack its parameters.
         beta, coeff = (*(values.get(name) for name in node.input[1:3]), None, None)[:2]
         op = records.original_op(node)
-        return activation(op, "steered", beta=beta, coeff=coeff), None
+        return _activation(node, op, scope, "steered", beta=beta, coeff=coeff), None
     lowered = records.lowered_op(node)
     if lowered is not None:
-        return (activation(lowered, "steered"), None) if lowered else None
-    judgement = activations.judge(inner or node, dtypes, scope.constant)
+        return (_activation(node, lowered, scope, "steered"), None) if lowered else None
+    judgement = activations.judge(inner or node, dtypes, scope)
     if judgement is None:
-        judgement = activations.clips_at_zero(node, scope.types, scope.constant, producers)
+        judgement = activations.clips_at_zero(node, scope, producers)
     if judgement is None:
         return None
     op = (inner or node).op_type
     if isinstance(judgement, str):
-        return activation(op, "skipped", reason=judgement), None
-    return activation(op, "steerable"), judgement
+        return _activation(node, op, scope, "skipped", reason=judgement), None
+    return _activation(node, op, scope, "steerable"), judgement
 
 
 def _module(node: NodeProto) -> str | None:

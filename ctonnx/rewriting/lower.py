@@ -1,10 +1,12 @@
 """Lowering to primitives: every CTU becomes the standard ops of its function."""
 
-from onnx import ModelProto, checker, inliner
+from collections.abc import Mapping
+
+from onnx import ModelProto, NodeProto, checker, inliner
 
 from .. import ctu
 from ..errors import ModelError
-from ..model.graph import keep, scopes
+from ..model.graph import Scope, keep, scopes
 from . import activations, records
 
 
@@ -35,3 +37,41 @@ def to_primitives(model: ModelProto) -> None:
                 records.mark_lowered(node, op_type)
     for owner in (model, *model.functions):
         keep(owner.opset_import, lambda entry: entry.domain != ctu.DOMAIN)
+
+
+# What the correction of a CTU's function is the difference of, from its last op back: terms with
+# log(1 + exp(-u)) and u / (1 + exp(v)). See ctu.function.
+_LOG_TERM = ("Sub", "Mul", "Log", "Add", "Exp")
+_GATE_TERM = ("Sub", "Div", "Add", "Exp")
+
+
+def holds_unit(scope: Scope) -> bool:
+    """Whether nodes of a Scope are those of a CTU's function, whatever inlined it.
+
+    Tools that drop all metadata leave no other trace. Constants may have been folded.
+    """
+    producers = {name: node for node in scope.graph.node for name in node.output if name}
+    return any(node.op_type == "Add" and _ends_unit(node, producers) for node in scope.graph.node)
+
+
+def _ends_unit(add: NodeProto, producers: Mapping[str, NodeProto]) -> bool:
+    def comes_from(name, *ops):
+        node = producers.get(name)
+        while node is not None and node.op_type == "Cast" and node.input:
+            node = producers.get(node.input[0])
+        if node is None or node.op_type != ops[0]:
+            return False
+        return not ops[1:] or any(comes_from(name, *ops[1:]) for name in node.input)
+
+    def corrects(name, *sign):  # With a slope the correction has a sign.
+        return all(comes_from(name, *sign, *ops) for ops in (_LOG_TERM, _GATE_TERM))
+
+    return (
+        any(
+            (comes_from(x, "Relu") or comes_from(x, "Sub", "Relu"))
+            and (corrects(correction) or corrects(correction, "Mul"))
+            for x, correction in (add.input, reversed(add.input))
+        )
+        if len(add.input) == 2
+        else False
+    )

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from .. import ctu
 from ..errors import UsageError
 from ..model.graph import Scope, functions_of, key_of, node_label, scopes
-from ..model.names import FreshNames
+from ..model.names import FreshNames, node_names
 from . import records
 
 # Where CTU nodes have their parameters among their inputs.
@@ -23,6 +23,11 @@ def scalar(name: str, value: float, dtype: int = TensorProto.FLOAT) -> TensorPro
 def scalar_input(name: str) -> ValueInfoProto:
     """The ValueInfoProto of a float32 input without dimensions."""
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, [])
+
+
+def add_initializer(graph: GraphProto, tensor: TensorProto) -> None:
+    """Add an initializer before the last one: some tools know that by its place."""
+    graph.initializer.insert(max(len(graph.initializer) - 1, 0), tensor)
 
 
 def fill(model: ModelProto, names: Iterable[str], value: float) -> None:
@@ -44,6 +49,7 @@ class NewParameters:
         self._initializers = {}
         self.names: list[str] = []
         self.fresh_name = FreshNames(model)
+        self.fresh_node_name = FreshNames(model, node_names)
 
     def add(self, base: str, array: np.ndarray) -> str:
         """Add a float32 array, and return its name; equal arrays share an initializer."""
@@ -51,7 +57,7 @@ class NewParameters:
         if key not in self._initializers:
             name = self._initializers[key] = self._new_name(base)
             tensor = helper.make_tensor(name, TensorProto.FLOAT, array.shape, array.ravel())
-            self._graph.initializer.append(tensor)
+            add_initializer(self._graph, tensor)
         return self._initializers[key]
 
     def add_input(self, base: str, value: float, optional: bool) -> str:
@@ -59,7 +65,7 @@ class NewParameters:
         name = self._new_name(base)
         self._graph.input.append(scalar_input(name))
         if optional:
-            self._graph.initializer.append(scalar(name, value))
+            add_initializer(self._graph, scalar(name, value))
         return name
 
     def add_operand(self, value: float, dtype: int) -> str:
@@ -69,7 +75,7 @@ class NewParameters:
             value = float(np.clip(value, limits.min, limits.max))
         if (value, dtype) not in self._initializers:
             name = self._initializers[value, dtype] = self._new_name("ctu_operand")
-            self._graph.initializer.append(scalar(name, value, dtype))
+            add_initializer(self._graph, scalar(name, value, dtype))
         return self._initializers[value, dtype]
 
     def _new_name(self, base: str) -> str:

@@ -399,12 +399,16 @@ def _inputs(
 def _steer_node(site: Site, inputs: list[str], parameters: NewParameters) -> None:
     """Turn the site's node, or the one fused into it, into an op of ours with `inputs` behind X."""
     node, x = site.node, site.becomes.x
+    if site.absorbed is not None:
+        absorbed, unbounded = site.absorbed
+        records.record_node(absorbed)
+        activations.pass_on(absorbed, unbounded)
     if site.inner is None:
         records.record_node(node)
     else:
         records.record_node(node, output=True)
         x = parameters.fresh_name(f"{node.output[0]}_before_activation")
-        site.inner.name = node.name and f"{node.name}_activation"
+        site.inner.name = node.name and parameters.fresh_node_name(f"{node.name}_activation")
         activations.take_out(node, x)
         node = site.inner
         records.record_op_type(node)

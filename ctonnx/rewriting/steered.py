@@ -12,7 +12,8 @@ from ..errors import NothingToDo, UsageError
 from ..model.graph import Scope, check_names, keep, scopes
 from ..model.inference import typed_scopes
 from .find import Activation, Site, decimal, survey
-from .parameters import Parameters, fill, scalar, scalar_input
+from .lower import holds_unit
+from .parameters import Parameters, add_initializer, fill, scalar, scalar_input
 from .records import Metadata, has_record, lowered_op
 from .renamed import are_left, give_back_names
 from .undo import unsteer
@@ -112,8 +113,10 @@ class SteeredModel:
     def was_steered(self) -> bool:
         """Whether the model is steered, or was before another tool or a lowering inlined CTUs."""
         # Other tools drop the metadata of the model or of its nodes.
-        return self.metadata.records_steering or any(
-            ctu.is_ctu(node) or has_record(node) for node in self._nodes()
+        return (
+            self.metadata.records_steering
+            or any(ctu.is_ctu(node) or has_record(node) for node in self._nodes())
+            or any(map(holds_unit, self._scopes))
         )
 
     def set(self, beta: float, coeff: float | None = None, beta_as: str | None = None) -> int:
@@ -276,7 +279,7 @@ class SteeredModel:
         graph = self.proto.graph
         keep(graph.initializer, lambda tensor: tensor.name not in betas)
         keep(graph.input, lambda value: value.name not in betas)
-        graph.initializer.append(scalar(name, 0.0))
+        add_initializer(graph, scalar(name, 0.0))
         if beta_as == "input":
             graph.input.append(scalar_input(name))
         self.metadata.update(beta_input=name if beta_as == "input" else None)
@@ -285,7 +288,8 @@ class SteeredModel:
         graph = self.proto.graph
         keep(graph.input, lambda value: value.name not in names)
         missing = names - {tensor.name for tensor in graph.initializer}
-        graph.initializer.extend(scalar(name, 0.0) for name in sorted(missing))
+        for name in sorted(missing):
+            add_initializer(graph, scalar(name, 0.0))
 
     def _record(self, beta: float, coeff: float | None, beta_as: str | None) -> None:
         # Lowered to primitives, activations keep the betas of their own.

@@ -162,6 +162,7 @@ class _Undo:
                 raise _taken_apart(site)
         for scope in self._scopes:
             drop_gone(scope)
+        self._restore_absorbed(others)
         self._drop_parameters(sites)
         self._restore_calls(others)
         self._restore_imports(before)
@@ -254,7 +255,11 @@ class _Undo:
         restored = NodeProto()
         restored.CopyFrom(site.before)
         names = list(site.before.input)
-        if restored.op_type in ("Max", "Min") and len(names) == 2:
+        if _is_pair(site):
+            # Its two nodes go back as they were, or not at all.
+            if self.touched:
+                raise _changed_pair(restored.op_type)
+        elif restored.op_type in ("Max", "Min") and len(names) == 2:
             names = self._against_zero(site)
         elif restored.op_type == "Clip":
             names = self._clip(site)
@@ -341,6 +346,18 @@ class _Undo:
         records.drop_record(host)
         site.node.op_type = GONE
 
+    def _restore_absorbed(self, others: list[tuple[Scope, NodeProto, NodeProto]]) -> None:
+        """Restore the nodes whose bound the CTU behind them took over."""
+        for _, node, before in others:
+            if not records.is_recorded(node) or before.output or not _is_absorbed(node, before):
+                continue
+            if self.touched:
+                raise _changed_pair(before.op_type)
+            for changed in ("op_type", "domain", "input", "attribute"):
+                node.ClearField(changed)
+            node.MergeFrom(before)
+            records.drop_record(node)
+
     def _restore_calls(self, others: list[tuple[Scope, NodeProto, NodeProto]]) -> None:
         """Drop the records of what passed parameters to functions, which has none any more."""
         for _, node, before in others:
@@ -409,6 +426,29 @@ def _tensors(scope: Scope) -> set[str]:
         names = {value.name for value in (*graph.input, *graph.initializer)}
         names.update(tensor.values.name for tensor in graph.sparse_initializer)
     return names.union(*(node.output for node in graph.node))
+
+
+def _is_pair(site: _Site) -> bool:
+    """Whether a CTU stands for two nodes that bound its X from one side each."""
+    if site.op != "CTUClip":
+        return False
+    if site.before.op_type == "Clip":
+        bounds = len(list(filter(None, site.before.input[1:3])))
+        bounds += sum(a.name in ("min", "max") for a in site.before.attribute)
+        return bounds < 2
+    return site.before.op_type in ("Max", "Min", "Relu")
+
+
+def _is_absorbed(node: NodeProto, before: NodeProto) -> bool:
+    """Whether steering changed more of a node than the parameters that it passes to a function."""
+    return node.op_type != before.op_type or list(node.attribute) != list(before.attribute)
+
+
+def _changed_pair(op_type: str) -> ModelError:
+    return ModelError(
+        f"a {op_type} was steered together with the node beside it, and another tool has changed "
+        f"the model: cannot undo: {_GO_BACK}"
+    )
 
 
 def _taken_apart(site: _Site) -> ModelError:

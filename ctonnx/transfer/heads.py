@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 from ..errors import UsageError
 from ..model.flow import Flow
 from ..model.graph import DEFAULT_DOMAINS, keep, node_label
-from ..model.names import FreshNames
+from ..model.names import FreshNames, node_names
 from ..rewriting.records import Metadata, original_op
 
 # Ops that turn scores into probabilities.
@@ -216,7 +216,7 @@ def _append_head(
     if site.ending in ("Softmax", "LogSoftmax"):
         steps.append((site.ending, {"axis": 1}))
 
-    fresh = FreshNames(model)
+    fresh, fresh_node = FreshNames(model), FreshNames(model, node_names)
     tensor = site.features
     for i, (op, attributes) in enumerate(steps):
         inputs = [tensor]
@@ -226,7 +226,7 @@ def _append_head(
                 _add_initializer(model, inputs[-1], array, element_type)
         is_last = i == len(steps) - 1
         tensor = site.output if is_last else fresh(f"head_{op.lower()}")
-        node = helper.make_node(op, inputs, [tensor], fresh(f"node_{op}"), **attributes)
+        node = helper.make_node(op, inputs, [tensor], fresh_node(f"node_{op}"), **attributes)
         model.graph.node.append(node)
 
 

@@ -29,6 +29,7 @@ from ..errors import UsageError
 from ..measure import engine, intervals
 from ..measure.sweeping import grid
 from ..model import files
+from ..model.order import sort_nodes
 from ..optional import require
 from ..ort import runs
 from ..rewriting.steer import steer_or_set
@@ -249,6 +250,7 @@ def _write(
     if output is not None and not isinstance(model, ModelProto):
         # The file gets its name only if it can be measured.
         with files.Transaction(Path(model), output, force) as edit:
+            sort_nodes(edit.model)
             proto, notes = edit.model, change(edit.model)
             accuracy, more = measure(edit.stage())
     else:
