@@ -5,18 +5,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 
-import onnx
 from onnx import FunctionProto, GraphProto, ModelProto, helper, shape_inference
 
 from ..errors import ModelError
+from .bounds import bound_inference
 from .graph import Key, Scope, functions_of, key_of, nested_scopes
-
-_INFERENCE_ERRORS = (
-    shape_inference.InferenceError,
-    onnx.checker.ValidationError,
-    RuntimeError,
-    ValueError,
-)
 
 # Bounds on how deep functions call each other, which is onnx's own, and how often.
 _MAX_DEPTH = 100
@@ -135,9 +128,13 @@ def _called(
 
 
 def _inferred(model: ModelProto) -> list[Scope]:
-    """The Scopes of the main graph and its subgraphs, with the types that inference finds."""
-    # Where inference fails, what the model declares is known.
-    with suppress(*_INFERENCE_ERRORS):
+    """The Scopes of the main graph and its subgraphs, with the types that inference finds.
+
+    `model` is a copy, which changes.
+    """
+    bound_inference(model)
+    # Where inference fails, by whatever exception of C++, what the model declares is known.
+    with suppress(Exception):
         model = shape_inference.infer_shapes(model)
     result = list(nested_scopes(Scope("", model.graph)))
     for scope in result:
