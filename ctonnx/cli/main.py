@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from io import TextIOWrapper
 
 import click
 
@@ -50,6 +51,10 @@ def main() -> None:
     # As on Ctrl-C, nothing half-done is left behind.
     for number in signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for stream in sys.stdout, sys.stderr:
+        # A name may hold what the terminal's encoding lacks.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         # Not standalone, as click would print its usage errors over several lines.
         code = cli.main(standalone_mode=False)
