@@ -14,6 +14,8 @@ import ctonnx
 from ctonnx.check.validate import Model
 from ctonnx.errors import ModelError, NothingToDo, UsageError
 from ctonnx.model import external
+from ctonnx.model.graph import scopes
+from ctonnx.model.inference import typed_scopes
 from ctonnx.rewriting.steer import LOWERINGS, steer, steer_or_set
 from ctonnx.rewriting.steered import SteeredModel
 
@@ -267,16 +269,25 @@ CRASHES = {
     "outputs of Split": "y, z = Split <axis = 0, num_outputs = 1> (r)",
     "dimensions of GatherND": "i = Cast <to = 7> (n)  y = GatherND(r, i)",
     "batches of GatherND": "i = Cast <to = 7> (r)  y = GatherND <batch_dims = -9> (r, i)",
+    "EyeLike of an unknown type": "z = my.unknown(r)  y = EyeLike <dtype = 1> (z)",
+    "RegexFullMatch of an unknown type": "z = my.unknown(r)  y = RegexFullMatch(z)",
     "axis of LayerNormalization": "y, z = LayerNormalization <axis = 123456789012> (r, r)",
 }
 
 
 @pytest.mark.parametrize("text", CRASHES.values(), ids=CRASHES)
 def test_attributes_and_sizes_that_end_the_process_in_inference(text, tmp_path):
-    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 21]>
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 21, "my" : 1]>
     g (float[2, 3, 4] x, float[2, 1] n) => (float[a] y) {{ r = Relu(x)  {text} }}""")
     model.graph.input[1].type.tensor_type.shape.dim[1].dim_value = -1
     assert listed_in_bounds(model, tmp_path) == "[[2, 3, 4]]"
+
+
+def test_a_type_that_is_known_without_inference():
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 21]>
+    g (float[2, 3] x) => (float y) { e = EyeLike <dtype = 11, k = 1> (x)  y = Relu(e) }""")
+    (scope,) = typed_scopes(model, list(scopes(model)))
+    assert (scope.types["e"], scope.shapes["e"]) == ({TensorProto.DOUBLE}, [2, 3])
 
 
 def test_an_exception_of_inference_that_is_no_inference_error():

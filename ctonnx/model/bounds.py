@@ -19,7 +19,7 @@ _SHAPES = {"ConstantOfShape": {0}, "Expand": {1}, "Reshape": {1}}
 def bound_inference(model: ModelProto) -> None:
     """Change a copy of a model so that inference ends soon, and finds the same in a real model.
 
-    Negative sizes become unknown, and attributes that onnx takes for indices become good ones. A
+    Negative sizes become unknown, and nodes that would end the process become harmless ones. A
     shape passes a Slice of `_MAX_RANK` elements, unless it is a constant that is no longer.
 
     Args:
@@ -32,7 +32,7 @@ def bound_inference(model: ModelProto) -> None:
         _forget_negative_sizes(scope.graph)
         for node in scope.graph.node:
             if node.domain in DEFAULT_DOMAINS:
-                _correct_attributes(node)
+                _correct(node)
     _Shapes(model).bound()
 
 
@@ -45,15 +45,21 @@ def _forget_negative_sizes(graph: GraphProto | FunctionProto) -> None:
                 dim.ClearField("dim_value")
 
 
-def _correct_attributes(node: NodeProto) -> None:
+def _correct(node: NodeProto) -> None:
+    """Change a standard node where onnx takes an attribute for an index, or the type of an input
+    for known."""
     for attribute in node.attribute:
         if node.op_type == "Split" and attribute.name == "num_outputs":
             attribute.CopyFrom(helper.make_attribute("num_outputs", len(node.output)))
         elif node.op_type == "GatherND" and attribute.name == "batch_dims":
             attribute.i = max(attribute.i, 0)
+        elif node.op_type == "EyeLike" and attribute.name == "dtype":
+            attribute.name, node.op_type = "to", "Cast"  # of the same type and shape
     if node.op_type == "LayerNormalization":
         # The axis is an index into the shapes of the other outputs, statistics for training.
         del node.output[1:]
+    elif node.op_type == "RegexFullMatch":
+        node.op_type = "IsNaN"  # of the same type and shape
 
 
 class _Shapes:

@@ -398,6 +398,8 @@ def check_output(path: str | os.PathLike, force: bool = False) -> Path | str:
         if sys.stdout is None or sys.stdout.isatty():
             raise UsageError("standard output is closed or a terminal: name a file with -o")
         return path
+    if "\0" in str(path):
+        raise UsageError(f"{str(path)!r}: cannot be written: no name holds a NUL")
     folder, path = str(path).endswith(os.sep), Path(path)
     try:
         if folder or path.is_dir():
@@ -412,6 +414,4 @@ def check_output(path: str | os.PathLike, force: bool = False) -> Path | str:
             raise UsageError(f"{path}: cannot be written: there is no folder {path.parent}")
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
-    except ValueError as error:  # a NUL
-        raise UsageError(f"{str(path)!r}: cannot be written: {error}") from None
     return path
