@@ -49,7 +49,7 @@ SMALLER = {
 
 # What takes longest, in this order: the others are short, and what is left of them at the end keeps
 # no process waiting for another.
-LONGEST = ("fuzz", "backend_data", "docs", "real_models", "kernels")
+LONGEST = ("fuzz", "fuzz_ops", "backend_data", "docs", "real_models", "kernels")
 
 
 def pytest_collection_modifyitems(items):

@@ -233,6 +233,16 @@ def test_outputs_that_are_links_to_themselves(run, force):
     assert os.path.islink("loop.onnx")
 
 
+def test_too_little_memory_is_one_line(run, monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("ctonnx.api.inspect", full)
+    code, out, err = run("inspect", "digits.onnx")
+    assert (code, out, err.count("\n")) == (4, "", 1)
+    assert "out of memory" in err
+
+
 def test_sizes_of_thousands_of_digits(run):
     code, _, err = run("validate", "digits.onnx", "--shape", f"image={5000 * '9'}")
     assert code == 2

@@ -100,6 +100,11 @@ def test_random_inputs_that_would_fill_the_memory_are_not_drawn():
         g (float[1000000, 1000000] x) => (float[1000000, 1000000] y) { y = Neg(x) }"""
     with pytest.raises(CheckFailed, match="1000000x1000000, are too large"):
         validate.random_inputs(validate.Model(parsed(text).SerializeToString()))
+    ones = ", ".join(100 * "1")
+    with pytest.raises(CheckFailed, match="1x1x1, are too large"):
+        validate.random_inputs(
+            validate.Model(parsed(text.replace("1000000, 1000000", ones)).SerializeToString())
+        )
 
 
 # --- the whole validation

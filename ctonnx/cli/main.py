@@ -6,7 +6,7 @@ from io import TextIOWrapper
 
 import click
 
-from ..errors import CtonnxError
+from ..errors import CtonnxError, MissingDependency
 from .doctor import doctor
 from .export import export
 from .inspect import inspect
@@ -67,6 +67,9 @@ def main() -> None:
     except OSError as error:
         say(f"ctonnx: {error.filename or 'standard output'}: {error.strerror}")
         code = 1
+    except MemoryError:
+        say("ctonnx: out of memory: close other programs, or take a smaller model or batch")
+        code = MissingDependency.exit_code
     except (click.Abort, KeyboardInterrupt):
         # A second Ctrl-C would end Python while it shuts down.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -25,6 +25,7 @@ _SIZES = (8, 32, 64, 224, 256, 512, 2, 1)
 
 # Elements of all inputs: of a size chosen here, and of one that the model or the user asks for.
 _MOST_CHOSEN, _MOST_GIVEN = 1 << 24, 1 << 30
+_MOST_DIMENSIONS = 32
 
 # By default CUDA computes convolutions and matrix products in TF32, which differs by 1e-3.
 # https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#use_tf32
@@ -234,8 +235,9 @@ def _check_shapes(source: str, shapes: Mapping[str, Sequence[int]], inputs: Sequ
 
 
 def _check_size(shapes: Sequence[Sequence[int]], most: int) -> None:
-    """Raise ModelError where random inputs of some shapes would have too many elements."""
-    if sum(map(math.prod, shapes)) > most:
+    """Raise ModelError where random inputs of some shapes would have too many elements, or more
+    dimensions than NumPy's arrays."""
+    if sum(map(math.prod, shapes)) > most or max(map(len, shapes), default=0) > _MOST_DIMENSIONS:
         raise ModelError(f"its inputs, {', '.join(map(_by_x, shapes))}, are too large")
 
 
