@@ -4,7 +4,15 @@ could take gigabytes, or end the process."""
 import math
 from collections.abc import Iterable, Iterator
 
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    helper,
+)
 
 from .graph import DEFAULT_DOMAINS, Key, Scope, functions_of, key_of, nested_scopes, scopes
 from .names import FreshNames
@@ -127,8 +135,10 @@ class _Shapes:
         if domain is None:
             return
         if versions[domain] < 10:
-            bounds = {"starts": [0], "ends": [_MAX_RANK]}
-            yield helper.make_node("Slice", [name], [output], domain=domain, **bounds)
+            node = helper.make_node("Slice", [name], [output], domain=domain)
+            node.attribute.append(helper.make_attribute("starts", [0]))
+            node.attribute.append(helper.make_attribute("ends", [_MAX_RANK]))
+            yield node
             return
         inputs = [name]
         for number in 0, _MAX_RANK:
@@ -164,5 +174,5 @@ def _is_short(tensor: TensorProto) -> bool:
     return 0 <= math.prod(tensor.dims) <= _MAX_RANK and min(tensor.dims, default=0) >= 0
 
 
-def _is_short_value(attribute) -> bool:
+def _is_short_value(attribute: AttributeProto) -> bool:
     return len(attribute.ints) <= _MAX_RANK and _is_short(attribute.t)
