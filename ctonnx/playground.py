@@ -192,6 +192,13 @@ class _Handler(SimpleHTTPRequestHandler):
         self.directory = self._page
         return super().translate_path(path)
 
+    def send_head(self):
+        try:
+            return super().send_head()
+        except ValueError:  # a NUL, or what no file name can hold
+            self.send_error(404)
+            return None
+
     def list_directory(self, path):
         self.send_error(404)
 

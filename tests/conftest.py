@@ -55,7 +55,7 @@ SMALLER = {
 }
 
 # The longest test files run first, in this order; the short ones at the end keep processes busy.
-LONGEST = ("fuzz", "backend_data", "docs", "real_models", "kernels")
+LONGEST = ("fuzz", "fuzz_ops", "backend_data", "docs", "real_models", "kernels")
 
 
 def pytest_collection_modifyitems(items):

@@ -181,6 +181,87 @@ def test_inspect_says_where_and_why(run):
     assert any("\x1b" in line for line in columns(rows(SteeredModel(model).activations)))
 
 
+def test_names_write_no_control_characters(run):
+    """Of the terminal, of other lines, and of text from right to left."""
+    model = parsed(NO_ACTIVATION)
+    evil = "\x1b]0;evil\x07\x1b[2Jn\ny\r\x7f\x9b\u202e"
+    model.graph.node[0].name = f"é {evil}"
+    for op in "Relu", "Tanh", "LeakyRelu":
+        model.graph.node.add(op_type=op, name=f"{op}{evil}", input=["x"], output=[op])
+    onnx.save(model, "evil.onnx")
+    relu = ["--include", "Relu", "--exclude", "Leaky"]
+    outputs = [
+        run("inspect", "evil.onnx"),
+        run("inspect", "evil.onnx", "--json"),
+        run("patch", "evil.onnx", "--beta", "0.5", *relu),
+        run("patch", "evil.onnx", "--beta", "0.5", "--include", "Tanh"),
+        run("validate", "evil.ct.onnx"),
+        run("inspect", f"no{evil}.onnx"),
+        run("inspect", "evil.onnx", f"--no{evil}"),
+    ]
+    assert [code for code, _, _ in outputs] == [0, 0, 0, 1, 0, 3, 2]
+    for _, out, err in outputs:
+        assert all(line.isprintable() for line in (out + err).split("\n")), (out, err)
+    lines = outputs[0][1].splitlines()
+    assert len(lines) == 5
+    assert r"Relu\x1b]0;evil\x07\x1b[2Jn\ny\r\x7f\x9b\u202e" in lines[1]
+    assert json.loads(outputs[1][1])["activations"][0]["name"] == f"Relu{evil}"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_names_that_the_terminal_cannot_show(run, encoding):
+    model = parsed(NO_ACTIVATION)
+    model.graph.node.add(op_type="Relu", name="ж", input=["x"], output=["r"])
+    onnx.save(model, b"\xff.onnx")
+    done = subprocess.run(
+        [sys.executable, "-m", "ctonnx", "patch", b"\xff.onnx", "--beta", "0.5"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(rb"wrote \udcff.ct.onnx")
+    listed = subprocess.run(
+        [sys.executable, "-m", "ctonnx", "inspect", b"\xff.onnx"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert listed.returncode == 0
+    assert "ж".encode(encoding, "backslashreplace") in listed.stdout
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_outputs_that_are_links_to_themselves(run, force):
+    os.symlink("loop.onnx", "loop.onnx")
+    before = set(os.listdir())
+    for command in (
+        ["patch", "digits.onnx", "--beta", "0.5", "-o", "loop.onnx"],
+        ["patch", "digits.onnx", "--beta", "0.5", "-o", "loop.onnx/y.onnx"],
+        ["sweep", "digits.onnx", "--data", "x.npz", "--beta", "0.5", "--save-best", "loop.onnx"],
+        ["sweep", "digits.onnx", "--data", "loop.onnx", "-o", "loop.onnx"],
+    ):
+        code, out, err = run(*command, *force)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+    assert run("inspect", "loop.onnx")[0] == 3
+    assert set(os.listdir()) == before
+    assert os.path.islink("loop.onnx")
+
+
+def test_too_little_memory_is_one_line(run, monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("ctonnx.api.inspect", full)
+    code, out, err = run("inspect", "digits.onnx")
+    assert (code, out, err.count("\n")) == (4, "", 1)
+    assert "out of memory" in err
+
+
+def test_sizes_of_thousands_of_digits(run):
+    code, _, err = run("validate", "digits.onnx", "--shape", f"image={5000 * '9'}")
+    assert code == 2
+    assert "expected sizes like" in err
+
+
 def test_doctor(run):
     code, out, err = run("doctor")
     assert (code, err) == (0, "")

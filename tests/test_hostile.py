@@ -1,5 +1,9 @@
 """Inputs that fuzzers discovered, and models that would take too long: refused or steered."""
 
+import resource
+import subprocess
+import sys
+
 import numpy as np
 import onnx.parser
 import pytest
@@ -10,6 +14,8 @@ import ctonnx
 from ctonnx.check.validate import Model
 from ctonnx.errors import ModelError, NothingToDo, UsageError
 from ctonnx.model import external
+from ctonnx.model.graph import scopes
+from ctonnx.model.inference import typed_scopes
 from ctonnx.rewriting.steer import LOWERINGS, steer, steer_or_set
 from ctonnx.rewriting.steered import SteeredModel
 
@@ -194,8 +200,119 @@ def test_functions_that_call_each_other_beyond_bounds():
     """Models of 3 kB for which onnx's shape inference would take hours."""
     twice = [f"H = my.f{i + 1}(X)  Y = my.f{i + 1}(H)" for i in range(30)]
     deep = [f"Y = my.f{i + 1}(X)" for i in range(200)]
-    for bodies in twice, deep:
+    for bodies in twice, twice[:18], deep:
         with pytest.raises(ModelError, match="too often, or too deep"):
             ctonnx.inspect(chain(bodies))
     assert len(SteeredModel(chain(twice[:5])).activations) == 1
     assert len(SteeredModel(chain(deep[:50])).activations) == 1
+
+
+def listed_in_bounds(model, tmp_path):
+    """The shapes that `inspect` lists, in a process that may take 1 GiB and 20 seconds."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    program = "import ctonnx, sys; print([a.shape for a in ctonnx.inspect(sys.argv[1])])"
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, path],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        cwd=tmp_path,
+        preexec_fn=limit,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+LONG = {
+    "an input": "int64[100000000] s) => (float[y] y) { r = Relu(x)  y = Expand(r, s) }",
+    "a computed one": """int64 n) => (float[y] y)
+        { r = Relu(x)  k = Constant <value_ints = [100000000]> ()
+          s = ConstantOfShape <value = int64[1] {1}> (k)  y = Expand(r, s) }""",
+    "in a subgraph": """int64[100000000] s, bool b) => (float[y] y)
+        { r = Relu(x)  y = If (b) <then_branch = a () => (float[d] d) { d = Expand(r, s) },
+                                   else_branch = c () => (float[e] e) { e = Expand(r, s) }> }""",
+    "in a function": """int64[100000000] s) => (float[y] y) { r = Relu(x)  y = my.outer(r, s) }
+        <domain: "my", opset_import: ["" : 9, "my" : 1]> outer (X, S) => (Y) { Y = my.inner(X, S) }
+        <domain: "my", opset_import: ["" : 9]> inner (X, S) => (Y) { Y = Expand(X, S) }""",
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_a_shape_of_a_hundred_million_sizes(text, tmp_path):
+    """onnx's inference makes that many dimensions, several gigabytes."""
+    opset = 12 if "value_ints" in text else 9
+    head = f'<ir_version: 8, opset_import: ["" : {opset}, "my" : 1]> g (float[1, 3, 1] x, '
+    assert listed_in_bounds(onnx.parser.parse_model(head + text), tmp_path) == "[[1, 3, 1]]"
+
+
+def test_shapes_that_the_bounds_leave_known():
+    """Those of constants, of what another op computes, and of arguments of functions."""
+    head = """<ir_version: 8, opset_import: ["" : 9, "my" : 1]>
+    g (float[2, 3, 4] x, int64[3] s) => (float y)
+    <int64[2] k = {6, 4}> { """
+    functions = """ }
+    <domain: "my", opset_import: ["" : 9]> f (X, S) => (Y) { Y = Reshape(X, S) }"""
+    nodes = """p = Reshape(x, k)  a = Relu(p)  q = my.f(x, k)  b = Relu(q)
+    o = ConstantOfShape(k)  c = Relu(o)  z = Expand(o, s)  d = Relu(z)
+    y = my.g(a, b, c, d)"""
+    model = onnx.parser.parse_model(head + nodes + functions)
+    assert [a.shape for a in ctonnx.inspect(model)] == [[6, 4], [6, 4], [6, 4], [None, 6, 4]]
+
+
+CRASHES = {
+    "outputs of Split": "y, z = Split <axis = 0, num_outputs = 1> (r)",
+    "dimensions of GatherND": "i = Cast <to = 7> (n)  y = GatherND(r, i)",
+    "batches of GatherND": "i = Cast <to = 7> (r)  y = GatherND <batch_dims = -9> (r, i)",
+    "EyeLike of an unknown type": "z = my.unknown(r)  y = EyeLike <dtype = 1> (z)",
+    "RegexFullMatch of an unknown type": "z = my.unknown(r)  y = RegexFullMatch(z)",
+    "axis of LayerNormalization": "y, z = LayerNormalization <axis = 123456789012> (r, r)",
+}
+
+
+@pytest.mark.parametrize("text", CRASHES.values(), ids=CRASHES)
+def test_attributes_and_sizes_that_end_the_process_in_inference(text, tmp_path):
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 21, "my" : 1]>
+    g (float[2, 3, 4] x, float[2, 1] n) => (float[a] y) {{ r = Relu(x)  {text} }}""")
+    model.graph.input[1].type.tensor_type.shape.dim[1].dim_value = -1
+    assert listed_in_bounds(model, tmp_path) == "[[2, 3, 4]]"
+
+
+def test_a_type_that_is_known_without_inference():
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 21]>
+    g (float[2, 3] x) => (float y) { e = EyeLike <dtype = 11, k = 1> (x)  y = Relu(e) }""")
+    (scope,) = typed_scopes(model, list(scopes(model)))
+    assert (scope.types["e"], scope.shapes["e"]) == ({TensorProto.DOUBLE}, [2, 3])
+
+
+def test_an_exception_of_inference_that_is_no_inference_error():
+    """onnx lets an IndexError of C++ through."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 21]>
+    g (float[2, 3, 4] x) => (float[a] y) <int64[0] n = {}>
+    { r = Relu(x)  y = STFT(r, n, n) }""")
+    assert [a.shape for a in ctonnx.inspect(model)] == [None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000, "-" * 9000 + "1", "[" + "1+" * 4000 + "1]", "['a', 1, 2]", "{'a': 1}", "7", "\0"],
+)
+def test_scopes_of_an_exporter_that_are_no_list_of_names(text):
+    model = relu()
+    model.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=text)
+    assert [a.module for a in ctonnx.inspect(model)] == [None]
+
+
+def test_a_standard_op_that_names_an_overload():
+    model = relu()
+    model.graph.node[0].overload = "other"
+    assert [a.reason for a in ctonnx.inspect(model)] == [
+        "it names an overload, and a standard op has none"
+    ]
+    with pytest.raises(NothingToDo, match="overload"):
+        ctonnx.patch(model, 0.5)

@@ -213,7 +213,9 @@ def test_the_server_gives_the_page_and_the_runtime_to_this_machine_alone(any_run
             assert get("/app.js")[0].startswith("text/javascript")
             assert get("/runtime/ort-wasm-simd-threaded.wasm") == ("application/wasm", b"")
             assert get("/runtime/ort.wasm.bundle.min.mjs")[0].startswith("text/javascript")
-            for path in ("/runtime/", "/../cli.py", "/runtime/../../../x", "/runtime/..%2f", "/no"):
+            refused_paths = ["/runtime/", "/../cli.py", "/runtime/../../../x", "/runtime/..%2f"]
+            refused_paths += ["/no", "/%00", "/runtime/%00", "/%ed%a0%80", f"/{5000 * 'x'}"]
+            for path in refused_paths:
                 with pytest.raises(urllib.error.HTTPError) as refused:
                     get(path)
                 assert refused.value.code == 404, path

@@ -85,6 +85,28 @@ def test_a_model_that_runs_on_no_random_input_is_an_error():
         validate.random_inputs(validate.Model(parsed(text).SerializeToString()))
 
 
+def test_random_inputs_that_would_fill_the_memory_are_not_drawn():
+    """Neither of the sizes tried for symbolic dimensions, nor of those that a model declares."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, a, b, c, d] x) => (float[7] y) <int64[1] k = {7}>
+        { y = Reshape(x, k) }"""
+    opened, sizes = validate.Model(parsed(text).SerializeToString()), []
+    run = opened.run
+    opened.run = lambda inputs: [sizes.append(inputs["x"].shape[1]), run(inputs)][1]
+    with pytest.raises(CheckFailed, match="found no random input"):
+        validate.random_inputs(opened)
+    assert sizes == [8, 32, 64, 2, 1]
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[1000000, 1000000] x) => (float[1000000, 1000000] y) { y = Neg(x) }"""
+    with pytest.raises(CheckFailed, match="1000000x1000000, are too large"):
+        validate.random_inputs(validate.Model(parsed(text).SerializeToString()))
+    ones = ", ".join(100 * "1")
+    with pytest.raises(CheckFailed, match="1x1x1, are too large"):
+        validate.random_inputs(
+            validate.Model(parsed(text.replace("1000000, 1000000", ones)).SerializeToString())
+        )
+
+
 # --- the whole validation
 
 

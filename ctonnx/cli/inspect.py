@@ -8,7 +8,7 @@ import click
 
 from . import options
 from .output import as_json as fields_of
-from .output import print_json, say
+from .output import echo, print_json, say
 from .tables import columns
 
 
@@ -39,7 +39,7 @@ def inspect(model, as_json):
         click.echo(line)
     states = Counter(a.status for a in activations)
     names = ("steered", "steerable", "skipped")
-    click.echo(", ".join(f"{states[name]} {name}" for name in names))
+    echo(None, ", ".join(f"{states[name]} {name}" for name in names))
 
 
 def rows(activations: Iterable[Any]) -> Iterator[tuple[str, ...]]:

@@ -2,10 +2,11 @@
 
 import signal
 import sys
+from io import TextIOWrapper
 
 import click
 
-from ..errors import CtonnxError
+from ..errors import CtonnxError, MissingDependency
 from .doctor import doctor
 from .export import export
 from .inspect import inspect
@@ -50,6 +51,10 @@ def main() -> None:
     # As on Ctrl-C, nothing half-done is left behind.
     for number in signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for stream in sys.stdout, sys.stderr:
+        # A name may hold what the terminal's encoding lacks.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         # Not standalone, as click would print its usage errors over several lines.
         code = cli.main(standalone_mode=False)
@@ -62,6 +67,9 @@ def main() -> None:
     except OSError as error:
         say(f"ctonnx: {error.filename or 'standard output'}: {error.strerror}")
         code = 1
+    except MemoryError:
+        say("ctonnx: out of memory: close other programs, or take a smaller model or batch")
+        code = MissingDependency.exit_code
     except (click.Abort, KeyboardInterrupt):
         # A second Ctrl-C would end Python while it shuts down.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
+from os.path import realpath
 
 import click
 
@@ -24,17 +24,19 @@ def sizes(option: str, text: str, symbols: bool = False) -> list:
     """The numbers in `1x3x224x224`, and names where `symbols`."""
     dims = text.split("x")
     for dim in dims:
-        if not (dim.isdecimal() and int(dim)) and not (symbols and dim.isidentifier()):
+        # Python reads no number of thousands of digits.
+        number = dim.isdecimal() and len(dim) <= 18 and int(dim)
+        if not number and not (symbols and dim.isidentifier()):
             raise click.UsageError(f"--{option} {text}: expected sizes like 1x3x224x224")
     return [int(dim) if dim.isdecimal() else dim for dim in dims]
 
 
 def check_outputs(outputs: dict, inputs: dict) -> None:
     """Refuse an output, option -> path, that is another output or one of the inputs."""
-    seen = {Path(path).resolve(): name for name, path in inputs.items()}
+    seen = {realpath(path): name for name, path in inputs.items()}
     for name, path in outputs.items():
-        if path not in (None, "-") and seen.setdefault(Path(path).resolve(), name) != name:
-            raise click.UsageError(f"{name} and {seen[Path(path).resolve()]} name one file")
+        if path not in (None, "-") and seen.setdefault(realpath(path), name) != name:
+            raise click.UsageError(f"{name} and {seen[realpath(path)]} name one file")
 
 
 def group(*options: Callable) -> Callable:

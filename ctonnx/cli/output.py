@@ -11,21 +11,32 @@ from typing import Any
 import click
 
 
+def printable(text: str) -> str:
+    """Text on one line with its control characters escaped.
+
+    Names come from files of others: raw, they could write anywhere on a terminal, or look like
+    another line of output.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(message: str) -> None:
     """Print a message to stderr, as stdout holds the result only."""
-    click.echo(message, err=True)
+    click.echo(printable(message), err=True)
 
 
 def echo(output: str | PathLike | None, text: str) -> None:
-    """Print a result; to stderr where stdout holds the model."""
-    click.echo(text, err=output == "-")
+    """Print a line of a result; to stderr where stdout holds the model."""
+    click.echo(printable(text), err=output == "-")
 
 
 def print_json(output: str | PathLike | None = None, **document: Any) -> None:
     """Print one JSON document, with `output` in it where there is one."""
     if output is not None:
         document = {"output": str(output), **document}
-    echo(output, json.dumps({"schema_version": 1, **document}, indent=2))
+    text = json.dumps({"schema_version": 1, **document}, indent=2)
+    # JSON escapes every control character but this one.
+    click.echo(text.replace("\x7f", "\\u007f"), err=output == "-")
 
 
 def say_report(report: Any, as_json: bool) -> None:

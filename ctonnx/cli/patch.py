@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from pathlib import Path
+from os.path import realpath
 
 import click
 
@@ -69,7 +69,7 @@ def patch(model, output, params_file, dry_run, as_json, **choices):
     params_given = None if params_file is None else params.read(params_file)
     if dry_run and choices["check"]:
         raise click.UsageError("--check runs what is written: it does not go with --dry-run")
-    over_itself = output not in (None, "-") and Path(output).resolve() == Path(model).resolve()
+    over_itself = output not in (None, "-") and realpath(output) == realpath(model)
     if over_itself and choices["lowering"] == "primitives":
         raise click.UsageError("primitives cannot be undone: write to another file than MODEL")
     report, checks, output = _steer(model, output, params_given, dry_run, **choices)

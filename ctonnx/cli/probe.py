@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from . import options
-from .output import print_json, progress, say
+from .output import echo, print_json, progress, say
 from .tables import columns, interval, mark
 
 
@@ -74,18 +74,20 @@ def probe(model, output, points, as_json, feeding, **choices):
 
 
 def _print(result, output):
-    click.echo(
+    echo(
+        None,
         f"{result.width} features {result.features!r}, {len(result.classes)} classes, "
-        f"{result.train_samples} training and {result.test_samples} test samples"
+        f"{result.train_samples} training and {result.test_samples} test samples",
     )
     for line in (*columns(_rows(result)), *columns(_seed_rows(result))):
         click.echo(line)
     gain, ends = interval(result, ".4f")
-    click.echo(
+    echo(
+        None,
         f"accuracy {result.accuracy:.4f}, linear probing {result.original.test:.4f}: gain "
-        f"{gain} (95 %: {ends})"
+        f"{gain} (95 %: {ends})",
     )
-    click.echo(f"wrote {output}: beta {result.best.beta:g}, test accuracy {result.written:.4f}")
+    echo(None, f"wrote {output}: beta {result.best.beta:g}, test accuracy {result.written:.4f}")
 
 
 def _rows(result):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import options
-from .output import print_json, progress, say
+from .output import echo, print_json, progress, say
 from .tables import columns, interval, mark
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def sweep(model, drawing, save_best, beta_as, as_json, feeding, **choices):
         click.echo(line)
     if drawing == "-":
         click.echo(result.plot())
-    click.echo(verdict(result))
+    for line in verdict(result).splitlines():
+        echo(None, line)
     for path in filter(None, (output, save_best, picture)):
         say(f"wrote {path}")
 

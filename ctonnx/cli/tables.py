@@ -6,12 +6,15 @@ from typing import Any
 
 import click
 
+from .output import printable
+
 _COLORS = {"steered": "green", "steerable": "cyan", "skipped": "yellow", "*": "green"}
 
 
 def columns(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     """The lines of rows of text in columns under their titles, without empty columns."""
-    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    cells = (map(printable, row) for row in rows)
+    kept = [column for column in zip(*cells, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in kept]
     plain = "NO_COLOR" in os.environ
     for row in zip(*kept, strict=True):

@@ -7,7 +7,7 @@ import click
 
 from ..errors import CheckFailed
 from . import options
-from .output import print_json, say
+from .output import echo, print_json, say
 from .tables import columns
 
 # Most rows of a run that are shown; a longer run shows its worst output and their number.
@@ -108,9 +108,9 @@ def _print_json(result):
 
 def _print(result):
     shapes = (f"{n} {'x'.join(map(str, s)) or 'scalar'}" for n, s in result.inputs.items())
-    click.echo(f"compared with {result.against}, on {', '.join(shapes)}")
+    echo(None, f"compared with {result.against}, on {', '.join(shapes)}")
     for run in result.runs:
-        click.echo(f"{run.name}: {'passed' if run.ok else 'FAILED'}")
+        echo(None, f"{run.name}: {'passed' if run.ok else 'FAILED'}")
         for line in columns(_rows(run)):
             click.echo(f"  {line}")
 

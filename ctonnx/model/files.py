@@ -196,7 +196,7 @@ class Transaction:
 
     def _target(self) -> Path:
         # Behind a link it is the file that changes.
-        return Path(self.output).resolve()
+        return Path(os.path.realpath(self.output))
 
     def _write(self) -> tuple[Path, Path]:
         """Write the data and the model; gives the folder of the data, and the model's path."""
@@ -265,7 +265,7 @@ def write(path: str | os.PathLike, data: bytes) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))
     with _writing(path), _staging(target, {}, None) as (_, temporary):
         _write(data, temporary)
         _replace(temporary, target)
@@ -421,6 +421,8 @@ def check_output(path: str | os.PathLike, force: bool = False) -> Path | str:
         if sys.stdout is None or sys.stdout.isatty():
             raise UsageError("standard output is closed or a terminal: name a file with -o")
         return path
+    if "\0" in str(path):
+        raise UsageError(f"{str(path)!r}: cannot be written: no name holds a NUL")
     folder, path = str(path).endswith(os.sep), Path(path)
     try:
         if folder or path.is_dir():
@@ -429,6 +431,8 @@ def check_output(path: str | os.PathLike, force: bool = False) -> Path | str:
             raise UsageError(f"{path}: is no regular file")
         if path.exists() and not force:
             raise UsageError(f"{path}: exists already: choose another output, or use --force")
+        with suppress(FileNotFoundError):
+            path.stat()  # raises where a link leads to itself
         if not path.parent.is_dir():
             raise UsageError(f"{path}: cannot be written: there is no folder {path.parent}")
     except OSError as error:

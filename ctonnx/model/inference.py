@@ -9,6 +9,7 @@ import onnx
 from onnx import FunctionProto, GraphProto, ModelProto, helper, shape_inference
 
 from ..errors import ModelError
+from .bounds import bound_inference
 from .graph import Key, Scope, functions_of, key_of, nested_scopes
 from .order import restore_order, sort_nodes
 
@@ -19,9 +20,10 @@ INFERENCE_ERRORS = (
     ValueError,
 )
 
-# Bounds on how deep functions call each other, which is onnx's own, and how often.
+# Bounds on how deep functions call each other, which is onnx's own, and on the nodes that inference
+# visits when it follows every call: a million take 4 s.
 _MAX_DEPTH = 100
-_MAX_CALLS = 1_000_000
+_MAX_NODES = 1_000_000
 
 
 def typed_scopes(model: ModelProto, scopes: list[Scope]) -> list[Scope]:
@@ -112,12 +114,14 @@ def check_calls(model: ModelProto, scopes: list[Scope]) -> dict[Key | None, list
         for key in TopologicalSorter(calls).static_order():
             callees = calls.get(key, {})
             depth[key] = 1 + max((depth[callee] for callee in callees), default=0)
-            # An op that is no function is not followed.
-            total[key] = sum(n * (1 + total[c]) for c, n in callees.items() if c in by_function)
+            # An op that is no function is one node.
+            total[key] = sum(n * (1 + total.get(c, 0)) for c, n in callees.items())
     except CycleError as error:
         name = "::".join(error.args[1][0][:2])
         raise ModelError(f"the model's function {name} calls itself") from None
-    if max(depth.values(), default=0) > _MAX_DEPTH or max(total.values(), default=0) > _MAX_CALLS:
+    # Inference starts from the graph, and from each function again. Its own nodes are few.
+    visited = sum(total.values()) - sum(sum(nodes.values()) for nodes in calls.values())
+    if max(depth.values(), default=0) > _MAX_DEPTH or visited > _MAX_NODES:
         raise ModelError("the model's functions call each other too often, or too deep")
     return by_function
 
@@ -137,11 +141,15 @@ def _called(
 
 
 def _inferred(model: ModelProto) -> list[Scope]:
-    """The Scopes of the main graph and its subgraphs, with the types that inference finds."""
+    """The Scopes of the main graph and its subgraphs, with the types that inference finds.
+
+    `model` is a copy, which changes.
+    """
     # Inference goes by the order of the nodes; the scopes to fill in have that of the model.
     orders = sort_nodes(model)
-    # Where inference fails, what the model declares is known.
-    with suppress(*INFERENCE_ERRORS):
+    bound_inference(model)
+    # Where inference fails, by whatever exception of C++, what the model declares is known.
+    with suppress(Exception):
         model = shape_inference.infer_shapes(model)
     restore_order(model, orders)
     result = list(nested_scopes(Scope("", model.graph)))

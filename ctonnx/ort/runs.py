@@ -1,5 +1,6 @@
 """Running models in order to compare them: ONNX Runtime on one thread, and inputs to feed."""
 
+import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,10 @@ CPU = "CPUExecutionProvider"
 # Sizes for symbolic dimensions, tried in turn until the model runs. With one element along every
 # axis a normalisation or an attention tells nothing: 1 comes last.
 _SIZES = (8, 32, 64, 224, 256, 512, 2, 1)
+
+# Elements of all inputs: of a size chosen here, and of one that the model or the user asks for.
+_MOST_CHOSEN, _MOST_GIVEN = 1 << 24, 1 << 30
+_MOST_DIMENSIONS = 32
 
 # By default CUDA computes convolutions and matrix products in TF32, which differs by 1e-3.
 # https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#use_tf32
@@ -203,6 +208,11 @@ def random_run(
     failure = None
     for size in _SIZES[:1] if fixed else _SIZES:
         rng = np.random.default_rng(seed)
+        try:
+            _check_size([dims(i, size) for i in nodes], _MOST_GIVEN if fixed else _MOST_CHOSEN)
+        except ModelError as error:
+            failure = failure or error
+            continue
         inputs = dict(given) | {i.name: _random(rng, i.type, dims(i, size)) for i in nodes}
         try:
             return inputs, model.run(inputs)
@@ -222,6 +232,13 @@ def _check_shapes(source: str, shapes: Mapping[str, Sequence[int]], inputs: Sequ
         )
         if not fits:
             raise UsageError(f"{source}: {name!r} is {_by_x(want)}, got {_by_x(shape)}")
+
+
+def _check_size(shapes: Sequence[Sequence[int]], most: int) -> None:
+    """Raise ModelError where random inputs of some shapes would have too many elements, or more
+    dimensions than NumPy's arrays."""
+    if sum(map(math.prod, shapes)) > most or max(map(len, shapes), default=0) > _MOST_DIMENSIONS:
+        raise ModelError(f"its inputs, {', '.join(map(_by_x, shapes))}, are too large")
 
 
 def _by_x(shape: Sequence) -> str:

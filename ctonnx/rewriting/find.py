@@ -9,8 +9,11 @@ import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, numpy_helper
 
 from .. import ctu
-from ..model.graph import Scope, node_label, reads
+from ..model.graph import DEFAULT_DOMAINS, Scope, node_label, reads
 from . import activations, records
+
+# Characters of the scopes that PyTorch's exporter writes to a node.
+_LONGEST_SCOPES = 10_000
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,8 @@ def _judge(node, inner, dtypes, scope, values, producers):
         judgement = activations.clips_at_zero(node, scope, producers)
     if judgement is None:
         return None
+    if node.overload and node.domain in DEFAULT_DOMAINS:
+        judgement = "it names an overload, and a standard op has none"
     op = (inner or node).op_type
     if isinstance(judgement, str):
         return _activation(node, op, scope, "skipped", reason=judgement), None
@@ -189,10 +194,16 @@ def _judge(node, inner, dtypes, scope, values, producers):
 def _module(node: NodeProto) -> str | None:
     """The PyTorch module that a node comes from: its exporter writes the scopes around it."""
     text = records.get(node, "pkg.torch.onnx.name_scopes") or ""
+    # Python's parser takes deep nesting for its own stack's end, or its memory's.
+    if len(text) > _LONGEST_SCOPES:
+        return None
     try:
-        return next((s for s in reversed(ast.literal_eval(text)[:-1]) if s), None)
-    except (SyntaxError, TypeError, ValueError):
+        names = ast.literal_eval(text)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         return None  # The key is missing, or another exporter's.
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return next(filter(None, reversed(names[:-1])), None)
 
 
 def decimal(tensor: TensorProto) -> float | list | None:
