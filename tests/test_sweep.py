@@ -149,6 +149,39 @@ def test_equals_go_to_the_nearest_to_the_original():
     assert result.best is result.original
 
 
+class Refilled:
+    """Batches in the same two arrays each time, by index or, as a function, in turn."""
+
+    def __init__(self):
+        self.image, self.label = HELD["image"][:60].copy(), HELD["label"][:60].copy()
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError
+        rows = slice(60 * i, 60 * (i + 1))
+        self.image[:], self.label[:] = HELD["image"][rows], HELD["label"][rows]
+        return self.image, self.label
+
+
+@pytest.mark.parametrize("factory", [Refilled, lambda: iter(Refilled())])
+def test_a_batch_in_arrays_that_are_refilled(factory):
+    """The next batch is read while one is measured."""
+    result = ctonnx.sweep(MODEL, factory, BETAS)
+    assert [point.value for point in result.points] == accuracies(BETAS)
+
+
+def test_a_metric_may_change_its_labels():
+    def hits(outputs, labels):
+        labels -= outputs["logits"].argmax(1)
+        return labels == 0
+
+    result = ctonnx.sweep(MODEL, Refilled, BETAS, hits)
+    assert [point.value for point in result.points] == accuracies(BETAS)
+
+
 def test_grid_syntax():
     assert sweeping.grid("beta", "0.7:1.0:0.1") == [0.7, 0.8, 0.9, 1.0]
     assert sweeping.grid("beta", "0.5,0.7:0.9:0.1") == [0.5, 0.7, 0.8, 0.9]

@@ -63,6 +63,12 @@ class Batch:
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
+    def copy(self) -> "Batch":
+        """The same samples in arrays of their own."""
+        inputs = {name: array.copy() for name, array in self.inputs.items()}
+        labels = None if self.labels is None else self.labels.copy()
+        return Batch(inputs, labels, self.broken)
+
 
 def conform(batch: Batch, inputs: Iterable[Input]) -> Batch:
     """Reduce a batch to the arrays that the model takes, in their dtypes.

@@ -259,7 +259,8 @@ class Stream(Source):
         if len(item) != 2:
             raise UsageError(f"{self._name}: gave {len(item)} values, expected inputs and labels")
         inputs, labels = item
-        return conform(Batch(by_name(inputs, self.inputs), labels), self.inputs)
+        # The user's code may refill its arrays for the next batch, which is read ahead.
+        return conform(Batch(by_name(inputs, self.inputs), labels), self.inputs).copy()
 
     def _item(self, i: int) -> Any:
         """What the iterable gives for batch `i`; _END behind the last."""

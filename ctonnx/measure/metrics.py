@@ -305,6 +305,8 @@ def _custom(spec: str | Callable) -> Metric:
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", "metric")
 
     def statistics(outputs, labels, _):
+        # The function may change its labels, which serve the next point too.
+        labels = None if labels is None else labels.copy()
         numbers = np.asarray(user_code.call(function, name, outputs, labels))
         count = len(next(iter(outputs.values())))
         if numbers.shape != (count,) or numbers.dtype.kind not in "iubf":
