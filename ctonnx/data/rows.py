@@ -58,7 +58,7 @@ class Rows:
             stream.seek(offset)
             self.shape, fortran, self.dtype = _header(stream)
             self._start = stream.tell()
-        if self.dtype.kind not in _KINDS or not self.shape:
+        if self.dtype.kind not in _KINDS or len(self.shape) == 0:
             raise InputFileError(
                 f"{name}: holds objects or a single value, expected rows of numbers"
             )

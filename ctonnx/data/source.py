@@ -3,7 +3,6 @@
 Only the batches asked for are in memory.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -31,12 +30,17 @@ class Source:
         random: whether the batches come in a random order.
         notes: lines that a user should see.
         classes: the names of the classes, in the order of the labels, if the data name them.
+        repeatable: whether sources of one `identity` give the same batches; those of a user's
+            code may not.
+        sequential: whether a batch in front of the last one read is expensive.
     """
 
     inputs: Sequence[Input]
     random: bool
     notes: Sequence[str] = ()
     classes: Sequence[str] = ()
+    repeatable: bool = True
+    sequential: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -201,6 +205,8 @@ class CsvTable(Indexed):
 class Stream(Source):
     """The batches that a factory's iterable gives: by index if it can be indexed, else in turn.
 
+    They may come in another order, or be others, each time that the factory is called.
+
     Args:
         factory: a function without arguments, or its name "PKG:FACTORY", that returns an iterable
             of (inputs, labels) or of inputs.
@@ -210,6 +216,8 @@ class Stream(Source):
     Raises:
         UsageError: there is no such function, it fails, or it returns something else.
     """
+
+    repeatable = False
 
     def __init__(
         self, factory: str | Callable[[], Any], inputs: Sequence[Input], shuffle: bool = False
@@ -224,6 +232,7 @@ class Stream(Source):
         self._indexable = hasattr(self._batches, "__getitem__") and hasattr(
             self._batches, "__len__"
         )
+        self.sequential = not self._indexable
         self._iterator = iter(()) if self._indexable else self._call(iter, self._batches)
         self.random, self._order = shuffle and self._indexable, None
         if self.random:
@@ -274,11 +283,6 @@ class Stream(Source):
         item = self._call(next, islice(self._iterator, i - self._next, None), _END)
         self._next = i + 1
         return item
-
-
-def digest(data: bytes) -> str:
-    """A short digest of bytes."""
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def by_name(arrays: Any, inputs: Sequence[Input]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from .. import ctu
-from ..data.batches import Batch, Input
-from ..data.source import Source, digest, stamp
+from ..data.batches import Batch, Input, digest
+from ..data.source import Source, stamp
 from ..errors import ModelError, UsageError
 from ..model import files
 from ..model.external import check_external_data
@@ -358,18 +358,45 @@ class Job:
     providers: Sequence | None = None
 
 
-# Pieces of a Job: the index of a batch, and those of the points to measure on it.
+# Pieces of a Job: the index of a batch, and those of the points to measure on it. Without points
+# the batch is only read, to compare it with what was measured before.
 Work = Iterable[tuple[int, list[int]]]
 
 
 class Measured(NamedTuple):
-    """A piece of work that is done: the metric's statistics as Runner.measure returns them, and
-    how many samples of the batch are unreadable."""
+    """A piece of work that is done.
+
+    Attributes:
+        batch: the index of the batch.
+        points: the indices of the points; none where the batch was only read.
+        statistics: the metric's, as Runner.measure returns them; None without samples or points.
+        broken: how many samples of the batch are unreadable.
+        digest: what tells the batch from others; None if its source is repeatable.
+    """
 
     batch: int
     points: list[int]
     statistics: np.ndarray | None
     broken: int
+    digest: str | None
+
+
+def measure_batch(
+    job: Job, runner: Runner, source: Source, batch: Batch, index: int, points: list[int]
+) -> Measured:
+    """Measure a batch of a job.
+
+    Args:
+        job: what to measure.
+        runner: the job's model, opened.
+        source: where the batch is from.
+        batch: the batch.
+        index: its index.
+        points: the indices of the points.
+    """
+    statistics = runner.measure(batch, job.metric, job.points, points) if points else None
+    mark = None if source.repeatable else batch.digest()
+    return Measured(index, points, statistics, batch.broken, mark)
 
 
 def run_local(job: Job, runner: Runner, source: Source, work: Work) -> Iterator[Measured]:
@@ -385,5 +412,4 @@ def run_local(job: Job, runner: Runner, source: Source, work: Work) -> Iterator[
         each piece of work that is done.
     """
     for (index, chosen), batch in prefetch(source, work):
-        statistics = runner.measure(batch, job.metric, job.points, chosen)
-        yield Measured(index, chosen, statistics, batch.broken)
+        yield measure_batch(job, runner, source, batch, index, chosen)

@@ -179,11 +179,14 @@ def sweep(
         total = _count_runs(searching, count, len(points))
         with progress(total) if progress else nullcontext() as bar:
             outcome = None
-            evaluate = partial(_evaluate, journal, execute, bar)
+            evaluate = partial(_evaluate, journal, source, execute, bar)
             if count is not None and search == "racing":
                 outcome = _race(job, source, count, searching.confidence, journal, evaluate)
             else:
                 evaluate(itertools.count() if count is None else range(count), range(len(points)))
+            for piece in execute((batch, []) for batch in journal.unconfirmed()):
+                journal.add(piece)
+        journal.check_confirmed()
         result = result_of(chosen_metric, points, journal, outcome, notes)
         if output is not None:
             result.write(output)
@@ -230,7 +233,6 @@ def _length(source: Source) -> int | None:
 def _header(job: Job, source: Source, searching: Search) -> dict:
     """What a progress file must agree in to be resumed."""
     return {
-        "version": 2,
         "model": job.steerable.identity(),
         "data": source.identity(),
         "points": job.points,
@@ -257,20 +259,36 @@ def _count_runs(searching: Search, batches: int | None, points: int) -> int | No
 
 
 def _evaluate(
-    journal: Journal, execute: Execute, bar: Any, batches: Iterable[int], points: Sequence[int]
+    journal: Journal,
+    source: Source,
+    execute: Execute,
+    bar: Any,
+    batches: Iterable[int],
+    points: Sequence[int],
 ) -> None:
-    """Measure these batches at these points, as far as the journal lacks them."""
+    """Measure these batches at these points, as far as the journal lacks them.
+
+    Batches that were measured before the sweep was interrupted are read again where their order
+    may differ now.
+    """
 
     def missing() -> Iterator[tuple[int, list[int]]]:
+        unconfirmed = journal.unconfirmed()
         for batch in batches:
             lacking = journal.missing(batch, points)
             if bar:
                 bar.update(len(points) - len(lacking))
             if lacking:
                 yield batch, lacking
+            elif source.sequential and batch in unconfirmed:
+                yield batch, []
+            if lacking and not source.sequential:
+                # A new one comes first: what stopped the sweep may stop it again.
+                yield from ((old, []) for old in unconfirmed)
+                unconfirmed = []
 
     for piece in execute(missing()):
-        journal.add(*piece)
+        journal.add(piece)
         if bar:
             bar.update(len(piece.points))
 
