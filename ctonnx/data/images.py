@@ -176,6 +176,9 @@ class Images(Indexed):
         column = self._lines.header.index("path")
         return [self._path.parent / row[column] for row in self._lines[indices]]
 
+    def all_labels(self) -> np.ndarray | None:
+        return None if self._lines is not None else self._folder.labels
+
     def _labels_of(self, indices: np.ndarray) -> np.ndarray | None:
         if self._lines is None:
             return None if self._folder.labels is None else self._folder.labels[indices]

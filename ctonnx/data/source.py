@@ -54,6 +54,10 @@ class Source:
         """
         raise NotImplementedError
 
+    def all_labels(self) -> np.ndarray | None:
+        """The labels of all samples, if they can be had without reading the samples."""
+        return None
+
     def identity(self) -> list:
         """What tells the data, and their order, from others, for JSON."""
         raise NotImplementedError
@@ -138,6 +142,9 @@ class Arrays(Indexed):
         super().__init__(min(counts.values()), batching, name)
         self._arrays, self._labels, self._folder = arrays, labels, folder
         self._compute_fingerprint = fingerprint
+
+    def all_labels(self) -> np.ndarray | None:
+        return None if self._labels is None else self._labels[np.arange(len(self._labels))]
 
     def _fingerprint(self) -> list:
         return self._compute_fingerprint()
@@ -228,6 +235,8 @@ class Stream(Source):
             self._factory = factory
             self._name = getattr(factory, "__name__", type(factory).__name__)
         self.inputs = inputs
+        # A batch that is asked for twice in a row is not asked for again of the user's code.
+        self._last: tuple[int, Batch | None] | None = None
         self._batches, self._next = self._iterable(), 0
         self._indexable = hasattr(self._batches, "__getitem__") and hasattr(
             self._batches, "__len__"
@@ -259,6 +268,11 @@ class Stream(Source):
         return [self._name, self.random]
 
     def batch(self, i: int) -> Batch | None:
+        if self._last is None or self._last[0] != i:
+            self._last = i, self._new_batch(i)
+        return self._last[1]
+
+    def _new_batch(self, i: int) -> Batch | None:
         item = self._item(i)
         if item is _END:
             return None

@@ -15,6 +15,7 @@ from ..data.batches import Batch, Input, digest
 from ..data.source import Source, stamp
 from ..errors import ModelError, UsageError
 from ..model import files
+from ..model.endings import Ending, ending_of
 from ..model.external import check_external_data
 from ..ort import library
 from ..ort.runs import beside
@@ -42,11 +43,14 @@ class Steerable:
         inputs: the inputs that data feed: all but those of β and c.
         outputs: the names of all outputs.
         measurable: the names of the outputs of floating type.
-        scores: how many numbers the first of these has per sample; None if that is unknown.
+        widths: how many numbers each of these has per sample; None if that is unknown.
+        dtypes: the NumPy dtype of each of these.
+        endings: how each of these ends.
         betas: the names of the inputs that take β.
         coeffs: the names of the inputs that take c.
         external: the paths of the files with external data.
         notes: lines that a user should see.
+        chosen: the name of the output that is measured; the first measurable one if None.
     """
 
     data: bytes
@@ -54,16 +58,19 @@ class Steerable:
     inputs: list[Input]
     outputs: list[str]
     measurable: list[str]
-    scores: int | None
+    widths: dict[str, int | None]
+    dtypes: dict[str, np.dtype]
+    endings: dict[str, Ending]
     betas: list[str]
     coeffs: list[str]
     external: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    chosen: str | None = None
 
     @property
     def output(self) -> str:
-        """The name of the output that is measured: the first of floating type."""
-        return self.measurable[0]
+        """The name of the output that is measured."""
+        return self.chosen or self.measurable[0]
 
     def open(self, providers: Sequence | None = None, threads: int = 0) -> Any:
         """Open an onnxruntime.InferenceSession.
@@ -134,14 +141,18 @@ def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steera
     if not fed:
         raise UsageError("the model takes no input: there is nothing to sweep over")
     measurable = _measurable(proto.graph.output)
-    dims = measurable[0].type.tensor_type.shape.dim
     return Steerable(
         data=proto.SerializeToString(deterministic=True),
         folder=folder,
         inputs=[_input(value) for value in fed],
         outputs=[value.name for value in proto.graph.output],
         measurable=[value.name for value in measurable],
-        scores=(dims[1].dim_value or None) if len(dims) == 2 else None,
+        widths={value.name: _width(value) for value in measurable},
+        dtypes={
+            value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            for value in measurable
+        },
+        endings={value.name: ending_of(proto, value.name) for value in measurable},
         betas=sorted(betas),
         coeffs=sorted(coeffs),
         external=sorted(map(str, external.values())),
@@ -166,6 +177,11 @@ def _measurable(outputs: Iterable[ValueInfoProto]) -> list[ValueInfoProto]:
     if not measurable:
         raise UsageError("the model has no floating-point output to measure")
     return measurable
+
+
+def _width(output: ValueInfoProto) -> int | None:
+    dims = output.type.tensor_type.shape.dim
+    return (dims[1].dim_value or None) if len(dims) == 2 else None
 
 
 class Runner:
