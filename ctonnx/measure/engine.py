@@ -72,6 +72,19 @@ class Steerable:
         """The name of the output that is measured."""
         return self.chosen or self.measurable[0]
 
+    def named_output(self, name: str | None) -> str | None:
+        """`name`, the user's choice of an output to measure, or None.
+
+        Raises:
+            UsageError: it is no output of floating type.
+        """
+        if name is not None and name not in self.measurable:
+            raise UsageError(
+                f"the model has no floating-point output {name!r}: choose among "
+                f"{', '.join(self.measurable)}"
+            )
+        return name
+
     def open(self, providers: Sequence | None = None, threads: int = 0) -> Any:
         """Open an onnxruntime.InferenceSession.
 

@@ -35,15 +35,11 @@ def choose_output(
         UsageError: there is no such output, the metric takes all, or the metric fits none.
     """
     names = steerable.measurable
-    if wanted is not None:
-        if metric.takes_all_outputs:
-            raise UsageError(f"{metric.name} takes all outputs: leave out output-name")
-        if wanted not in names:
-            raise UsageError(
-                f"the model has no floating-point output {wanted!r}: choose among "
-                f"{', '.join(names)}"
-            )
-        return wanted
+    if wanted is not None and metric.takes_all_outputs:
+        raise UsageError(f"{metric.name} takes all outputs: leave out output-name")
+    named = steerable.named_output(wanted)
+    if named is not None:
+        return named
     if len(names) == 1 or metric.takes_all_outputs:
         return names[0]
     batch = source.batch(0)
