@@ -164,15 +164,58 @@ def test_a_folder_of_images(folder):
     np.testing.assert_array_equal(gray["x"][1, 0], np.asarray(expected))
 
 
-def test_folders_named_by_numbers_are_in_their_order(tmp_path):
-    for name in "10", "2", "1":
-        (tmp_path / name).mkdir()
-        picture(int(name)).save(tmp_path / name / "a.png")
-    held, labels, _ = everything(open_source(tmp_path, [Input("x", FLOAT, IMAGE)]))
-    assert labels.tolist() == [0, 1, 2]
-    (tmp_path / "2").rename(tmp_path / "second")
-    again, _, _ = everything(open_source(tmp_path, [Input("x", FLOAT, IMAGE)]))
-    np.testing.assert_array_equal(again["x"], held["x"][[0, 2, 1]])
+def shades(folder, *names):
+    """Save a grey image of another shade under each name."""
+    from PIL import Image
+
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(folder / name)
+
+
+def read(folder):
+    """The class names, the labels, the shade of each image, and the notes."""
+    source = open_source(folder, [Input("x", FLOAT, IMAGE)])
+    held, labels, _ = everything(source)
+    shade = np.rint(held["x"][:, 0, 0, 0] * 255 / 20).astype(int)
+    return source.classes, labels.tolist(), shade.tolist(), source.notes
+
+
+def test_folders_named_by_numbers_are_in_the_order_of_text(tmp_path):
+    """As torchvision's ImageFolder has them."""
+    shades(tmp_path, "1/a.png", "2/a.png", "10/a.png")
+    classes, labels, shade, notes = read(tmp_path)
+    assert (classes, labels, shade) == (["1", "10", "2"], [0, 1, 2], [0, 2, 1])
+    assert notes == [
+        f"the class folders of {tmp_path} are in the order of text, as torchvision has them: "
+        "1, 10, 2, ... are 0, 1, 2, ..."
+    ]
+    (tmp_path / "10").rename(tmp_path / "3")
+    assert read(tmp_path) == (["1", "2", "3"], [0, 1, 2], [0, 1, 2], [])
+
+
+def test_images_are_found_below_the_class_folders(tmp_path):
+    shades(tmp_path, "a/2/x.png", "a/1.png", "a/2/deep/y.png", "b/c/z.png")
+    # A link that leads back up is followed once.
+    (tmp_path / "a" / "2" / "loop").symlink_to(tmp_path / "a")
+    assert read(tmp_path) == (["a", "b"], [0, 0, 0, 1], [1, 2, 0, 3], [])
+
+
+def test_class_folders_that_look_hidden(tmp_path):
+    shades(tmp_path, "_unknown/a.png", "a/a.png", ".first/a.png")
+    (tmp_path / ".cache").mkdir()
+    classes, labels, shade, notes = read(tmp_path)
+    assert (classes, labels, shade) == ([".first", "_unknown", "a"], [0, 1, 2], [2, 0, 1])
+    assert notes == [
+        f"{tmp_path / '.first'} holds 1 images: it counts as a class, as for torchvision"
+    ]
+
+
+def test_images_that_torchvision_leaves_out_are_counted(tmp_path):
+    shades(tmp_path, "a/a.png", "b/a.gif", "b/b.GIF")
+    assert read(tmp_path)[3] == [
+        f"2 images of {tmp_path} are of kinds that torchvision leaves out, .gif"
+    ]
 
 
 def test_images_of_16_bits_are_scaled(tmp_path):

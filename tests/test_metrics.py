@@ -1,5 +1,7 @@
 """Metrics: their values as scikit-learn gives them, their errors, and what does not fit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ from ctonnx.errors import UsageError
 from ctonnx.measure import intervals, metrics
 from ctonnx.measure.intervals import paired_difference
 from ctonnx.measure.metrics import metric_named
+from ctonnx.model.endings import LOG_PROBABILITIES, PROBABILITIES
+from ctonnx.model.endings import LOGITS as LOGIT
 
 sklearn = pytest.importorskip("sklearn.metrics")
 RNG = np.random.default_rng(0)
@@ -20,9 +24,9 @@ def softmax(logits):
     return exp / exp.sum(1, keepdims=True)
 
 
-def value(name, outputs, labels=None, original=None, parts=7):
+def value(name, outputs, labels=None, original=None, parts=7, kind=LOGIT):
     """The value of a metric that gets the samples in several batches."""
-    metric = metric_named(name)
+    metric = replace(metric_named(name), kind=kind)
 
     def split(array):
         return [None] * parts if array is None else np.array_split(array, parts)
@@ -53,22 +57,53 @@ def test_of_equal_scores_the_first_is_chosen():
         assert value(name, scores, labels, parts=1) == pytest.approx(expected)
 
 
-def test_probabilities_are_told_from_logits():
+def test_probabilities_and_logits():
     probabilities = softmax(LOGITS).astype(np.float32)
-    assert value("nll", probabilities, LABELS) == pytest.approx(CASES["nll"], rel=1e-5)
-    sure = np.float32([[1, 0], [1, 0]])
-    assert value("nll", sure, np.array([0, 0]), parts=1) == 0
-    assert np.isfinite(value("nll", sure, np.array([1, 1]), parts=1))
-    # Large logits do not overflow.
+    # Rounded ones, which do not sum to 1, are taken in proportion.
+    for given in (probabilities, probabilities * 1.05):
+        found = value("nll", given, LABELS, kind=PROBABILITIES)
+        assert found == pytest.approx(CASES["nll"], rel=1e-5)
+    logs = np.log(softmax(LOGITS))
+    found = value("nll", logs, LABELS, kind=LOG_PROBABILITIES)
+    assert found == pytest.approx(CASES["nll"])
+    # Logits that sum to 1 are logits all the same.
+    found = value("nll", np.float32([[0.25, 0.75]]), np.array([0]), parts=1)
+    assert found == pytest.approx(np.log(1 + np.exp(0.5)))
+
+
+def test_nll_has_no_bound():
+    label = np.array([1])
+    for gap in (30, 500, 1e4):
+        assert value("nll", np.float32([[gap, 0]]), label, parts=1) == pytest.approx(gap)
     assert value("nll", np.float32([[1e4, 0]]), np.array([0]), parts=1) == 0
+    rare = np.float32([[1, 1e-30]])
+    found = value("nll", rare, label, parts=1, kind=PROBABILITIES)
+    assert found == pytest.approx(30 * np.log(10), rel=1e-6)
+    # A probability of 0 counts as the smallest number that the type holds.
+    for dtype, smallest in (np.float16, 2.0**-24), (np.float32, 2.0**-149), (float, 5e-324):
+        sure = np.array([[1, 0]], dtype)
+        found = value("nll", sure, label, parts=1, kind=PROBABILITIES)
+        assert found == pytest.approx(-np.log(smallest))
+        found = value("nll", sure, np.array([0]), parts=1, kind=PROBABILITIES)
+        assert found == pytest.approx(0, abs=1e-7)
+
+
+def test_classes_that_are_ruled_out():
+    """By a logit of minus infinity, they add nothing."""
+    masked = np.float32([[0, 0, -np.inf]])
+    assert value("entropy", masked, parts=1) == pytest.approx(np.log(2))
+    assert value("kl", masked, None, masked, parts=1) == 0
 
 
 def test_calibration_error_by_hand():
     probabilities = np.float32([[0.95, 0.05], [0.95, 0.05], [0.65, 0.35], [0.35, 0.65]])
     labels = np.array([0, 1, 0, 0])
     expected = (2 * abs(0.95 - 0.5) + 2 * abs(0.65 - 0.5)) / 4
-    assert value("ece", probabilities, labels, parts=2) == pytest.approx(expected, rel=1e-6)
-    assert value("ece", np.float32([[1, 0], [0, 1]]), np.array([0, 1]), parts=1) == 0
+    found = value("ece", probabilities, labels, parts=2, kind=PROBABILITIES)
+    assert found == pytest.approx(expected, rel=1e-6)
+    sure = np.float32([[1, 0], [0, 1]])
+    found = value("ece", sure, np.array([0, 1]), parts=1, kind=PROBABILITIES)
+    assert found == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -270,6 +270,20 @@ def test_an_embedding_may_come_before_the_scores():
     assert "the new head makes the output 'y', as the old one did" in result.notes
 
 
+def test_the_output_of_the_new_head_may_be_named():
+    """Of a detector's two linear layers the first is that of its boxes."""
+    model = small(
+        "b = Gemm(h, w, c) n = Abs(h) y = Gemm(n, w, c)", output="float[N, 2] b, float[N, 2] y"
+    )
+    for name, features in (None, "h"), ("b", "h"), ("y", "n"):
+        result = ctonnx.probe(model, (X, Y), (X, Y), [0.5], output_name=name)
+        assert result.features == features
+        told = "of the outputs b, y --output-name chooses another"
+        assert (told in result.notes) == (name is None)
+    with pytest.raises(UsageError, match="no floating-point output 'z': choose among b, y"):
+        ctonnx.probe(model, (X, Y), (X, Y), [0.5], output_name="z")
+
+
 def test_features_may_be_named():
     """With what is behind them alone taken out, and flattened."""
     model = small("p = Reshape(h, s) g = Relu(p) m = Flatten(g) n = Abs(m) y = Gemm(n, w, c)")

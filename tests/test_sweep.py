@@ -149,6 +149,39 @@ def test_equals_go_to_the_nearest_to_the_original():
     assert result.best is result.original
 
 
+class Refilled:
+    """Batches in the same two arrays each time, by index or, as a function, in turn."""
+
+    def __init__(self):
+        self.image, self.label = HELD["image"][:60].copy(), HELD["label"][:60].copy()
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError
+        rows = slice(60 * i, 60 * (i + 1))
+        self.image[:], self.label[:] = HELD["image"][rows], HELD["label"][rows]
+        return self.image, self.label
+
+
+@pytest.mark.parametrize("factory", [Refilled, lambda: iter(Refilled())])
+def test_a_batch_in_arrays_that_are_refilled(factory):
+    """The next batch is read while one is measured."""
+    result = ctonnx.sweep(MODEL, factory, BETAS)
+    assert [point.value for point in result.points] == accuracies(BETAS)
+
+
+def test_a_metric_may_change_its_labels():
+    def hits(outputs, labels):
+        labels -= outputs["logits"].argmax(1)
+        return labels == 0
+
+    result = ctonnx.sweep(MODEL, Refilled, BETAS, hits)
+    assert [point.value for point in result.points] == accuracies(BETAS)
+
+
 def test_grid_syntax():
     assert sweeping.grid("beta", "0.7:1.0:0.1") == [0.7, 0.8, 0.9, 1.0]
     assert sweeping.grid("beta", "0.5,0.7:0.9:0.1") == [0.5, 0.7, 0.8, 0.9]
@@ -462,7 +495,7 @@ def test_a_damaged_progress_file_is_one_line(tmp_path):
     header = {"metric": "x"}
     path = tmp_path / "r.csv.progress"
     made = journal.Journal(path, header)
-    made.add(0, [0], np.zeros((1, 2, 1)), 0)
+    made.add(engine.Measured(0, [0], np.zeros((1, 2, 1)), 0, None))
     made.close()
     path.write_bytes(path.read_bytes() + b"nonsense\n")
     with pytest.raises(InputFileError, match=r"progress: is damaged: remove it to start anew"):
@@ -470,6 +503,145 @@ def test_a_damaged_progress_file_is_one_line(tmp_path):
     path.write_text('{"a": 1}\n')
     with pytest.raises(UsageError, match="is not a sweep's progress file"):
         journal.Journal(path, header, resume=True)
+
+
+def rewritten(line, **changes):
+    """A line of a progress file with other values, and the checksum of these."""
+    entry = {**json.loads(line), **changes}
+    del entry["sum"]
+    return journal._line(entry)
+
+
+def test_a_changed_progress_file_is_refused(tmp_path):
+    """Every byte counts, and so do types and ranges where the checksum is made to fit."""
+    header, path = {"points": [[1.0, None], [0.5, None]]}, tmp_path / "r.csv.progress"
+    made = journal.Journal(path, header)
+    for batch in range(2):
+        made.add(engine.Measured(batch, [0, 1], np.ones((2, 3, 1)) * batch, 0, "d"))
+    made.close()
+    whole = path.read_bytes()
+    first, *lines = whole.splitlines(keepends=True)
+    restored = journal.Journal(path, header, resume=True)
+    assert restored.statistics(1).ravel().tolist() == [0, 0, 0, 1, 1, 1]
+    for at in range(len(first), len(whole) - 1, 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(InputFileError, match="is damaged: remove it to start anew"):
+            journal.Journal(path, header, resume=True)
+    short = json.loads(lines[0])["data"][:32]
+    for changes in (
+        {"batch": -1},
+        {"batch": 1.5},
+        {"batch": True},
+        {"batch": None},
+        {"points": [0, 2]},
+        {"points": [0, 0]},
+        {"points": [-1, 0]},
+        {"points": []},
+        {"points": "01"},
+        {"points": 3},
+        {"broken": -1},
+        {"broken": "0"},
+        {"digest": 5},
+        {"shape": [2, 3]},
+        {"shape": [3, 3, 1]},
+        {"shape": [2, 0, 1]},
+        {"shape": [2, -3, -1]},
+        {"shape": [2, 2, 1], "data": short},
+        {"shape": None},
+        {"data": ""},
+        {"data": "?"},
+        {"data": 5},
+    ):
+        # Of the same batch as the line before, whose samples it must have.
+        path.write_bytes(first + lines[0] + rewritten(lines[0], **changes))
+        with pytest.raises(InputFileError, match="is damaged: remove it to start anew"):
+            journal.Journal(path, header, resume=True)
+    path.write_bytes(b"[" * 100_000 + b"\n")
+    with pytest.raises(InputFileError, match="is damaged: remove it to start anew"):
+        journal.Journal(path, header, resume=True)
+    for content, line in [
+        (b'{"ctonnx": "sweep", "version": 2}\n', "was written by another version of ctonnx"),
+        (b"my own notes", "is not a sweep's progress file"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=line):
+            journal.Journal(path, header, resume=True)
+        assert path.read_bytes() == content
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputFileError, match="cannot be read: Is a directory"):
+        journal.Journal(path, header, resume=True)
+
+
+@pytest.mark.parametrize("cut", [10, 2000])
+def test_a_sweep_stopped_by_a_full_disk_is_resumed(tmp_path, monkeypatch, cut):
+    """The progress file holds whole lines alone, or is gone."""
+    output, opened = tmp_path / "r.csv", open
+
+    class Full:
+        """A file on a disk with room for some bytes."""
+
+        def __init__(self, stream):
+            self.stream, self.left = stream, cut
+
+        def write(self, data):
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            written = self.stream.write(data[: self.left])
+            self.left -= written
+            return written
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    def limited(*arguments, **options):
+        stream = opened(*arguments, **options)
+        return Full(stream) if arguments[1:2] == ("ab",) else stream
+
+    monkeypatch.setattr(journal, "open", limited, raising=False)
+    with pytest.raises(UsageError, match="progress: cannot be written: No space left"):
+        ctonnx.sweep(MODEL, DATA, BETAS, output=output)
+    progress = tmp_path / "r.csv.progress"
+    assert progress.exists() == (cut > 10)
+    assert not progress.exists() or 1 < len(progress.read_bytes().splitlines()) < 5
+    assert not progress.exists() or progress.read_bytes().endswith(b"\n")
+    monkeypatch.undo()
+    result = ctonnx.sweep(MODEL, DATA, BETAS, output=output, resume=True)
+    assert result == ctonnx.sweep(MODEL, DATA, BETAS)
+    assert os.listdir(tmp_path) == ["r.csv"]
+
+
+class Shuffled:
+    """Batches of samples in a random order, by index or in turn, with a seed or without."""
+
+    def __init__(self, by_index, seed=None):
+        self.by_index, self.seed = by_index, seed
+
+    def __call__(self):
+        rows = np.random.default_rng(self.seed).permutation(540).reshape(9, 60)
+        batches = [(HELD["image"][each], HELD["label"][each]) for each in rows]
+        return batches if self.by_index else iter(batches)
+
+
+@pytest.mark.parametrize("by_index", [True, False])
+def test_data_in_another_order_are_not_resumed(tmp_path, monkeypatch, by_index):
+    output = tmp_path / "r.csv"
+    with pytest.raises(KeyboardInterrupt):
+        ctonnx.sweep(MODEL, Shuffled(by_index), BETAS, output=output, progress=Stop(12))
+    held = (tmp_path / "r.csv.progress").read_bytes()
+    with pytest.raises(UsageError, match="come in another order: batch 0 is not what it was"):
+        ctonnx.sweep(MODEL, Shuffled(by_index), BETAS, output=output, resume=True)
+    assert (tmp_path / "r.csv.progress").read_bytes().startswith(held)
+    # Fewer data than before, from a function of the same name.
+    monkeypatch.setattr(Shuffled, "__call__", lambda _: iter([]))
+    with pytest.raises(UsageError, match="batch 0 did not come again: fix the order"):
+        ctonnx.sweep(MODEL, Shuffled(by_index), BETAS, output=output, resume=True)
+    monkeypatch.undo()
+    (tmp_path / "r.csv.progress").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        ctonnx.sweep(MODEL, Shuffled(by_index, 1), BETAS, output=output, progress=Stop(12))
+    result = ctonnx.sweep(MODEL, Shuffled(by_index, 1), BETAS, output=output, resume=True)
+    assert result == ctonnx.sweep(MODEL, Shuffled(by_index, 1), BETAS)
 
 
 def test_what_cannot_be_written_keeps_the_progress(tmp_path, monkeypatch):

@@ -23,6 +23,11 @@ from .tables import columns, interval, mark
     metavar="TENSOR",
     help="What to fit on.  [default: the input of the last linear layer]",
 )
+@click.option(
+    "--output-name",
+    metavar="NAME",
+    help="The output of the new head.  [default: the first that has a linear layer]",
+)
 @click.option("--seeds", type=int, default=3, show_default=True, help="Splits to choose beta on.")
 @click.option(
     "--validation", type=float, default=0.2, show_default=True, help="Share of --train for that."

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 @click.option(
     "--confidence", type=float, default=0.95, show_default=True, help="Confidence of racing."
 )
+@click.option(
+    "--output-name",
+    metavar="NAME",
+    help="The output to measure.  [default: the first that suits the metric and the labels]",
+)
 @options.feeding
 @options.providers
 @click.option(

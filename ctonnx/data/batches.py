@@ -1,5 +1,6 @@
 """Batches of data, the model's inputs that they feed, and checking that the two fit."""
 
+import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -62,6 +63,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
+
+    def digest(self) -> str:
+        """What tells the samples from others."""
+        arrays = [*self.inputs.values(), *([] if self.labels is None else [self.labels])]
+        return digest(b"".join(map(array_bytes, arrays)))
+
+    def copy(self) -> "Batch":
+        """The same samples in arrays of their own."""
+        inputs = {name: array.copy() for name, array in self.inputs.items()}
+        labels = None if self.labels is None else self.labels.copy()
+        return Batch(inputs, labels, self.broken)
 
 
 def conform(batch: Batch, inputs: Iterable[Input]) -> Batch:
@@ -134,6 +146,17 @@ def label_column(
     rest = [name for name in header if name not in inputs]
     column = labels or next((name for name in LABELS if name in rest), None)
     return None if column is None else header.index(column)
+
+
+def digest(data: bytes) -> str:
+    """A short digest of bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """An array's bytes, with its dtype and shape in front."""
+    data = repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
+    return f"{array.dtype}{array.shape}".encode() + data
 
 
 def listed(names: Iterable) -> str:

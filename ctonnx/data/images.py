@@ -1,6 +1,8 @@
 """Images from a folder with one sub-folder per class, or from a CSV file of paths and labels."""
 
+import itertools
 import os
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -10,9 +12,9 @@ import numpy as np
 
 from ..errors import InputFileError, UsageError, first_line
 from ..optional import require
-from .batches import Batch, Batching, Shape, label_column
+from .batches import Batch, Batching, Shape, digest, label_column
 from .rows import Lines
-from .source import Indexed, digest, stamp
+from .source import Indexed, stamp
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,20 @@ PRESETS = {
     "plain": Transform(),
     "imagenet": Transform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "caffe": Transform(256, 224, (123 / 255, 117 / 255, 104 / 255), (1 / 255,), reverse=True),
+}
+
+
+# The suffixes that torchvision's ImageFolder takes for images.
+_TORCHVISION = {
+    ".bmp",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
 }
 
 
@@ -90,9 +106,10 @@ class _Folder(NamedTuple):
 class Images(Indexed):
     """Image files, decoded by several threads.
 
-    A folder has one sub-folder per class, labelled 0, 1, ... in the order of their names, which
-    `classes` gives; or it holds images without labels. A CSV file has a column `path`, relative to
-    the file, and may have one of labels.
+    A folder has one sub-folder per class, labelled 0, 1, ... in the order of their names as text,
+    which `classes` gives, with images in it and in the folders below: as torchvision's ImageFolder
+    reads it. Or it holds images without labels. A CSV file has a column `path`, relative to the
+    file, and may have one of labels.
 
     Args:
         path: a folder or a CSV file.
@@ -159,6 +176,9 @@ class Images(Indexed):
         column = self._lines.header.index("path")
         return [self._path.parent / row[column] for row in self._lines[indices]]
 
+    def all_labels(self) -> np.ndarray | None:
+        return None if self._lines is not None else self._folder.labels
+
     def _labels_of(self, indices: np.ndarray) -> np.ndarray | None:
         if self._lines is None:
             return None if self._folder.labels is None else self._folder.labels[indices]
@@ -170,29 +190,28 @@ class Images(Indexed):
         """Find the images of a folder, by class."""
         known = self._pillow.registered_extensions()
 
-        def images(where: Path) -> list[str]:
-            names = sorted(e.name for e in os.scandir(where) if e.is_file())
-            return [n for n in names if Path(n).suffix.lower() in known]
+        def images(names: Iterable[str]) -> list[str]:
+            return [name for name in sorted(names) if Path(name).suffix.lower() in known]
 
-        # Other tools leave hidden folders behind, such as .cache and __MACOSX.
-        names = [e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] not in "._"]
-        numbers = all(name.isdecimal() for name in names)
-        classes = sorted(names, key=int) if numbers else sorted(names)
-        files, labels, notes = [], [], []
-        for label, name in enumerate(classes):
-            inside = images(folder / name)
-            if not inside:
-                notes.append(f"{folder / name} holds no images that can be read")
-            files.extend(f"{name}/{file}" for file in inside)
-            labels.extend([label] * len(inside))
-        beside = images(folder)
+        names = sorted(e.name for e in os.scandir(folder) if e.is_dir())
+        by_class = {name: images(_files_below(folder, name)) for name in names}
+        # Other tools leave such folders behind, mostly without images.
+        by_class = {n: files for n, files in by_class.items() if files or not _is_hidden(n)}
+        classes = list(by_class)
+        notes = [
+            f"{folder / n} holds no images that can be read" for n in classes if not by_class[n]
+        ]
+        notes += _unusual(folder, by_class)
+        files = list(itertools.chain(*by_class.values()))
+        labels = np.repeat(np.arange(len(classes)), [len(by_class[name]) for name in classes])
+        beside = images(e.name for e in os.scandir(folder) if e.is_file())
         if not classes:
             files = beside
         elif beside:
             notes.append(f"left out {len(beside)} images beside the sub-folders of {folder}")
         if not files:
             raise InputFileError(f"{folder}: holds no images, in sub-folders or itself")
-        return _Folder(files, np.array(labels) if classes else None, classes, notes)
+        return _Folder(files, labels if classes else None, classes, notes)
 
     def _read(self, indices: np.ndarray) -> Batch:
         labels = self._labels_of(indices)
@@ -258,6 +277,49 @@ class Images(Indexed):
             return image
         left, top = (round((side - crop) / 2) for side in image.size)
         return image.crop((left, top, left + crop, top + crop))
+
+
+def _files_below(folder: Path, name: str) -> Iterator[str]:
+    """The files in a sub-folder and below, as paths relative to the folder."""
+
+    def refuse(error: OSError) -> None:
+        raise InputFileError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    seen = set()
+    for where, inner, files in os.walk(folder / name, onerror=refuse, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:  # A link to a folder above it, or a second way to one.
+            inner.clear()
+            continue
+        seen.add(real)
+        yield from (os.path.relpath(os.path.join(where, file), folder) for file in files)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _unusual(folder: Path, by_class: dict[str, list[str]]) -> Iterator[str]:
+    """Notes on class folders, name -> images, where a user may have expected others."""
+    names = list(by_class)
+    for name in filter(_is_hidden, names):
+        count = len(by_class[name])
+        yield f"{folder / name} holds {count} images: it counts as a class, as for torchvision"
+    if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+        yield (
+            f"the class folders of {folder} are in the order of text, as torchvision has them: "
+            f"{', '.join(names[:3])}, ... are 0, 1, 2, ..."
+        )
+    others = [f for files in by_class.values() for f in files if not _is_of_torchvision(f)]
+    if others:
+        yield (
+            f"{len(others)} images of {folder} are of kinds that torchvision leaves out, "
+            f"{', '.join(sorted({Path(file).suffix.lower() for file in others}))}"
+        )
+
+
+def _is_of_torchvision(file: str) -> bool:
+    return Path(file).suffix.lower() in _TORCHVISION
 
 
 def _layout(name: str, shape: Shape) -> _Layout:

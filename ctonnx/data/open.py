@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputFileError, UsageError
-from .batches import LABELS, Batching, Input, listed
+from .batches import LABELS, Batching, Input, array_bytes, digest, listed
 from .images import ImageOptions, Images, Transform
 from .rows import Archive, Rows
-from .source import Arrays, CsvTable, Source, Stream, by_name, digest, only_input, stamp
+from .source import Arrays, CsvTable, Source, Stream, by_name, only_input, stamp
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,13 @@ def _open_arrays(data: Any, batching: Batching) -> Arrays:
     inputs, labels = _inputs_and_labels(data)
     arrays = {name: np.asarray(array) for name, array in by_name(inputs, batching.inputs).items()}
     target = None if labels is None else np.asarray(labels)
+    targets = [] if target is None else [target]
     return Arrays(
         arrays,
         target,
         batching,
         name="the arrays",
-        fingerprint=lambda: [digest(b"".join(map(_array_bytes, [*arrays.values(), target])))],
+        fingerprint=lambda: [digest(b"".join(map(array_bytes, [*arrays.values(), *targets])))],
     )
 
 
@@ -200,10 +201,3 @@ def _batch_size(wanted: int | None, inputs: Sequence[Input]) -> int:
     if wanted not in (None, *fixed):
         raise UsageError(f"the model takes batches of {max(fixed)}, got a batch size of {wanted}")
     return max(fixed)
-
-
-def _array_bytes(array: np.ndarray | None) -> bytes:
-    """An array's bytes, with its dtype and shape in front."""
-    if array is None:
-        return b"none"
-    return f"{array.dtype}{array.shape}".encode() + array.tobytes()

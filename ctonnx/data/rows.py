@@ -1,6 +1,7 @@
 """Reading single rows of files larger than memory: arrays in .npy and .npz, lines of CSV."""
 
 import csv
+import math
 import shutil
 import tempfile
 import zipfile
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,6 +20,9 @@ from ..errors import InputFileError, first_line
 
 # RuntimeError: an encrypted archive, or (as NotImplementedError) a rare kind of compression.
 _FAILURES = (ValueError, EOFError, RuntimeError, csv.Error, zipfile.BadZipFile, zlib.error)
+
+# Kinds of dtypes that rows can have: numbers, text, and times, which a model may yet refuse.
+_KINDS = "biufcSUMm"
 
 
 class Rows:
@@ -30,13 +35,20 @@ class Rows:
         dtype: its NumPy dtype.
     """
 
-    def __init__(self, path: str | PathLike, offset: int = 0, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | PathLike,
+        offset: int = 0,
+        name: str | None = None,
+        size: int | None = None,
+    ) -> None:
         """Open an array.
 
         Args:
             path: the file.
             offset: the byte at which the array's .npy data start.
             name: the array's name in messages; the path if None.
+            size: how many bytes they are; all up to the file's end if None.
 
         Raises:
             InputFileError: it is not an array of numbers in C order.
@@ -44,23 +56,22 @@ class Rows:
         self.path, name = Path(path), name or str(path)
         with _reading(name), open(path, "rb") as stream:
             stream.seek(offset)
-            version = np.lib.format.read_magic(stream)
-            # Version 3 is for structures whose fields have names in Unicode.
-            read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            if version[0] not in read:
-                raise ValueError("structured arrays are not supported")
-            header: tuple[tuple[int, ...], bool, np.dtype] = read[version[0]](stream)
-            self.shape, fortran, self.dtype = header
+            self.shape, fortran, self.dtype = _header(stream)
             self._start = stream.tell()
-        if self.dtype.hasobject or not self.shape:
+        if self.dtype.kind not in _KINDS or len(self.shape) == 0:
             raise InputFileError(
                 f"{name}: holds objects or a single value, expected rows of numbers"
             )
         if fortran and len(self.shape) > 1:
             raise InputFileError(f"{name}: is in Fortran order: save np.ascontiguousarray of it")
-        self._stride = self.dtype.itemsize * int(np.prod(self.shape[1:]))
-        if self._start + self._stride * len(self) > self.path.stat().st_size:
-            raise InputFileError(f"{name}: is truncated")
+        # Python's integers: a header may claim sizes that overflow those of NumPy.
+        self._stride = self.dtype.itemsize * math.prod(self.shape[1:])
+        end = self.path.stat().st_size
+        end = end if size is None else min(end, offset + size)
+        if self._start + self._stride * self.shape[0] > end:
+            raise InputFileError(f"{name}: is truncated: it is shorter than its header says")
+        if not self._stride and self.shape[0]:
+            raise InputFileError(f"{name}: holds rows of nothing: its shape is {list(self.shape)}")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -86,6 +97,27 @@ class Rows:
                         raise InputFileError(f"{self.path}: was truncated while it was read")
                     rest = rest[count:]
         return rows
+
+
+def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read the shape, Fortran order and dtype in front of the data of an .npy file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    version = np.lib.format.read_magic(stream)
+    # Version 3 is for structures whose fields have names in Unicode.
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    if version[0] not in read:
+        raise ValueError("structured arrays are not supported")
+    try:
+        shape, fortran, dtype = read[version[0]](stream)
+    except Exception as error:  # NumPy parses Python text, whose parsers raise whatever they like.
+        raise ValueError(f"its header is damaged: {first_line(error)}") from None
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"its header is damaged: it gives the shape {list(shape)}")
+    np.empty((0, *shape[1:]), dtype)  # ValueError: more dimensions than NumPy has.
+    return shape, fortran, dtype
 
 
 def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -127,7 +159,7 @@ class Archive:
         info, label = self._members[name], f"{self.path}: {name}"
         if info.compress_type == zipfile.ZIP_STORED:
             with _reading(self.path):
-                return Rows(self.path, _data_offset(self.path, info), label)
+                return Rows(self.path, _data_offset(self.path, info), label, info.file_size)
         try:
             if self.folder is None:
                 self.folder = tempfile.TemporaryDirectory(prefix="ctonnx-")

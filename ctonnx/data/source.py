@@ -3,7 +3,6 @@
 Only the batches asked for are in memory.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -31,12 +30,17 @@ class Source:
         random: whether the batches come in a random order.
         notes: lines that a user should see.
         classes: the names of the classes, in the order of the labels, if the data name them.
+        repeatable: whether sources of one `identity` give the same batches; those of a user's
+            code may not.
+        sequential: whether a batch in front of the last one read is expensive.
     """
 
     inputs: Sequence[Input]
     random: bool
     notes: Sequence[str] = ()
     classes: Sequence[str] = ()
+    repeatable: bool = True
+    sequential: bool = False
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -49,6 +53,10 @@ class Source:
             UsageError: they do not fit the model.
         """
         raise NotImplementedError
+
+    def all_labels(self) -> np.ndarray | None:
+        """The labels of all samples, if they can be had without reading the samples."""
+        return None
 
     def identity(self) -> list:
         """What tells the data, and their order, from others, for JSON."""
@@ -135,6 +143,9 @@ class Arrays(Indexed):
         self._arrays, self._labels, self._folder = arrays, labels, folder
         self._compute_fingerprint = fingerprint
 
+    def all_labels(self) -> np.ndarray | None:
+        return None if self._labels is None else self._labels[np.arange(len(self._labels))]
+
     def _fingerprint(self) -> list:
         return self._compute_fingerprint()
 
@@ -201,6 +212,8 @@ class CsvTable(Indexed):
 class Stream(Source):
     """The batches that a factory's iterable gives: by index if it can be indexed, else in turn.
 
+    They may come in another order, or be others, each time that the factory is called.
+
     Args:
         factory: a function without arguments, or its name "PKG:FACTORY", that returns an iterable
             of (inputs, labels) or of inputs.
@@ -211,6 +224,8 @@ class Stream(Source):
         UsageError: there is no such function, it fails, or it returns something else.
     """
 
+    repeatable = False
+
     def __init__(
         self, factory: str | Callable[[], Any], inputs: Sequence[Input], shuffle: bool = False
     ) -> None:
@@ -220,10 +235,13 @@ class Stream(Source):
             self._factory = factory
             self._name = getattr(factory, "__name__", type(factory).__name__)
         self.inputs = inputs
+        # A batch that is asked for twice in a row is not asked for again of the user's code.
+        self._last: tuple[int, Batch | None] | None = None
         self._batches, self._next = self._iterable(), 0
         self._indexable = hasattr(self._batches, "__getitem__") and hasattr(
             self._batches, "__len__"
         )
+        self.sequential = not self._indexable
         self._iterator = iter(()) if self._indexable else self._call(iter, self._batches)
         self.random, self._order = shuffle and self._indexable, None
         if self.random:
@@ -250,6 +268,11 @@ class Stream(Source):
         return [self._name, self.random]
 
     def batch(self, i: int) -> Batch | None:
+        if self._last is None or self._last[0] != i:
+            self._last = i, self._new_batch(i)
+        return self._last[1]
+
+    def _new_batch(self, i: int) -> Batch | None:
         item = self._item(i)
         if item is _END:
             return None
@@ -259,7 +282,8 @@ class Stream(Source):
         if len(item) != 2:
             raise UsageError(f"{self._name}: gave {len(item)} values, expected inputs and labels")
         inputs, labels = item
-        return conform(Batch(by_name(inputs, self.inputs), labels), self.inputs)
+        # The user's code may refill its arrays for the next batch, which is read ahead.
+        return conform(Batch(by_name(inputs, self.inputs), labels), self.inputs).copy()
 
     def _item(self, i: int) -> Any:
         """What the iterable gives for batch `i`; _END behind the last."""
@@ -273,11 +297,6 @@ class Stream(Source):
         item = self._call(next, islice(self._iterator, i - self._next, None), _END)
         self._next = i + 1
         return item
-
-
-def digest(data: bytes) -> str:
-    """A short digest of bytes."""
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def by_name(arrays: Any, inputs: Sequence[Input]) -> dict[str, Any]:

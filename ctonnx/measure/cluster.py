@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
-
 from ..errors import CtonnxError, MissingDependency, UsageError, first_line
 from ..optional import require
-from .engine import Job, Measured, Runner, Work
+from .engine import Job, Measured, Runner, Work, measure_batch
 
 # The most points of a task: its batch is decoded once for all of them.
 _POINTS = 8
@@ -76,7 +74,7 @@ class Cluster:
         tasks = (
             (batch, chosen[i : i + _POINTS])
             for batch, chosen in work
-            for i in range(0, len(chosen), _POINTS)
+            for i in range(0, max(1, len(chosen)), _POINTS)
         )
         waiting = {}
         try:
@@ -86,13 +84,12 @@ class Cluster:
                 if not waiting:
                     return
                 (ready, *_), _ = ray.wait(list(waiting))
-                batch, chosen = waiting.pop(ready)
-                statistics, broken = self._result(ready, batch)
-                yield Measured(batch, chosen, statistics, broken)
+                batch, _ = waiting.pop(ready)
+                yield self._result(ready, batch)
         finally:
             self._cancel(list(waiting))
 
-    def _result(self, ready: Any, batch: int) -> tuple[np.ndarray | None, int]:
+    def _result(self, ready: Any, batch: int) -> Measured:
         """What a finished task returned, or raise what it raised."""
         ray = self._ray
         try:
@@ -137,10 +134,8 @@ def _connect(ray: Any, address: str | None) -> None:
     _connected.add(address)
 
 
-def _work(
-    key: str, folder: str, reference: list, index: int, chosen: list[int]
-) -> tuple[np.ndarray | None, int]:
-    """A task, on a worker: the statistics of a batch at some points, and its unreadable samples.
+def _work(key: str, folder: str, reference: list, index: int, chosen: list[int]) -> Measured:
+    """A task, on a worker: measure a batch at some points.
 
     Args:
         key: tells the job from others.
@@ -159,4 +154,6 @@ def _work(
         _opened[key] = job, Runner(job.steerable, job.providers, threads=1), job.open_source()
     job, runner, source = _opened[key]
     batch = source.batch(index)
-    return runner.measure(batch, job.metric, job.points, chosen), batch.broken
+    if batch is None:
+        raise UsageError(f"the data end in front of batch {index} on a worker: fix their length")
+    return measure_batch(job, runner, source, batch, index, chosen)

@@ -11,10 +11,11 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from .. import ctu
-from ..data.batches import Batch, Input
-from ..data.source import Source, digest, stamp
+from ..data.batches import Batch, Input, digest
+from ..data.source import Source, stamp
 from ..errors import ModelError, UsageError
 from ..model import files
+from ..model.endings import Ending, ending_of
 from ..model.external import check_external_data
 from ..ort import library
 from ..ort.runs import beside
@@ -42,11 +43,14 @@ class Steerable:
         inputs: the inputs that data feed: all but those of β and c.
         outputs: the names of all outputs.
         measurable: the names of the outputs of floating type.
-        scores: how many numbers the first of these has per sample; None if that is unknown.
+        widths: how many numbers each of these has per sample; None if that is unknown.
+        dtypes: the NumPy dtype of each of these.
+        endings: how each of these ends.
         betas: the names of the inputs that take β.
         coeffs: the names of the inputs that take c.
         external: the paths of the files with external data.
         notes: lines that a user should see.
+        chosen: the name of the output that is measured; the first measurable one if None.
     """
 
     data: bytes
@@ -54,16 +58,32 @@ class Steerable:
     inputs: list[Input]
     outputs: list[str]
     measurable: list[str]
-    scores: int | None
+    widths: dict[str, int | None]
+    dtypes: dict[str, np.dtype]
+    endings: dict[str, Ending]
     betas: list[str]
     coeffs: list[str]
     external: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    chosen: str | None = None
 
     @property
     def output(self) -> str:
-        """The name of the output that is measured: the first of floating type."""
-        return self.measurable[0]
+        """The name of the output that is measured."""
+        return self.chosen or self.measurable[0]
+
+    def named_output(self, name: str | None) -> str | None:
+        """`name`, the user's choice of an output to measure, or None.
+
+        Raises:
+            UsageError: it is no output of floating type.
+        """
+        if name is not None and name not in self.measurable:
+            raise UsageError(
+                f"the model has no floating-point output {name!r}: choose among "
+                f"{', '.join(self.measurable)}"
+            )
+        return name
 
     def open(self, providers: Sequence | None = None, threads: int = 0) -> Any:
         """Open an onnxruntime.InferenceSession.
@@ -134,14 +154,18 @@ def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steera
     if not fed:
         raise UsageError("the model takes no input: there is nothing to sweep over")
     measurable = _measurable(proto.graph.output)
-    dims = measurable[0].type.tensor_type.shape.dim
     return Steerable(
         data=proto.SerializeToString(deterministic=True),
         folder=folder,
         inputs=[_input(value) for value in fed],
         outputs=[value.name for value in proto.graph.output],
         measurable=[value.name for value in measurable],
-        scores=(dims[1].dim_value or None) if len(dims) == 2 else None,
+        widths={value.name: _width(value) for value in measurable},
+        dtypes={
+            value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            for value in measurable
+        },
+        endings={value.name: ending_of(proto, value.name) for value in measurable},
         betas=sorted(betas),
         coeffs=sorted(coeffs),
         external=sorted(map(str, external.values())),
@@ -166,6 +190,11 @@ def _measurable(outputs: Iterable[ValueInfoProto]) -> list[ValueInfoProto]:
     if not measurable:
         raise UsageError("the model has no floating-point output to measure")
     return measurable
+
+
+def _width(output: ValueInfoProto) -> int | None:
+    dims = output.type.tensor_type.shape.dim
+    return (dims[1].dim_value or None) if len(dims) == 2 else None
 
 
 class Runner:
@@ -358,18 +387,45 @@ class Job:
     providers: Sequence | None = None
 
 
-# Pieces of a Job: the index of a batch, and those of the points to measure on it.
+# Pieces of a Job: the index of a batch, and those of the points to measure on it. Without points
+# the batch is only read, to compare it with what was measured before.
 Work = Iterable[tuple[int, list[int]]]
 
 
 class Measured(NamedTuple):
-    """A piece of work that is done: the metric's statistics as Runner.measure returns them, and
-    how many samples of the batch are unreadable."""
+    """A piece of work that is done.
+
+    Attributes:
+        batch: the index of the batch.
+        points: the indices of the points; none where the batch was only read.
+        statistics: the metric's, as Runner.measure returns them; None without samples or points.
+        broken: how many samples of the batch are unreadable.
+        digest: what tells the batch from others; None if its source is repeatable.
+    """
 
     batch: int
     points: list[int]
     statistics: np.ndarray | None
     broken: int
+    digest: str | None
+
+
+def measure_batch(
+    job: Job, runner: Runner, source: Source, batch: Batch, index: int, points: list[int]
+) -> Measured:
+    """Measure a batch of a job.
+
+    Args:
+        job: what to measure.
+        runner: the job's model, opened.
+        source: where the batch is from.
+        batch: the batch.
+        index: its index.
+        points: the indices of the points.
+    """
+    statistics = runner.measure(batch, job.metric, job.points, points) if points else None
+    mark = None if source.repeatable else batch.digest()
+    return Measured(index, points, statistics, batch.broken, mark)
 
 
 def run_local(job: Job, runner: Runner, source: Source, work: Work) -> Iterator[Measured]:
@@ -385,5 +441,4 @@ def run_local(job: Job, runner: Runner, source: Source, work: Work) -> Iterator[
         each piece of work that is done.
     """
     for (index, chosen), batch in prefetch(source, work):
-        statistics = runner.measure(batch, job.metric, job.points, chosen)
-        yield Measured(index, chosen, statistics, batch.broken)
+        yield measure_batch(job, runner, source, batch, index, chosen)

@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import user_code
 from ..errors import UsageError
+from ..model import endings
 from ..optional import require
 
 # Bins of the calibration error: Guo et al., arXiv 1706.04599, section 2.
@@ -23,8 +24,6 @@ _BINS = 15
 
 # Labels that segmentation leaves out.
 _VOID = 255
-
-_SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,24 @@ class Metric:
         higher_is_better: whether larger values are better.
         needs_labels: whether labels are needed.
         needs_original: whether the outputs of the original network are needed.
-        takes_all_outputs: whether all outputs are needed, not only the first floating-point one.
+        takes_all_outputs: whether all outputs are needed, not only one of floating type.
+        takes_kind: whether it matters if the output holds logits or probabilities: `statistics` is
+            called with `kind` too.
+        kind: what the output holds: endings.LOGITS, endings.LOG_PROBABILITIES or
+            endings.PROBABILITIES.
         span: the range of a sample's number; None if it is unbounded, or much wider than what is
             common.
     """
 
     name: str
-    statistics: Callable[[Any, Any, Any], Any]
+    statistics: Callable[..., Any]
     value: Callable[[np.ndarray], float] | None = None
     higher_is_better: bool = True
     needs_labels: bool = True
     needs_original: bool = False
     takes_all_outputs: bool = False
+    takes_kind: bool = False
+    kind: str = endings.LOGITS
     span: float | None = None
 
     def measure(
@@ -63,7 +68,7 @@ class Metric:
         """Compute the statistics of a batch.
 
         Args:
-            outputs: the first floating-point output; output name -> array if `takes_all_outputs`.
+            outputs: the output; output name -> array if `takes_all_outputs`.
             labels: the labels, or None.
             original: the same outputs of the original network; None unless `needs_original`.
 
@@ -79,8 +84,9 @@ class Metric:
             )
         if isinstance(outputs, dict):
             return self.statistics(outputs, labels, original)
+        kind = (self.kind,) if self.takes_kind else ()
         with np.errstate(all="ignore"):
-            result = np.asarray(self.statistics(outputs, labels, original), np.float64)
+            result = np.asarray(self.statistics(outputs, labels, original, *kind), np.float64)
         result = result.reshape(len(outputs), -1)
         result[np.isnan(outputs).reshape(len(outputs), -1).any(1)] = np.nan
         return result
@@ -181,31 +187,35 @@ def _f1(statistics):
     return _sklearn_metrics().f1_score(labels, choices, average="macro", zero_division=0)
 
 
-def log_probabilities(scores: np.ndarray) -> np.ndarray:
-    """Log-probabilities along axis 1, float64, from probabilities or from logits.
+def log_probabilities(scores: np.ndarray, kind: str) -> np.ndarray:
+    """Log-probabilities along axis 1, float64, whose exponentials sum to 1.
 
-    Scores in [0, 1] that sum to 1 within 1e-3 are probabilities; others are logits, and get a
-    softmax.
+    Args:
+        scores: array of a floating dtype, with the classes along axis 1.
+        kind: what they are, as Metric.kind. A probability of 0 counts as `smallest(scores.dtype)`.
     """
-    scores = scores.astype(np.float64)
-    total = scores.sum(1, keepdims=True)
-    sums_to_one = np.abs(total - 1) < 1e-3
-    probabilities = ((scores >= 0) & (scores <= 1)).all(1, keepdims=True) & sums_to_one
-    shifted = scores - scores.max(1, keepdims=True)
-    softmax = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    logs = np.where(probabilities, np.log(np.maximum(scores, _SMALLEST)), softmax)
-    return np.maximum(logs, np.log(_SMALLEST))
+    logs = scores.astype(np.float64)
+    if kind == endings.PROBABILITIES:
+        logs = np.log(np.maximum(logs, smallest(scores.dtype)))
+    # Probabilities may be rounded, or those of a Sigmoid, and then do not sum to 1 yet.
+    shifted = logs - logs.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def _nll(scores, labels, _):
+def smallest(dtype: np.dtype) -> float:
+    """The smallest positive number of a floating dtype."""
+    return float(np.finfo(dtype).smallest_subnormal)
+
+
+def _nll(scores, labels, _, kind):
     scores = _classes(scores, "nll")
-    return -_of_label(log_probabilities(scores), _indices(labels, scores.shape[1], "nll"))
+    return -_of_label(log_probabilities(scores, kind), _indices(labels, scores.shape[1], "nll"))
 
 
-def _confidence_and_hit(scores, labels, _):
+def _confidence_and_hit(scores, labels, _, kind):
     scores = _classes(scores, "ece")
     hit = scores.argmax(1) == _indices(labels, scores.shape[1], "ece")
-    return np.stack([np.exp(log_probabilities(scores).max(1)), hit], 1)
+    return np.stack([np.exp(log_probabilities(scores, kind).max(1)), hit], 1)
 
 
 def _ece(statistics):
@@ -288,15 +298,23 @@ def _agreement(scores, _, original):
     return same.reshape(len(same), -1).mean(1)
 
 
-def _entropy(scores, *_):
-    logs = log_probabilities(_over_classes(scores, "entropy"))
-    return -(np.exp(logs) * logs).sum(1).reshape(len(logs), -1).mean(1)
+def _entropy(scores, _, original, kind):
+    logs = log_probabilities(_over_classes(scores, "entropy"), kind)
+    return _mean(-logs, logs)
 
 
-def _kl(scores, _, original):
-    logs = log_probabilities(_over_classes(scores, "kl"))
-    before = log_probabilities(original)
-    return (np.exp(before) * (before - logs)).sum(1).reshape(len(logs), -1).mean(1)
+def _kl(scores, _, original, kind):
+    logs = log_probabilities(_over_classes(scores, "kl"), kind)
+    before = log_probabilities(original, kind)
+    return _mean(before - logs, before)
+
+
+def _mean(values, logs):
+    """The mean of values along axis 1 by log-probabilities, and then over all other axes."""
+    probabilities = np.exp(logs)
+    # What cannot happen adds nothing, even if its value is infinite.
+    weighted = np.where(probabilities == 0, 0, probabilities * values)
+    return weighted.sum(1).reshape(len(weighted), -1).mean(1)
 
 
 def _custom(spec: str | Callable) -> Metric:
@@ -305,6 +323,8 @@ def _custom(spec: str | Callable) -> Metric:
     name = spec if isinstance(spec, str) else getattr(spec, "__name__", "metric")
 
     def statistics(outputs, labels, _):
+        # The function may change its labels, which serve the next point too.
+        labels = None if labels is None else labels.copy()
         numbers = np.asarray(user_code.call(function, name, outputs, labels))
         count = len(next(iter(outputs.values())))
         if numbers.shape != (count,) or numbers.dtype.kind not in "iubf":
@@ -335,14 +355,21 @@ METRICS = {
     for metric in (
         Metric("accuracy", _accuracy, span=1.0),
         Metric("f1", _labels_and_choices, _f1),
-        Metric("nll", _nll, higher_is_better=False),
-        Metric("ece", _confidence_and_hit, _ece, higher_is_better=False),
+        Metric("nll", _nll, higher_is_better=False, takes_kind=True),
+        Metric("ece", _confidence_and_hit, _ece, higher_is_better=False, takes_kind=True),
         Metric("miou", _overlaps, _miou),
         Metric("mse", _mse, higher_is_better=False),
         Metric("mae", _mae, higher_is_better=False),
         Metric("r2", _labels_and_predictions, _r2),
         Metric("agreement", _agreement, needs_labels=False, needs_original=True, span=1.0),
-        Metric("entropy", _entropy, higher_is_better=False, needs_labels=False),
-        Metric("kl", _kl, higher_is_better=False, needs_labels=False, needs_original=True),
+        Metric("entropy", _entropy, higher_is_better=False, needs_labels=False, takes_kind=True),
+        Metric(
+            "kl",
+            _kl,
+            higher_is_better=False,
+            needs_labels=False,
+            needs_original=True,
+            takes_kind=True,
+        ),
     )
 }

@@ -92,7 +92,9 @@ class Sweep(ResultTable):
     """The result: `points` by c and β, `best` and `original` among them.
 
     `race` is a racing.Outcome, None for a grid; `broken` counts samples that were skipped, and
-    `notes` are lines that a user should see.
+    `notes` are lines that a user should see. `output_name` is the output that was measured, None if
+    the metric takes all; `output_kind` is what it holds, "logits", "log-probabilities" or
+    "probabilities", None if that makes no difference to the metric.
     """
 
     metric: str
@@ -103,6 +105,8 @@ class Sweep(ResultTable):
     race: racing.Outcome | None = None
     broken: int = 0
     notes: list[str] = field(default_factory=list)
+    output_name: str | None = None
+    output_kind: str | None = None
 
     def document(self) -> dict[str, Any]:
         """The result as a dict that JSON can hold."""
@@ -118,6 +122,8 @@ class Sweep(ResultTable):
             }
         document = {
             "metric": self.metric,
+            "output_name": self.output_name,
+            "output_kind": self.output_kind,
             "higher_is_better": self.higher_is_better,
             "points": [asdict(point) for point in self.points],
             "best": asdict(self.best),

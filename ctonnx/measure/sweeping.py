@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from ..data.open import DataOptions, open_source
 from ..data.source import Source, Stream
 from ..errors import UsageError
 from ..model import files
+from ..ort.runs import CPU
 from ..rewriting.steer import steer_or_set
 from . import intervals, racing
 from .engine import BetaCoeff, Job, Measured, Runner, Steerable, Work, prepare, run_local
 from .journal import Journal
 from .metrics import metric_named
+from .outputs import choose_output, notes_on_output, notes_on_zeros
 from .results import Sweep, check_format, result_of
 
 SEARCHES = ("grid", "racing")
@@ -97,6 +99,7 @@ def sweep(
     skip_broken: bool = False,
     search: str = "grid",
     confidence: float = 0.95,
+    output_name: str | None = None,
     providers: Sequence | None = None,
     engine: str = "local",
     address: str | None = None,
@@ -125,6 +128,8 @@ def sweep(
         search: "grid" measures every point on all data. "racing" drops points that are
             significantly worse on growing random subsets: see ctonnx.measure.racing.
         confidence: that of racing; approximate for most metrics: see ctonnx.measure.racing.
+        output_name: the name of the output to measure, for a named metric; if None, the first of
+            floating type that suits the metric and the labels.
         providers: execution providers, as for `ctonnx.session`.
         engine: "local", or "ray" for an existing Ray cluster.
         address: address of the Ray cluster; the running one if None.
@@ -166,25 +171,42 @@ def sweep(
         shuffle=search == "racing",
     )
     source = open_data()
-    notes = [*steerable.notes, *source.notes, *_class_notes(dataset, source, steerable)]
     count = _length(source)
     if count is None and (search, engine) != ("grid", "local"):
         what = "racing" if search == "racing" else "engine ray"
         raise UsageError(f"the factory's iterable must have a length for {what}")
 
+    # On Ray this process chooses the output alone, without the cluster's devices.
+    runner = partial(Runner, steerable, [CPU] if engine == "ray" else providers)
+    if engine == "local":
+        runner = cache(runner)
+    steerable.chosen = choose_output(steerable, chosen_metric, source, runner, output_name)
+    ending = steerable.endings[steerable.output]
+    chosen_metric = replace(chosen_metric, kind=ending.kind)
+    notes = [*steerable.notes, *source.notes, *_class_notes(dataset, source, steerable)]
+    notes += notes_on_output(steerable, chosen_metric)
     job = Job(steerable, open_data, chosen_metric, points, providers)
     header = None if output is None else _header(job, source, searching)
-    execute = _executor(job, source, execution)
+    execute = _executor(job, source, execution, runner)
     with Journal(progress_path(output), header, resume) as journal:
         total = _count_runs(searching, count, len(points))
         with progress(total) if progress else nullcontext() as bar:
             outcome = None
-            evaluate = partial(_evaluate, journal, execute, bar)
+            evaluate = partial(_evaluate, journal, source, execute, bar)
             if count is not None and search == "racing":
                 outcome = _race(job, source, count, searching.confidence, journal, evaluate)
             else:
                 evaluate(itertools.count() if count is None else range(count), range(len(points)))
-        result = result_of(chosen_metric, points, journal, outcome, notes)
+            for piece in execute((batch, []) for batch in journal.unconfirmed()):
+                journal.add(piece)
+        journal.check_confirmed()
+        statistics = map(journal.statistics, range(len(points)))
+        notes += notes_on_zeros(steerable, chosen_metric, statistics)
+        result = replace(
+            result_of(chosen_metric, points, journal, outcome, notes),
+            output_name=None if chosen_metric.takes_all_outputs else steerable.output,
+            output_kind=chosen_metric.kind if chosen_metric.takes_kind else None,
+        )
         if output is not None:
             result.write(output)
     return result
@@ -209,7 +231,7 @@ def _absolute(path: Any) -> Any:
 
 def _class_notes(dataset: Any, source: Source, steerable: Steerable) -> list[str]:
     """A note if the folders of images are fewer than the model's classes."""
-    folders, scores = len(source.classes), steerable.scores or 0
+    folders, scores = len(source.classes), steerable.widths[steerable.output] or 0
     if not 1 < folders < scores:
         return []
     return [
@@ -230,24 +252,26 @@ def _length(source: Source) -> int | None:
 def _header(job: Job, source: Source, searching: Search) -> dict:
     """What a progress file must agree in to be resumed."""
     return {
-        "version": 2,
         "model": job.steerable.identity(),
         "data": source.identity(),
         "points": job.points,
         "metric": job.metric.name,
+        "output": job.steerable.output,
         "providers": job.providers,
         "search": searching.method,
         "confidence": searching.confidence,
     }
 
 
-def _executor(job: Job, source: Source, execution: Execution) -> Execute:
+def _executor(
+    job: Job, source: Source, execution: Execution, runner: Callable[[], Runner]
+) -> Execute:
     """Open the model, here or on the cluster, to do work on it."""
     if execution.engine == "ray":
         from .cluster import Cluster
 
         return Cluster(job, execution.address, execution.gpus).run
-    return partial(run_local, job, Runner(job.steerable, job.providers), source)
+    return partial(run_local, job, runner(), source)
 
 
 def _count_runs(searching: Search, batches: int | None, points: int) -> int | None:
@@ -257,20 +281,36 @@ def _count_runs(searching: Search, batches: int | None, points: int) -> int | No
 
 
 def _evaluate(
-    journal: Journal, execute: Execute, bar: Any, batches: Iterable[int], points: Sequence[int]
+    journal: Journal,
+    source: Source,
+    execute: Execute,
+    bar: Any,
+    batches: Iterable[int],
+    points: Sequence[int],
 ) -> None:
-    """Measure these batches at these points, as far as the journal lacks them."""
+    """Measure these batches at these points, as far as the journal lacks them.
+
+    Batches that were measured before the sweep was interrupted are read again where their order
+    may differ now.
+    """
 
     def missing() -> Iterator[tuple[int, list[int]]]:
+        unconfirmed = journal.unconfirmed()
         for batch in batches:
             lacking = journal.missing(batch, points)
             if bar:
                 bar.update(len(points) - len(lacking))
             if lacking:
                 yield batch, lacking
+            elif source.sequential and batch in unconfirmed:
+                yield batch, []
+            if lacking and not source.sequential:
+                # A new one comes first: what stopped the sweep may stop it again.
+                yield from ((old, []) for old in unconfirmed)
+                unconfirmed = []
 
     for piece in execute(missing()):
-        journal.add(*piece)
+        journal.add(piece)
         if bar:
             bar.update(len(piece.points))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from ..errors import InputFileError, UsageError
+from ..errors import InputFileError, UsageError, cause
 from . import checkpoint
 from .find import Activation
 
@@ -69,7 +69,7 @@ def read(path: str | Path) -> dict:
     except FileNotFoundError:
         raise InputFileError(f"{path}: no such file") from None
     except Exception as error:  # Whatever the parsers raise for a damaged file.
-        raise InputFileError(f"{path}: cannot be read as parameters: {error}") from None
+        raise InputFileError(f"{path}: cannot be read as parameters: {cause(error)}") from None
     if not isinstance(document, dict):
         raise InputFileError(f"{path}: expected a JSON object from name to parameters")
     return document

@@ -88,9 +88,11 @@ def open_reader(
         ModelError: ONNX Runtime does not load the model.
     """
     proto, notes = ModelProto.FromString(steerable.data), []
-    site = find_head(proto, steerable.measurable, features)
-    if site.output != steerable.output:
+    names = steerable.measurable if steerable.chosen is None else [steerable.chosen]
+    site = find_head(proto, names, features)
+    if len(names) > 1:
         notes.append(f"the new head makes the output {site.output!r}, as the old one did")
+        notes.append(f"of the outputs {', '.join(names)} --output-name chooses another")
     if site.features not in flow.Flow(proto.graph).reached_from(steerable.betas):
         raise UsageError(
             f"no steered activation is in front of the features {site.features!r}: beta changes "
@@ -134,6 +136,7 @@ def _part(steerable: engine.Steerable, model: ModelProto, *, steered: bool) -> e
         data=model.SerializeToString(deterministic=True),
         outputs=outputs,
         measurable=outputs,
+        chosen=None,
     )
     return part if steered else replace(part, betas=[], coeffs=[])
 

@@ -9,24 +9,24 @@ import numpy as np
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from ..errors import UsageError
+from ..model.endings import ending_of
 from ..model.flow import Flow
 from ..model.graph import DEFAULT_DOMAINS, keep, node_label
 from ..model.names import FreshNames, node_names
 from ..rewriting.records import Metadata, original_op
 
-# Ops that turn scores into probabilities.
-_ENDINGS = ("Softmax", "LogSoftmax", "Sigmoid")
-
 # Ops that may stand between the linear layer and the output: a new head does without them.
 _PASSED_OVER = {
-    *_ENDINGS,
     "Cast",
     "DequantizeLinear",
     "Dropout",
     "Flatten",
     "Identity",
+    "LogSoftmax",
     "QuantizeLinear",
     "Reshape",
+    "Sigmoid",
+    "Softmax",
     "Squeeze",
     "Unsqueeze",
 }
@@ -66,12 +66,10 @@ class LinearHead:
 class _Tail:
     """The nodes in front of an output, up to its linear layer.
 
-    `layer` is that layer, or None, and then `stop` says what is there instead. `ending` is the op
-    that turns the scores into probabilities, or None.
+    `layer` is that layer, or None, and then `stop` says what is there instead.
     """
 
     layer: NodeProto | None
-    ending: str | None
     stop: str = ""
 
 
@@ -91,19 +89,19 @@ def find_head(model: ModelProto, outputs: Sequence[str], features: str | None = 
     flow = Flow(model.graph)
     tails = {output: _tail_of(model, flow, output) for output in outputs}
     output = next((name for name, tail in tails.items() if tail.layer is not None), outputs[0])
-    tail = tails[output]
+    tail, ending = tails[output], ending_of(model, output).op
     if features is None:
         if tail.layer is None:
             raise UsageError(
                 f"no linear layer produces the output {output!r}, which comes from {tail.stop}: "
                 "name the tensor to take with --features"
             )
-        return HeadSite(tail.layer.input[0], output, tail.layer.output[0], tail.ending)
+        return HeadSite(tail.layer.input[0], output, tail.layer.output[0], ending)
     _check_features(model, flow, features, output)
     layer = None if tail.layer is None else tail.layer.output[0]
     if layer is not None and features in flow.reached_from({layer}):
         layer = None
-    return HeadSite(features, output, layer, tail.ending, chosen_by_user=True)
+    return HeadSite(features, output, layer, ending, chosen_by_user=True)
 
 
 def _check_features(model: ModelProto, flow: Flow, features: str, output: str) -> None:
@@ -123,25 +121,23 @@ def _check_features(model: ModelProto, flow: Flow, features: str, output: str) -
 def _tail_of(model: ModelProto, flow: Flow, output: str) -> _Tail:
     values = {value.name: value for value in (*model.graph.value_info, *model.graph.input)}
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    name, ending, last = output, None, len(flow.nodes)
+    name, last = output, len(flow.nodes)
     while True:
         # Nodes are in order, so the index falls; without this check a cycle would never end.
         if flow.producer.get(name, last) >= last:
-            return _Tail(None, ending, repr(name))
+            return _Tail(None, repr(name))
         last = flow.producer[name]
         node = flow.nodes[last]
         op = node.op_type if node.domain in DEFAULT_DOMAINS else f"{node.domain}::{node.op_type}"
         varying = [n for n in node.input if n and n not in flow.constants]
         if varying == [*node.input[:1]] and _is_linear(op, node, tensors, values):
-            return _Tail(node, ending)
-        if op in _ENDINGS:
-            ending = ending or op
+            return _Tail(node)
         if op in _PASSED_OVER:
             name = node.input[0]
         elif op in _PASSED_OVER_WITH_CONSTANTS and len(varying) == 1:
             (name,) = varying
         else:
-            return _Tail(None, ending, f"{original_op(node)} {node_label(node)!r}")
+            return _Tail(None, f"{original_op(node)} {node_label(node)!r}")
 
 
 def _is_linear(op, node, tensors, values) -> bool:

@@ -50,6 +50,7 @@ def probe(
     *,
     coeff: float | None = None,
     features: str | None = None,
+    output_name: str | None = None,
     seeds: int | Iterable[int] = 3,
     validation: float = 0.2,
     labels: str | os.PathLike | None = None,
@@ -74,6 +75,8 @@ def probe(
         betas: as for `ctonnx.sweep`; β = 1 is always among them.
         coeff: c, in [0, 1]; the model's own, or 0.5, where None.
         features: the name of the tensor to fit on; the input of the last linear layer where None.
+        output_name: the name of the output that the new head makes; if None, the first of floating
+            type that has a linear layer.
         seeds: of the splits: how many, from 0 on, or a list of them.
         validation: the share of the training set that β is chosen on, between 0 and 1.
         labels, test_labels: the name of the labels' array or column in `train` and in `test`, or
@@ -106,6 +109,7 @@ def probe(
     _require_packages()
 
     steerable = engine.prepare(model, coeff is not None)
+    steerable.chosen = steerable.named_output(output_name)
     reader = open_reader(model, steerable, features, coeff, providers)
     options = DataOptions(labels, batch_size, images, skip_broken)
     sources = [
