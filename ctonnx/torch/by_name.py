@@ -29,7 +29,7 @@ from ..rewriting.steer import Report, nothing_matched
 from ..rewriting.steer import steer as steer_proto
 from ..rewriting.steered import SteeredModel
 from .exporting import resteer, run_exporter
-from .steering import is_steered, steer
+from .steering import is_steered, refuse_half_steered, steer
 from .tct import restore
 from .unit import CTU
 
@@ -252,7 +252,7 @@ def _export_module(
         state = read_checkpoint(checkpoint)
         model = restore(model, state)
     args, options = _examples(shapes)
-    with nullcontext() if beta is None else steer(model, beta, coeff):
+    with nullcontext() if beta is None else steer(model, beta, coeff), refuse_half_steered(model):
         proto = _to_onnx(target, model, args, options)
     try:
         return proto, resteer(proto)

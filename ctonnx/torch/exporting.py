@@ -26,6 +26,7 @@ from ..model import files, graph
 from ..optional import require
 from ..rewriting.find import Activation
 from ..rewriting.steer import Report, steer
+from .steering import refuse_half_steered
 
 # The first opset whose Clip has its bounds as inputs.
 _MIN_OPSET = 11
@@ -56,7 +57,7 @@ def export(
 
     Raises:
         UsageError: the output exists, a beta or c depends on the input, or CTU does not take the
-            bounds.
+            bounds; the model is steered, and has activations that `steer` does not reach.
         NothingToDo: the model has no CT unit.
         ModelError: the model is too large for one file.
         MissingDependency: onnxscript, which the newer exporter needs, is not installed.
@@ -65,7 +66,8 @@ def export(
         path = files.check_output(path, force)
     if isinstance(args, torch.Tensor):
         args = (args,)
-    proto = run_exporter(model, args, dynamo, options)
+    with refuse_half_steered(model):
+        proto = run_exporter(model, args, dynamo, options)
     resteer(proto)
     return proto if path is None else files.save(proto, path, force)
 

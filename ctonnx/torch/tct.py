@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError
 from ..rewriting.checkpoint import raw_pairs
-from .steering import check_plain, read_call
+from .calls import read_call
+from .steering import check_plain
 from .unit import CTU
 
 # Where the authors' code starts training: beta 0.8, c 0.5.
