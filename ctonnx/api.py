@@ -20,6 +20,7 @@ def patch(
     coeff: float = 0.5,
     *,
     params: str | Path | Mapping | None = None,
+    by_order: bool = False,
     output: str | Path | None = None,
     beta_as: str = "initializer",
     lowering: str = "portable",
@@ -56,7 +57,12 @@ def patch(
         NothingToDo: no activation to steer.
         ModelError: the model cannot be read, or is unsafe to read.
     """
-    values = read_params(params) if isinstance(params, str | Path) else params
+    if isinstance(params, str | Path):
+        values = read_params(params, by_order)
+    elif by_order:
+        raise UsageError("by_order goes with the path of a T-CT state dict as params")
+    else:
+        values = params
     if beta_as == "input" and _is_graph(model):
         raise UsageError("a graphsurgeon Graph has no optional inputs: use required-input")
 

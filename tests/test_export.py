@@ -419,7 +419,7 @@ def test_pairs_go_to_modules_whatever_the_nodes_are_called():
     for node, module in zip(relus, trained, strict=True):
         node.name = "r"
         names = node.metadata_props.add(key="pkg.torch.onnx.name_scopes")
-        names.value = repr(["", module])
+        names.value = repr(["", module, node.name])
     steered = ctonnx.inspect(ctonnx.patch(proto, params=trained))
     for activation, pair in zip(steered, trained.values(), strict=True):
         assert np.float32(activation.beta).tolist() == pair["beta"].tolist()

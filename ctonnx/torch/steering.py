@@ -4,7 +4,7 @@ import copy
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -35,16 +35,18 @@ class Record:
     @contextmanager
     def call(self) -> Iterator[None]:
         """Record one call of the model."""
-        with _Watch(self.left) if self.watch else nullcontext():
+        if not self.watch or torch._C._get_tracing_state():  # A trace misses what a watch sees.
             yield
-        if self.watch and self.left:
-            warnings.warn(
-                f"steer left activations as they are: {describe(self.left)}", stacklevel=6
-            )
+            return
+        with _Watch(self.left):
+            yield
+        if self.left:
+            message = f"steer left activations as they are: {_describe(self.left)}"
+            warnings.warn(message, stacklevel=6)
         self.watch = False
 
 
-def describe(left: Counter[str]) -> str:
+def _describe(left: Counter[str]) -> str:
     """The names in a counter, with the counts of those that occur more than once."""
     return ", ".join(name if n == 1 else f"{name} ({n} times)" for name, n in left.items())
 
@@ -71,11 +73,10 @@ class _Watch(TorchDispatchMode):
 class _Steering(TorchFunctionMode):
     """While active in a thread, CT units take the place of activations."""
 
-    def __init__(self, beta: float, coeff: float, steered: Counter[str]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], record: Record) -> None:
         super().__init__()
-        # The ONNX op has float32 parameters too.
-        self._parameters = [torch.tensor(value, dtype=torch.float32) for value in (beta, coeff)]
-        self._steered = steered
+        self._parameters = parameters
+        self._record = record
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -87,9 +88,11 @@ class _Steering(TorchFunctionMode):
         else:
             result = self._replace(func, args, kwargs)
         if result is NotImplemented:
+            if func in fused.FUSED and torch._C._get_tracing_state():
+                self._record.left[name] += 1
             return func(*args, **kwargs)
         if not torch.compiler.is_dynamo_compiling():
-            self._steered[name] += 1
+            self._record.steered[name] += 1
         return result
 
     def _replace(self, func, args, kwargs):
@@ -186,13 +189,20 @@ def steer(model: nn.Module, beta: float, coeff: float = 0.5) -> _Handle:
     return _Handle(model, original, record)
 
 
+def _tensors(beta: float, coeff: float) -> list[Tensor]:
+    # The ONNX op has float32 parameters too.
+    return [torch.tensor(value, dtype=torch.float32) for value in (beta, coeff)]
+
+
 def _steered_class(
     original: type[nn.Module], beta: float, coeff: float, record: Record
 ) -> type[nn.Module]:
     """The subclass of a model's class whose calls are steered."""
 
+    parameters = _tensors(beta, coeff)
+
     def steering():
-        return _Steering(beta, coeff, record.steered)
+        return _Steering(parameters, record)
 
     @contextmanager
     def run():
@@ -278,7 +288,7 @@ def _reach_what_is_no_call() -> None:
 
 def steered_call(name: str, beta: float, coeff: float, *args: Any, **kwargs: Any) -> Any:
     """Call a function of tracing.NAMES steered: what graphs of torch.fx call."""
-    with _Steering(beta, coeff, Counter()):
+    with _Steering(_tensors(beta, coeff), Record()):
         return tracing.FUNCTIONS[name](*args, **kwargs)
 
 
@@ -301,15 +311,25 @@ def refuse_half_steered(model: object) -> Iterator[None]:
     for record in records:
         left += record.left - before[record]
     if left:
-        raise UsageError(
-            f"the model is half steered: steer does not reach {describe(left)}; call activations "
-            "from Python, like torch.relu"
-        )
+        raise half_steered(_describe(left))
+
+
+def half_steered(what: str) -> UsageError:
+    """The error for a model in which steering does not reach something."""
+    return UsageError(
+        f"the model is half steered: steer does not reach {what}; call activations from Python, "
+        "like torch.relu"
+    )
 
 
 def is_steered(model: nn.Module) -> bool:
     """Whether the model or a part of it is steered by `steer`."""
     return any(isinstance(module, _Steered) for module in model.modules())
+
+
+def is_steered_whole(model: nn.Module) -> bool:
+    """Whether the model itself is steered, and not only parts of it."""
+    return isinstance(model, _Steered)
 
 
 def check_plain(model: nn.Module) -> None:
