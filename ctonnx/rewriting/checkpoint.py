@@ -61,22 +61,21 @@ def weight_arrays(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def spellings(names: Collection[str]) -> Iterator[dict[str, str]]:
-    """Yield what the names of a state dict may be called in the model that it comes from.
+    """Yield what the names of a state dict may be in the model that it comes from.
 
     As they are; without what DataParallel and torch.compile put into them; and without the modules
     around the model, whose names all share.
 
     Yields:
-        dict from name to what it is called.
+        dict from name to what it may be, different for each.
     """
-    plain = {name: without_wrappers(name) for name in names}
-    yield {name: name for name in names}
-    yield plain
-    parts = [plain[name].split(".") for name in names]
-    for depth in range(1, min(map(len, parts), default=0)):
-        if len({tuple(path[:depth]) for path in parts}) > 1:
-            break
-        yield {name: ".".join(path[depth:]) for name, path in zip(names, parts, strict=True)}
+    plain = [without_wrappers(name) for name in names]
+    paths = [name.split(".") for name in plain]
+    shared = len(os.path.commonprefix([path[:-1] for path in paths]))
+    inner = [[".".join(path[depth:]) for path in paths] for depth in range(1, shared + 1)]
+    for spelled in (list(names), plain, *inner):
+        if len(set(spelled)) == len(spelled):
+            yield dict(zip(names, spelled, strict=True))
 
 
 def without_wrappers(name: str) -> str:

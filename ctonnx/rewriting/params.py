@@ -114,7 +114,7 @@ class Trained(dict):
             keys = {spelled[key]: key for key in self}
             modules = [next((m for m in names if m in keys), None) for names in candidates]
             missing = sorted(keys[name] for name in keys.keys() - set(modules))
-            if not missing and len(keys) == len(self):
+            if not missing:
                 return [None if m is None else self[keys[m]] for m in modules]
             closest = max(closest, (len(keys) - len(missing), missing), key=lambda pair: pair[0])
         if not closest[0] and not any(a.module for a in activations):

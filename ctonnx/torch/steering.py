@@ -157,17 +157,20 @@ def steer(model: nn.Module, beta: float, coeff: float = 0.5) -> _Handle:
     module, a function or a method of a tensor, in place or not.
 
     Clamps to tensors and clamps that guard against small numbers are arithmetic and stay, as in the
-    ONNX model; so do `maximum` and `minimum`. Weights and modules stay as they are: calls go
-    through a subclass of the model's class until the handle is removed. Steering does not reach
+    ONNX model; so do `maximum`, `minimum` and `where`. Weights and modules stay as they are: calls
+    go through a subclass of the model's class until the handle is removed. Steering does not reach
     what runs outside the call or in other threads, like the recomputation of activation
-    checkpointing.
+    checkpointing. Activations that it does not reach inside, like those in compiled code, are
+    counted in the handle, and the first call that has some warns. int8 modules keep the range that
+    was calibrated.
 
     Args:
         model: nn.Module, changed in place.
         beta, coeff: numbers in [0, 1].
 
     Returns:
-        A handle: `remove()` undoes the steering, and so does the end of a `with` block.
+        A handle: `remove()` undoes the steering, and so does the end of a `with` block. Its
+        Counters `steered` and `left` hold the names of the functions that were steered and left.
 
     Raises:
         UsageError: a wrong argument; the model or a part of it is already steered, or compiled.
