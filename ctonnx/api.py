@@ -20,6 +20,7 @@ def patch(
     coeff: float = 0.5,
     *,
     params: str | Path | Mapping | None = None,
+    by_order: bool = False,
     output: str | Path | None = None,
     beta_as: str = "initializer",
     lowering: str = "portable",
@@ -34,9 +35,10 @@ def patch(
         model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph. It is not changed.
         beta: the curvature, in [0, 1]; 1 is the original network, smaller is smoother.
         coeff: the paper's c, in [0, 1]: how the two smooth versions of ReLU are mixed.
-        params: (beta, c) of single activations: a path to a .json or .npz file, or a dict from an
+        params: (beta, c) of single activations: a path to a .json, .npz or .pth file, or a dict from an
             activation's name, or a regular expression, to beta or {"beta": ..., "coeff": ...}; each
             a number, or one per channel. Without `beta` only those activations are steered.
+        by_order: assign the pairs of a T-CT state dict (.pth) in order, not by name.
         output: for a path, where to write; `x.ct.onnx` beside `x.onnx` where None.
         beta_as: "initializer" bakes beta in; "input" makes it an optional graph input with that
             value as default; "required-input" a graph input that must be fed.
@@ -56,7 +58,12 @@ def patch(
         NothingToDo: no activation to steer.
         ModelError: the model cannot be read, or is unsafe to read.
     """
-    values = read_params(params) if isinstance(params, str | Path) else params
+    if isinstance(params, str | Path):
+        values = read_params(params, by_order)
+    elif by_order:
+        raise UsageError("by_order goes with the path of a T-CT state dict as params")
+    else:
+        values = params
     if beta_as == "input" and _is_graph(model):
         raise UsageError("a graphsurgeon Graph has no optional inputs: use required-input")
 

@@ -17,8 +17,8 @@ from torch import nn
 
 import ctonnx
 from ctonnx import ctu
-from ctonnx.rewriting import params
-from ctonnx.rewriting.checkpoint import pairs
+from ctonnx.rewriting import params, weights
+from ctonnx.rewriting.checkpoint import pairs, weight_arrays
 from ctonnx.rewriting.steer import steer as steer_onnx
 from ctonnx.rewriting.steered import SteeredModel
 from ctonnx.torch import CTU, by_name, export, restore, steer, trainable
@@ -363,6 +363,56 @@ def test_exported_programs(tmp_path):
     assert furthest(proto, (x,), (model(x),)) < 1e-5
 
 
+def test_a_half_steered_model_is_not_exported(tmp_path):
+    """A scripted function without its Python source, and an RNN whose length a trace would fix."""
+    scripted = torch.jit.script(positive)
+    del scripted._torchdynamo_inline
+    path = tmp_path / "m.onnx"
+
+    class Half(nn.Module):
+        def forward(self, x):
+            return scripted(x.relu() - 0.3)
+
+    rnn = nn.Sequential(nn.RNN(3, 4, nonlinearity="relu"), Scores())
+    for model, left in ((Half(), "Relu"), (rnn, "torch.rnn_relu")):
+        with (
+            steer(model.eval(), 0.7),
+            pytest.raises(ctonnx.UsageError, match=f"half steered: steer does not reach .*{left}"),
+        ):
+            export(model, torch.randn(5, 2, 3), path, dynamo=False)
+        assert not path.exists()
+    # A part that is not steered is another matter.
+    model, x = nn.Sequential(nn.ReLU(), nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3)
+    with steer(model[0], 0.7):
+        proto = export(model, x, dynamo=False)
+    assert [a.status for a in ctonnx.inspect(proto)] == ["steered", "steerable"]
+
+
+@both
+def test_what_only_exporters_see_through_is_steered(dynamo):
+    scripted = torch.jit.script(positive)
+
+    class Scripted(nn.Module):
+        def forward(self, x):
+            return scripted(x.relu() - 0.3)
+
+    x = torch.randn(2, 3)
+    model = Scripted()
+    with steer(model, 0.7):
+        proto, want = export(model, x, dynamo=dynamo), model(x)
+    assert [a.status for a in ctonnx.inspect(proto)] == ["steered", "steered"]
+    assert furthest(proto, (x,), (want,)) < 1e-6
+
+
+class Scores(nn.Module):
+    def forward(self, outputs):
+        return outputs[0].relu()
+
+
+def positive(x):
+    return torch.relu(x) * 2
+
+
 # --- checkpoints that do not fit
 
 
@@ -386,17 +436,103 @@ def two(bare):
     return params.Trained(pairs(model.state_dict())), proto, x, model(x)
 
 
-def test_where_nothing_names_modules_pairs_go_in_order_and_a_note_says_so():
+def test_where_nothing_names_modules_pairs_go_in_order_only_when_asked():
     trained, proto, x, want = two(bare=True)
+    with pytest.raises(ctonnx.UsageError, match=r"does not name the modules.* by --by-order"):
+        ctonnx.patch(proto, params=trained)
+    trained.by_order = True
     again = onnx.ModelProto.FromString(proto.SerializeToString())
     report = steer_onnx(again, params=trained)
     assert furthest(again, (x,), (want,)) < 1e-6
-    assert any("in order: 1 for n1, 3 for n3" in note for note in report.notes)
-    _, named, _, _ = two(bare=False)
-    assert not any("in order" in note for note in steer_onnx(named, params=trained).notes)
-    del trained["3"]
-    with pytest.raises(ctonnx.UsageError, match="holds 1 pairs, the model 2 activations"):
-        ctonnx.patch(proto, params=trained)
+    assert report.notes == ["took the pairs in order: 1 for n1, 3 for n3"]
+    for by_order in (True, False):
+        one = params.Trained({"1": trained["1"]}, by_order=by_order)
+        with pytest.raises(ctonnx.UsageError, match="holds 1 pairs, the model 2 activations"):
+            ctonnx.patch(proto, params=one)
+
+
+class Backwards(nn.Module):
+    """A model whose modules are not used in the order in which they are defined."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.first = nn.ReLU(), nn.ReLU()
+        self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(self.last(self.b(self.first(self.a(x)))))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@both
+def test_a_checkpoint_of_a_wrapped_model_is_matched_by_name(dynamo, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    wrapped = {
+        "DataParallel": (nn.DataParallel, lambda model: model),
+        "torch.compile": (torch.compile, lambda model: model),
+        "both": (lambda model: nn.DataParallel(torch.compile(model)), lambda model: model),
+        "a module around it": (Wrapper, lambda model: model),
+        "a part of it": (lambda model: nn.Sequential(nn.DataParallel(model)), nn.Sequential),
+    }
+    for what, (wrap, around) in wrapped.items():
+        model = Backwards().eval()
+        path, checkpoint = tmp_path / "m.onnx", tmp_path / "m.pth"
+        exported = around(copy.deepcopy(model))
+        torch.onnx.export(exported, (x,), path, dynamo=dynamo, verbose=False)
+        model = trainable(model, x)
+        for name, parameter in model.named_parameters():
+            if "_raw_" in name:
+                nn.init.normal_(parameter)
+        torch.save(wrap(model).state_dict(), checkpoint)
+        steered = ctonnx.patch(path, params=checkpoint, output=tmp_path / "o.onnx", force=True)
+        assert furthest(onnx.load(steered), (x,), (model(x),)) < 1e-6, what
+        report = steer_onnx(onnx.load(path), params=params.read(checkpoint))
+        assert report.notes == [], what
+        state = torch.load(checkpoint, weights_only=True)
+        restored = restore(around(Backwards().eval()), state)
+        torch.testing.assert_close(restored(x), model(x), msg=what)
+
+
+def test_by_order_goes_with_a_state_dict_alone(tmp_path):
+    _, proto, _, _ = two(bare=False)
+    (tmp_path / "p.json").write_text('{"Relu": 0.5}')
+    for given in (tmp_path / "p.json", {"Relu": 0.5}):
+        with pytest.raises(ctonnx.UsageError, match="state dict"):
+            ctonnx.patch(proto, params=given, by_order=True)
+
+
+def test_a_batch_norm_that_an_exporter_folds_is_no_difference():
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-3), nn.ReLU()),
+        *(nn.ConvTranspose2d(4, 5, 3), nn.BatchNorm2d(5, affine=False), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(320, 4), nn.BatchNorm1d(4)),
+    )
+    x = torch.randn(16, 3, 8, 8)
+    for _ in range(3):
+        model(x * 2 + 1)
+    model.eval()
+    proto = torch.onnx.export(model, (x,), verbose=False).model_proto
+    assert not any(node.op_type == "BatchNormalization" for node in proto.graph.node)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for name in ("0.weight", "0.bias", "3.weight", "3.bias", "7.weight", "7.bias"):
+        tensors = proto.graph.initializer
+        assert list(weights.differing(weight_arrays(state), tensors)) == []
+        changed = {**state, name: state[name] + torch.randn_like(state[name]) * 0.01}
+        assert list(weights.differing(weight_arrays(changed), tensors)) == [name]
+    # Another norm gives other weights.
+    changed = {**state, "1.running_var": state["1.running_var"] * 1.1}
+    assert list(weights.differing(weight_arrays(changed), tensors)) == ["0.weight", "0.bias"]
 
 
 def test_other_weights_than_the_checkpoint_has_are_noted():
@@ -419,7 +555,7 @@ def test_pairs_go_to_modules_whatever_the_nodes_are_called():
     for node, module in zip(relus, trained, strict=True):
         node.name = "r"
         names = node.metadata_props.add(key="pkg.torch.onnx.name_scopes")
-        names.value = repr(["", module])
+        names.value = repr(["", module, node.name])
     steered = ctonnx.inspect(ctonnx.patch(proto, params=trained))
     for activation, pair in zip(steered, trained.values(), strict=True):
         assert np.float32(activation.beta).tolist() == pair["beta"].tolist()

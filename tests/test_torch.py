@@ -216,6 +216,11 @@ class Calls(nn.Module):
         return self.call(2 * x - 0.5) * 3
 
 
+@torch.jit.script
+def scripted(x):
+    return torch.relu(x)
+
+
 SHARED = nn.Parameter(torch.tensor([0.3, 0.1, 0.2]))
 
 # Spelling -> the call, and the slope, lower and upper of the unit that takes its place.
@@ -251,6 +256,15 @@ SPELLINGS = {
     "x.clamp NumPy": (lambda x: x.clamp(max=np.float32(0.5)), {"upper": 0.5}),
     "x.clamp_min": (lambda x: x.clamp_min(-0.5), {"lower": -0.5}),
     "torch.clamp_max_": (lambda x: torch.clamp_max_(x, 0.5), {"upper": 0.5}),
+    "F.threshold": (lambda x: F.threshold(x, -0.5, -0.5), {"lower": -0.5}),
+    "nn.Threshold": (nn.Threshold(0, 0, inplace=True), {}),
+    "aten.relu": (torch.ops.aten.relu, {}),
+    "aten.relu.default": (lambda x: torch.ops.aten.relu.default(self=x), {}),
+    "aten.relu_": (torch.ops.aten.relu_.default, {}),
+    "aten.hardtanh": (torch.ops.aten.hardtanh.default, {"lower": -1.0, "upper": 1.0}),
+    "aten.clamp": (lambda x: torch.ops.aten.clamp.default(x, None, 1.0), {"upper": 1.0}),
+    "torch.jit.script": (scripted, {}),
+    "torch.jit.trace": (torch.jit.trace(F.relu6, torch.ones(3)), {"lower": 0.0, "upper": 6.0}),
     "torch.clamp out": (lambda x: torch.clamp(x, min=0, out=torch.empty_like(x)), {}),
 }
 
@@ -276,7 +290,7 @@ def test_every_spelling_is_steered_and_undone(spelled):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: F.threshold(x, 0.0, 0.0),
+        lambda x: F.threshold(x, 0.0, 0.5),
         lambda x: x.clamp(min=torch.tensor(0.0)),
         lambda x: x.clamp(min=1e-6),
         lambda x: x.clamp(1.0, 1.0),
@@ -366,6 +380,141 @@ def test_steering_follows_the_model():
         assert not torch.equal(plain, want)
         with pytest.raises(ctonnx.UsageError, match=r"torch\.jit\.trace"):
             torch.jit.script(model)
+
+
+def test_exported_programs_and_graphs_are_steered_like_their_model(tmp_path):
+    model, x = (
+        Calls(nn.Sequential(nn.ReLU(), nn.PReLU(), nn.Hardsigmoid())).eval(),
+        torch.randn(2, 3),
+    )
+    path = tmp_path / "m.pt2"
+    torch.export.save(torch.export.export(model, (x,)), path)
+    with steer(model, 0.6, 0.3):
+        want = model(x)
+    plain = model(x)
+    for graph in (torch.export.load(path).module(), torch.fx.symbolic_trace(model)):
+        handle = steer(graph, 0.6, 0.3)
+        torch.testing.assert_close(graph(x), want)
+        assert (sum(handle.steered.values()), handle.left) == (3, {})
+        # What changes or copies a graph writes a class of its own.
+        for copied in (copy.deepcopy(graph), copy.deepcopy(nn.Sequential(graph)), graph):
+            torch.testing.assert_close(copied(x), want)
+        graph.recompile()
+        torch.testing.assert_close(graph(x), want)
+        torch.testing.assert_close(torch.export.export(graph, (x,)).module()(x), want)
+        handle.remove()
+        torch.testing.assert_close(graph(x), plain)
+
+
+def test_the_fx_graph_of_a_steered_model_is_steered():
+    class Spelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.Sequential(nn.Linear(4, 4), nn.PReLU(4), nn.ReLU6())
+
+        def forward(self, x):
+            return F.relu(self.parts(x).clamp(min=-0.5)) - torch.relu(input=x).clamp_(max=1)
+
+    model, x = Spelled().eval(), torch.randn(3, 4)
+    with steer(model, 0.6, 0.3):
+        graph, want = torch.fx.symbolic_trace(model), model(x)
+    assert torch.equal(graph(x), want)
+    assert not torch.equal(graph(x), model(x))
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    hiding = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8))
+    with (
+        steer(hiding, 0.6),
+        pytest.raises(ctonnx.UsageError, match="cannot trace 0, a Transformer"),
+    ):
+        torch.fx.symbolic_trace(hiding)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_recurrent_networks_are_steered(bidirectional, bias):
+    """At beta 1 as PyTorch computes them, and with a smaller one as by hand."""
+    torch.manual_seed(0)
+    model = nn.RNN(4, 3, 2, "relu", bias, bidirectional=bidirectional).double().eval()
+    x = torch.randn(5, 4, 4, dtype=torch.float64)
+    packed = nn.utils.rnn.pack_sequence([x[:n, i] for i, n in enumerate((5, 3, 3, 1))])
+    for example in (x, x[:, 0], packed):
+        plain = model(example)
+        with steer(model, 1.0):
+            torch.testing.assert_close(model(example), plain, rtol=0, atol=1e-5)
+        with steer(model, 0.6):
+            assert not torch.allclose(model(example)[1], plain[1], atol=1e-2)
+    swapped = copy.deepcopy(model)
+    swapped.batch_first = True
+    with steer(model, 0.6), steer(swapped, 0.6):
+        torch.testing.assert_close(swapped(x.transpose(0, 1))[0].transpose(0, 1), model(x)[0])
+    one, cell = nn.RNN(4, 3, nonlinearity="relu"), nn.RNNCell(4, 3, nonlinearity="relu")
+    for name, weight in cell.named_parameters():
+        weight.data = getattr(one, f"{name}_l0").data
+    with steer(one, 0.6), steer(cell, 0.6) as handle:
+        first, second = one(x[:2].float())[0]
+        by_hand = unit(cell_sum(cell, x[0].float(), torch.zeros(4, 3)), 0.6)
+        torch.testing.assert_close(first, by_hand)
+        torch.testing.assert_close(cell(x[1].float(), first), second)
+    assert handle.steered == {"torch.rnn_relu_cell": 1}
+
+
+def cell_sum(cell, x, state):
+    return F.linear(x, cell.weight_ih, cell.bias_ih) + F.linear(state, cell.weight_hh, cell.bias_hh)
+
+
+def test_int8_modules_are_steered_in_their_range():
+    """Of fused modules and of activations on quantized tensors: as in float, but rounded."""
+    import torch.ao.quantization as quantization
+
+    def network(act):
+        return nn.Sequential(
+            quantization.QuantStub(),
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(4, 4, 3), act),
+            nn.Flatten(),
+            nn.Sequential(nn.Linear(64, 5), nn.ReLU()),
+            quantization.DeQuantStub(),
+        )
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    # Quantized, Hardsigmoid cannot leave [0, 1].
+    for act, bound in ((nn.ReLU6(), 4), (nn.Hardsigmoid(), 14), (nn.LeakyReLU(0.2), 4)):
+        model = network(act).eval()
+        model.qconfig = quantization.get_default_qconfig("fbgemm")
+        with steer(model, 0.6):
+            want = model(x)
+        plain = model(x)
+        quantization.fuse_modules(model, [["1.0", "1.1"], ["4.0", "4.1"]], inplace=True)
+        quantization.prepare(model, inplace=True)
+        with steer(model, 0.6):
+            model(x)  # The ranges are those of the steered model.
+        quantization.convert(model, inplace=True)
+        with steer(model, 0.6) as handle:
+            got = model(x)
+        assert (sum(handle.steered.values()), handle.left) == (3, {})
+        step = model[4][0].scale
+        error = (got - want.clamp(min=0)).abs().max() / step
+        assert error < bound
+        assert (plain - want).abs().max() / step > 20
+
+
+def half(x):
+    return (torch.relu(x - 0.1) + torch.relu(x) + x.clamp(0.0, 6.0)) / 2
+
+
+def test_what_steering_does_not_reach_is_named_once():
+    scripted_only = torch.jit.script(half)
+    del scripted_only._torchdynamo_inline
+    model, x = Calls(lambda x: scripted_only(x.relu())), torch.randn(2, 3)
+    with steer(model, 0.6) as handle:
+        with pytest.warns(UserWarning, match=r"steer left .*: aten.relu \(2 times\), aten.clamp$"):
+            model(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)
+    assert handle.steered == {"Tensor.relu": 2}
+    assert handle.left == {"aten.relu": 2, "aten.clamp": 1}
 
 
 def test_fused_inference_of_transformers_is_steered_too():

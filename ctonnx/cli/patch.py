@@ -48,6 +48,11 @@ from .output import counts, echo, print_json, progress, say, say_report
     "or .npz; or a T-CT state dict: .pth.",
 )
 @click.option(
+    "--by-order",
+    is_flag=True,
+    help="Assign the pairs of a state dict in order, where modules have other names or none.",
+)
+@click.option(
     "--check",
     is_flag=True,
     help="Before writing, compare it with the original at beta 1, and kernel with fallback.",
@@ -55,7 +60,7 @@ from .output import counts, echo, print_json, progress, say, say_report
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @options.force
 @options.json
-def patch(model, output, params_file, dry_run, as_json, **choices):
+def patch(model, output, params_file, by_order, dry_run, as_json, **choices):
     """Steer MODEL: write a copy with CT units for activations.
 
     MODEL is a file, or - for standard input. --output defaults to X.ct.onnx beside X.onnx, and to
@@ -66,7 +71,9 @@ def patch(model, output, params_file, dry_run, as_json, **choices):
 
     if choices["beta"] is None and params_file is None:
         raise click.UsageError("Missing option '--beta', or '--params'")
-    params_given = None if params_file is None else params.read(params_file)
+    if by_order and params_file is None:
+        raise click.UsageError("--by-order goes with --params")
+    params_given = None if params_file is None else params.read(params_file, by_order)
     if dry_run and choices["check"]:
         raise click.UsageError("--check runs what is written: it does not go with --dry-run")
     over_itself = output not in (None, "-") and realpath(output) == realpath(model)

@@ -6,7 +6,8 @@ They need PyTorch, which is imported only when a function is called.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +58,29 @@ def weight_arrays(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         for key, value in state_dict.items()
         if value.dim()
     }
+
+
+def spellings(names: Collection[str]) -> Iterator[dict[str, str]]:
+    """Yield what the names of a state dict may be in the model that it comes from.
+
+    As they are; without what DataParallel and torch.compile put into them; and without the modules
+    around the model, whose names all share.
+
+    Yields:
+        dict from name to what it may be, different for each.
+    """
+    plain = [without_wrappers(name) for name in names]
+    paths = [name.split(".") for name in plain]
+    shared = len(os.path.commonprefix([path[:-1] for path in paths]))
+    inner = [[".".join(path[depth:]) for path in paths] for depth in range(1, shared + 1)]
+    for spelled in (list(names), plain, *inner):
+        if len(set(spelled)) == len(spelled):
+            yield dict(zip(names, spelled, strict=True))
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a weight or module without the modules of DataParallel and torch.compile."""
+    return re.sub(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.", "", name)
 
 
 def pairs(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, np.ndarray]]:

@@ -2,12 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto, numpy_helper
 
 from ..errors import InputFileError, UsageError, cause
 from . import checkpoint
@@ -40,7 +39,7 @@ class Values:
         return replace(self, beta=beta, coeff=coeff)
 
 
-def read(path: str | Path) -> dict:
+def read(path: str | Path, by_order: bool = False) -> dict:
     """Read a file of parameters.
 
     A JSON file holds an object: key -> beta, or key -> {"beta": ..., "coeff": ...}, each a
@@ -49,19 +48,24 @@ def read(path: str | Path) -> dict:
     A .pth or .pt file holds the state dict of a T-CT model.
     A key is an activation's name or a regular expression, as for `resolve`.
 
+    Args:
+        by_order: assign the pairs of a state dict in order, as Trained does.
+
     Returns:
         dict: key -> {"beta" and "coeff", as far as the file has them: what it holds}; Trained for a
         state dict.
 
     Raises:
         InputFileError: the file cannot be read, or is not of that form.
-        UsageError: a state dict is not that of a T-CT model.
+        UsageError: a state dict is not that of a T-CT model; `by_order` with another file.
         MissingDependency: a state dict needs PyTorch, which is not installed.
     """
     path = Path(path)
     if path.suffix in (".pth", ".pt"):
         state = checkpoint.read_checkpoint(path)
-        return Trained(checkpoint.pairs(state), checkpoint.weight_arrays(state))
+        return Trained(checkpoint.pairs(state), checkpoint.weight_arrays(state), by_order)
+    if by_order:
+        raise UsageError(f"{path}: is no state dict (.pth), whose pairs alone have an order")
     try:
         if path.suffix == ".npz":
             return _from_arrays(path)
@@ -78,68 +82,85 @@ def read(path: str | Path) -> dict:
 class Trained(dict):
     """The pairs of a T-CT state dict: each key is a PyTorch module.
 
-    `weights` is name -> array of all that the state dict holds.
+    `weights` is name -> array of all that the state dict holds. `by_order` assigns the pairs in
+    order, not by name: a state dict has the order of definition, a graph that of use.
     """
 
-    def __init__(self, pairs: Mapping, weights: Mapping[str, np.ndarray] | tuple = ()):
+    def __init__(
+        self,
+        pairs: Mapping,
+        weights: Mapping[str, np.ndarray] | tuple = (),
+        by_order: bool = False,
+    ):
         super().__init__(pairs)
         self.weights = dict(weights)
+        self.by_order = by_order
 
     def of(self, activations: Sequence[Activation], notes: list[str]) -> list[dict | None]:
         """The pair of each activation, or None.
 
-        Activations are matched by module. Where the exporter wrote no modules down, the names that
-        the TorchScript exporter makes of them serve, or else the order, which `notes` then tells:
-        a state dict has the order of definition, a graph that of use.
+        Activations are matched by module, in the first of the checkpoint's spellings that fits.
+        Where the exporter wrote no modules down, the names that the TorchScript exporter makes of
+        them serve. With `by_order`, `notes` tells which pair went where.
 
         Raises:
             UsageError: the state dict and the model do not fit.
         """
-        modules = [a.module for a in activations]
-        if not any(modules):
-            modules = [self._module(a.name) for a in activations]
-            if not any(modules) and len(self) == len(activations):
-                modules = list(self)
-                pairs = ", ".join(
-                    f"{module} for {a.path}" for module, a in zip(modules, activations, strict=True)
-                )
-                notes.append(f"the model names no modules: took the pairs in order: {pairs}")
-        missing = sorted(self.keys() - set(modules))
-        if missing and not any(modules):
+        if self.by_order:
+            return self._in_order(activations, notes)
+        candidates = [_modules(activation) for activation in activations]
+        closest: tuple[int, list[str]] = 0, []
+        for spelled in checkpoint.spellings([*self, *self.weights]):
+            keys = {spelled[key]: key for key in self}
+            modules = [next((m for m in names if m in keys), None) for names in candidates]
+            missing = sorted(keys[name] for name in keys.keys() - set(modules))
+            if not missing:
+                return [None if m is None else self[keys[m]] for m in modules]
+            closest = max(closest, (len(keys) - len(missing), missing), key=lambda pair: pair[0])
+        if not closest[0] and not any(a.module for a in activations):
+            self._check_count(activations)
+            raise UsageError(
+                "params: the model does not name the modules that the checkpoint's pairs belong "
+                "to: export it again, or assign the pairs in order, by --by-order (by_order=True)"
+            )
+        missing = closest[1] or sorted(self)
+        raise UsageError(
+            f"params: the checkpoint's {missing[0]!r} is no module of an activation that is "
+            "steered, see `ctonnx inspect`"
+        )
+
+    def _in_order(self, activations: Sequence[Activation], notes: list[str]) -> list[dict | None]:
+        self._check_count(activations)
+        pairs = ", ".join(
+            f"{module} for {a.path}" for module, a in zip(self, activations, strict=True)
+        )
+        notes.append(f"took the pairs in order: {pairs}")
+        return list(self.values())
+
+    def _check_count(self, activations: Sequence[Activation]) -> None:
+        if len(self) != len(activations):
             raise UsageError(
                 f"params: the checkpoint holds {len(self)} pairs, the model {len(activations)} "
                 "activations, and it does not say which module they come from"
             )
-        if missing:
-            raise UsageError(
-                f"params: the checkpoint's {missing[0]!r} is no module of an activation that is "
-                "steered, see `ctonnx inspect`"
-            )
-        return [self.get(module) for module in modules]
-
-    def _module(self, name: str) -> str | None:
-        """The key that a name like "/layer1/layer1.0/relu_1/Relu" stands for, None for none."""
-        parts = [""]
-        for part in name.split("/")[1:-1]:
-            # A container's children are named with the container's own name.
-            if not part.startswith(f"{parts[-1]}."):
-                parts.append("")
-            parts[-1] = part
-        module = ".".join(parts[1:])
-        # A number marks a module's second and further calls.
-        return next((key for key in (module, re.sub(r"_\d+$", "", module)) if key in self), None)
 
 
-def differing(
-    weights: Mapping[str, np.ndarray], initializers: Iterable[TensorProto]
-) -> Iterator[str]:
-    """The names of the initializers whose values differ from those in `weights`, by name."""
-    for tensor in initializers:
-        trained = weights.get(tensor.name)
-        if trained is None or tensor.data_location == TensorProto.EXTERNAL:
-            continue
-        if not np.array_equal(numpy_helper.to_array(tensor), trained):
-            yield tensor.name
+def _modules(activation: Activation) -> list[str]:
+    """The names that the module of an activation may have."""
+    module = activation.module
+    if module is not None:
+        return [module, checkpoint.without_wrappers(module)]
+    # The TorchScript exporter makes names like "/layer1/layer1.0/relu_1/Relu".
+    parts = [""]
+    for part in activation.name.split("/")[1:-1]:
+        # A container's children are named with the container's own name.
+        if not part.startswith(f"{parts[-1]}."):
+            parts.append("")
+        parts[-1] = part
+    module = ".".join(parts[1:])
+    # A number marks a module's second and further calls.
+    names = [module, re.sub(r"_\d+$", "", module)]
+    return [*names, *map(checkpoint.without_wrappers, names)]
 
 
 def _from_arrays(path: Path) -> dict:

@@ -16,13 +16,15 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from .. import __version__, ctu
 from ..errors import ModelError, NothingToDo, UsageError
 from ..model.graph import DEFAULT_DOMAINS, keep, scopes
-from . import activations, params, records
+from . import activations, params, records, weights
 from .find import Activation, Site
 from .lower import to_primitives
 from .parameters import NewParameters, pass_into_functions
 from .steered import SteeredModel
 
 LOWERINGS = ("portable", "op", "primitives")
+# The reason why an activation is skipped that `params` gives nothing.
+NO_BETA = "no beta is given for it"
 BETA_AS = ("initializer", "input", "required-input")
 
 
@@ -340,7 +342,7 @@ def _with_parameters(
     chosen, values = [], []
     for site, value in zip(sites, resolved, strict=True):
         if value is None:
-            report.skip(site.activation, "no beta is given for it")
+            report.skip(site.activation, NO_BETA)
             continue
         value = value.shaped(site.activation)
         if value.per_channel and site.node.op_type in ("Conv", "NhwcFusedConv"):
@@ -475,7 +477,7 @@ def _note_weights(model: ModelProto, given: Mapping | None, report: Report) -> N
     """Note where a state dict holds other weights than the model: T-CT trains a head as well."""
     if not isinstance(given, params.Trained):
         return
-    names = list(params.differing(given.weights, model.graph.initializer))
+    names = list(weights.differing(given.weights, model.graph.initializer))
     if names:
         report.notes.append(
             f"took beta and c alone: {len(names)} weights of the checkpoint differ from those in "

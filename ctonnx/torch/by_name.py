@@ -23,13 +23,13 @@ from .. import user_code
 from ..errors import CtonnxError, ModelError, NothingToDo, UsageError, cause
 from ..model import files
 from ..model.values import arrays
-from ..rewriting import params
+from ..rewriting import weights
 from ..rewriting.checkpoint import pairs, read_checkpoint, weight_arrays
 from ..rewriting.steer import Report, nothing_matched
 from ..rewriting.steer import steer as steer_proto
 from ..rewriting.steered import SteeredModel
-from .exporting import resteer, run_exporter
-from .steering import is_steered, steer
+from .exporting import refuse_unsteered, resteer, run_exporter
+from .steering import is_steered, refuse_half_steered, steer
 from .tct import restore
 from .unit import CTU
 
@@ -150,8 +150,8 @@ def differing_weights(target: str, initializers: Iterable[TensorProto]) -> list[
     Args:
         target: as for `run_model`.
     """
-    weights = weight_arrays(_load_module(target).state_dict())
-    return list(params.differing(weights, initializers))
+    trained = weight_arrays(_load_module(target).state_dict())
+    return list(weights.differing(trained, initializers))
 
 
 def _flatten(result: Any) -> list[Any]:
@@ -252,10 +252,10 @@ def _export_module(
         state = read_checkpoint(checkpoint)
         model = restore(model, state)
     args, options = _examples(shapes)
-    with nullcontext() if beta is None else steer(model, beta, coeff):
+    with nullcontext() if beta is None else steer(model, beta, coeff), refuse_half_steered(model):
         proto = _to_onnx(target, model, args, options)
     try:
-        return proto, resteer(proto)
+        report = resteer(proto)
     except NothingToDo:
         if beta is not None:
             skipped = [a for a in SteeredModel(proto).activations if a.status == "skipped"]
@@ -263,6 +263,9 @@ def _export_module(
         if state is not None:
             pairs(state)  # raises: it has none
         raise NothingToDo(f"{target}: {_NO_UNIT}") from None
+    if beta is not None:
+        refuse_unsteered(report)
+    return proto, report
 
 
 def _examples(shapes: Sequence[Shape]) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:

@@ -25,7 +25,8 @@ from ..errors import ModelError, NothingToDo, UsageError
 from ..model import files, graph
 from ..optional import require
 from ..rewriting.find import Activation
-from ..rewriting.steer import Report, steer
+from ..rewriting.steer import NO_BETA, Report, steer
+from .steering import half_steered, is_steered_whole, refuse_half_steered
 
 # The first opset whose Clip has its bounds as inputs.
 _MIN_OPSET = 11
@@ -56,7 +57,7 @@ def export(
 
     Raises:
         UsageError: the output exists, a beta or c depends on the input, or CTU does not take the
-            bounds.
+            bounds; the model is steered, and has activations that `steer` does not reach.
         NothingToDo: the model has no CT unit.
         ModelError: the model is too large for one file.
         MissingDependency: onnxscript, which the newer exporter needs, is not installed.
@@ -65,8 +66,11 @@ def export(
         path = files.check_output(path, force)
     if isinstance(args, torch.Tensor):
         args = (args,)
-    proto = run_exporter(model, args, dynamo, options)
-    resteer(proto)
+    with refuse_half_steered(model):
+        proto = run_exporter(model, args, dynamo, options)
+    report = resteer(proto)
+    if isinstance(model, torch.nn.Module) and is_steered_whole(model):
+        refuse_unsteered(report)
     return proto if path is None else files.save(proto, path, force)
 
 
@@ -110,6 +114,17 @@ def run_exporter(
             **options,
         )
     return onnx.load_from_string(buffer.getvalue())
+
+
+def refuse_unsteered(report: Report) -> None:
+    """Raise UsageError where the export of a steered model has activations without a unit.
+
+    Clip, Max and Min are none: `steer` leaves them where they are arithmetic.
+    """
+    relus = ("Relu", "LeakyRelu", "PRelu", "HardSigmoid")
+    left = [a.path for a in report.skipped if a.op in relus and a.reason == NO_BETA]
+    if left:
+        raise half_steered(", ".join(left))
 
 
 def _op_type(lower: float | None, upper: float | None) -> str:

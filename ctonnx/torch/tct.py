@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError
-from ..rewriting.checkpoint import raw_pairs
-from .steering import check_plain, read_call
+from ..rewriting.checkpoint import raw_pairs, spellings
+from .calls import read_call
+from .steering import check_plain
 from .unit import CTU
 
 # Where the authors' code starts training: beta 0.8, c 0.5.
@@ -167,7 +168,8 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     Args:
         model: nn.Module, changed in place: as it was before `trainable`, or before the authors'
             code, but with the new head.
-        state_dict: state dict of the trained model.
+        state_dict: state dict of the trained model, also of one that DataParallel, torch.compile or
+            another module wraps.
 
     Returns:
         The model, or its CTU where it is itself an activation.
@@ -177,6 +179,7 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """
     check_plain(model)
     modules = dict(model.named_modules(remove_duplicate=False))
+    state_dict = _unwrapped(state_dict, {*model.state_dict()}, modules)
     units: dict[nn.Module, CTU] = {}
     for path, raw in raw_pairs(state_dict).items():
         module = modules.get(path)
@@ -194,3 +197,18 @@ def restore(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
         lines = [line.strip() for line in str(error).splitlines()]
         raise UsageError(f"the checkpoint does not fit the model: {' '.join(lines[1:3])}") from None
     return model
+
+
+def _unwrapped(
+    state_dict: Mapping[str, Tensor], names: set[str], modules: Mapping[str, nn.Module]
+) -> Mapping[str, Tensor]:
+    """The state dict in the spelling that a model of these names knows, if there is one."""
+    for spelled in spellings(state_dict.keys()):
+        known = (
+            name in names or (last.startswith("_raw_") and path in modules)
+            for name in spelled.values()
+            for path, _, last in [name.rpartition(".")]
+        )
+        if all(known):
+            return {spelled[key]: value for key, value in state_dict.items()}
+    return state_dict
