@@ -65,10 +65,11 @@ def test_infinity_and_zero():
     assert not compare(zeros, {"a": np.float64([0, 0, 1e-3])})[0].ok
 
 
-def test_noise_around_small_numbers_passes():
+def test_small_numbers_are_held_to_their_own_scale():
     small = {"a": np.float32([1e-3])}
-    assert compare(small, {"a": np.float32([1e-3 + 5e-7])})[0].ok
-    assert not compare(small, {"a": np.float32([1e-3 + 5e-6])})[0].ok
+    for off, atol, ok in (5e-9, 0.0, True), (5e-7, 0.0, False), (5e-7, 1e-6, True):
+        assert compare(small, {"a": np.float32([1e-3 + off])}, atol=atol)[0].ok == ok
+    assert not compare(small, {"a": np.float32([1e-3 + 5e-6])}, atol=1e-6)[0].ok
 
 
 def test_tolerance_follows_the_dtype():
