@@ -162,7 +162,8 @@ def _beyond(
     if worst > absolute + (relative * largest if largest else _NOISE):
         share = worst / largest if largest else np.inf
         return f"differs by {worst:.1e}, relative {share:.1e}, allowed {relative:.0e}"
-    for axis in sorted({1, expected.ndim - 1}) if expected.ndim > 1 else ():
+    axes = sorted({1, expected.ndim - 1}) if expected.ndim > 1 and np.isfinite(relative) else ()
+    for axis in axes:
         scales, worsts, own = (
             np.moveaxis(np.broadcast_to(a, expected.shape), axis, 0)
             .reshape(expected.shape[axis], -1)
