@@ -27,9 +27,9 @@ _NOISE = 1e-6
 # of the output's largest value.
 _ROUNDING = 0.1
 
-# Sigmoids and softmaxes round to a part of 1, however small they are: this many units in the last
+# CTUs, sigmoids and softmaxes round to a part of 1, however small: this many units in the last
 # place of it.
-_UNITS = 4
+_UNITS = 16
 
 # How many times its difference, or its rounding, an output must change with the inputs.
 _TELLING = 4
@@ -96,8 +96,9 @@ def compare(
     are is measured, as the values do not tell: a channel may differ by what it changes where the
     inputs change by rtol, a part of their largest value. A score of 1e-5 beside boxes responds in
     proportion, and is held to its own scale; what cancels out responds with more than it is. Any
-    channel may differ by 4 units in the last place of 1, to which sigmoids round, and one of zeros
-    by 1e-6, which a CTU at beta 1 may leave; neither is more than rtol allows the whole output.
+    channel may differ by 16 units in the last place of 1, to which CTUs and sigmoids round, and one
+    of zeros by 1e-6, which a CTU at beta 1 may leave; neither is more than rtol allows the whole
+    output.
 
     Args:
         rtol, atol: integers, booleans and strings must be equal. Where rtol is None, it is 1e-5
