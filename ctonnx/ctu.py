@@ -16,7 +16,7 @@ DOMAIN = "ctonnx"
 OP_TYPE = "CTU"
 VERSION = 1
 
-# The op, and those that call it: `kinked_function`.
+# The op, and those that are made of it: `kinked_function`.
 OPS = (OP_TYPE, "CTUMax", "CTUMin", "CTUClip", "CTUHardSigmoid")
 EPSILON = 1e-6
 
@@ -114,6 +114,16 @@ class _Body:
     def constant(self, value: float, dtype: int) -> str:
         return self.op("Constant", value=helper.make_tensor("", dtype, [], [value]))
 
+    def widened(self, name: str, dtypes: set[int], compute: int) -> str:
+        """A tensor of one of `dtypes`, in the type `compute`."""
+        return name if dtypes == {compute} else self.op("Cast", name, to=compute)
+
+    def narrowed(self, name: str, dtypes: set[int]) -> str:
+        """Make Y of a tensor, in the type of X, which is one of `dtypes`."""
+        if len(dtypes) == 1 and TensorProto.UNDEFINED not in dtypes:
+            return self.op("Cast", name, output="Y", to=next(iter(dtypes)))
+        return self.op("CastLike", name, "X", output="Y")
+
 
 def function(opset: int, dtypes: Iterable[int], sloped: bool) -> FunctionProto:
     """The op as a model-local function of standard ops, for where no kernel is registered.
@@ -130,28 +140,51 @@ def function(opset: int, dtypes: Iterable[int], sloped: bool) -> FunctionProto:
         FunctionProto (X, beta, coeff[, slope]) -> Y. Its error against the exact formula is that of
         BOUNDS for beta >= 0.3, and of LOW_FALLBACK_BOUNDS below.
     """
-    # Less is the only comparison used: jaxonnxruntime has no other.
     dtypes = set(dtypes)
-    compute = TensorProto.DOUBLE if TensorProto.DOUBLE in dtypes else TensorProto.FLOAT
+    compute = _compute_type(dtypes)
     body = _Body(opset)
-    op = body.op
+    x = body.widened("X", dtypes, compute)
+    beta = body.widened("beta", {TensorProto.FLOAT}, compute)
+    coeff = body.widened("coeff", {TensorProto.FLOAT}, compute)
+    slope = body.widened("slope", dtypes, compute) if sloped else None
+    original, correction = _unit(body, compute, x, beta, coeff, slope)
+    if dtypes == {compute}:
+        body.op("Add", original, correction, output="Y")
+    else:
+        body.narrowed(body.op("Add", original, correction), dtypes)
+    return helper.make_function(
+        DOMAIN,
+        OP_TYPE,
+        ["X", "beta", "coeff", "slope"] if sloped else ["X", "beta", "coeff"],
+        ["Y"],
+        body.nodes,
+        [helper.make_opsetid("", opset)],
+        doc_string="Curvature Tuning unit (arXiv 2502.07783) of beta and c in [0, 1].",
+    )
+
+
+def _compute_type(dtypes: set[int]) -> int:
+    """The element type that a function of several element types computes in."""
+    return TensorProto.DOUBLE if TensorProto.DOUBLE in dtypes else TensorProto.FLOAT
+
+
+def _unit(
+    body: _Body, compute: int, x: str, beta: str, coeff: str, slope: str | None = None
+) -> tuple[str, str]:
+    """Append the CT unit of tensors of the type `compute`; the names of P(x) and of what is added
+    to it."""
+    # Less is the only comparison used: jaxonnxruntime has no other.
+    op, opset = body.op, body.opset
 
     def constant(value):
         return body.constant(value, compute)
 
-    def computed(name, types):
-        return name if types == {compute} else op("Cast", name, to=compute)
-
-    x = computed("X", dtypes)
-    beta = computed("beta", {TensorProto.FLOAT})
-    coeff = computed("coeff", {TensorProto.FLOAT})
     one = constant(1.0)
     s = op("Add", op("Sub", one, beta), constant(EPSILON))
     inverse = op("Div", one, s)
     distance = op("Abs", x)
     original = op("Relu", x)
-    if sloped:
-        slope = computed("slope", dtypes)
+    if slope is not None:
         gap = op("Sub", one, slope)
         # A gap of 0 becomes one too small to matter: 0 * inf would be NaN.
         distance = op("Mul", distance, op("Add", op("Abs", gap), constant(1e-30)))
@@ -174,45 +207,60 @@ def function(opset: int, dtypes: Iterable[int], sloped: bool) -> FunctionProto:
     growth = op("Exp", op("Mul", finite, op("Mul", beta, inverse)))
     gate_term = op("Div", op("Mul", finite, coeff), op("Add", growth, one))
     correction = op("Sub", log_term, gate_term)
-    if sloped:
+    if slope is not None:
         above, below = op("Less", zero, gap), op("Less", gap, zero)
         sign = op("Sub", op("Cast", above, to=compute), op("Cast", below, to=compute))
         correction = op("Mul", correction, sign)
-    if dtypes == {compute}:
-        op("Add", original, correction, output="Y")
-    elif len(dtypes) == 1 and TensorProto.UNDEFINED not in dtypes:
-        op("Cast", op("Add", original, correction), output="Y", to=next(iter(dtypes)))
-    else:
-        op("CastLike", op("Add", original, correction), "X", output="Y")
-    return helper.make_function(
-        DOMAIN,
-        OP_TYPE,
-        ["X", "beta", "coeff", "slope"] if sloped else ["X", "beta", "coeff"],
-        ["Y"],
-        body.nodes,
-        [helper.make_opsetid("", opset)],
-        doc_string="Curvature Tuning unit (arXiv 2502.07783) of beta and c in [0, 1].",
-    )
+    return original, correction
 
 
-def kinked_function(op_type: str, opset: int, sloped: bool) -> FunctionProto:
-    """One of our ops that call `ctonnx::CTU`, as a model-local function.
+def types_of_kinks(opset: int, dtypes: Iterable[int]) -> set[int]:
+    """The element types in which a `kinked_function` calls `ctonnx::CTU`.
 
-    `rewriting.activations` has their formulas.
+    Args:
+        opset, dtypes: as for `kinked_function`.
+    """
+    dtypes = set(dtypes)
+    if dtypes <= {TensorProto.FLOAT, TensorProto.DOUBLE} or (opset < 15 and len(dtypes) > 1):
+        return dtypes
+    # Before CastLike the function of `ctonnx::CTU` has one type, the half type of other call sites.
+    return {_compute_type(dtypes)} if opset >= 15 else set()
+
+
+def kinked_function(op_type: str, opset: int, dtypes: Iterable[int], sloped: bool) -> FunctionProto:
+    """One of our ops that are made of `ctonnx::CTU`, as a model-local function.
+
+    `rewriting.activations` has their formulas. As in `function`, half types are computed in float32
+    and rounded once; not so where they are mixed with others before opset 15, which has no function
+    of `ctonnx::CTU`. Before opset 15 the units of half types are part of the body.
 
     Args:
         op_type: one of OPS, but for CTU itself.
         opset: of the default domain.
+        dtypes: the TensorProto element types of X over the op's call sites, as for `function`.
         sloped: whether the function of `ctonnx::CTU` in the same model takes a slope.
 
     Returns:
         FunctionProto (X, beta, coeff, operands) -> Y.
     """
-    body = _Body(opset)
-    op = body.op
+    body, dtypes = _Body(opset), set(dtypes)
+    op, calls = body.op, types_of_kinks(opset, dtypes)
+    operands = {
+        "CTUMax": ["lo"],
+        "CTUMin": ["hi"],
+        "CTUClip": ["lo", "hi"],
+        "CTUHardSigmoid": ["alpha", "offset", "lo", "hi"],
+    }[op_type]
+    compute = _compute_type(dtypes)
+    as_is = calls == dtypes
+    wide = {name: name for name in ("X", *operands)}
+    if not as_is:
+        wide = {name: body.widened(name, dtypes, compute) for name in wide}
 
     def kink(x, bound):
         below = op("Neg", op("Abs", op("Sub", x, bound)))
+        if not calls:
+            return op("Add", *_unit(body, compute, below, "beta", "coeff"))
         slope = [op("Sub", bound, bound)] if sloped else []  # 0, in X's element type
         return op(OP_TYPE, below, "beta", "coeff", *slope, domain=DOMAIN)
 
@@ -225,20 +273,19 @@ def kinked_function(op_type: str, opset: int, sloped: bool) -> FunctionProto:
             return op("Min", x, hi)
         return op("Add", op("Neg", op("Relu", op("Neg", op("Sub", x, hi)))), hi)
 
+    x, y = wide["X"], "Y" if as_is else None
     if op_type == "CTUMax":
-        operands = ["lo"]
-        op("Add", at_least("X", "lo"), kink("X", "lo"), output="Y")
+        y = op("Add", at_least(x, wide["lo"]), kink(x, wide["lo"]), output=y)
     elif op_type == "CTUMin":
-        operands = ["hi"]
-        op("Sub", at_most("X", "hi"), kink("X", "hi"), output="Y")
-    elif op_type == "CTUClip":
-        operands = ["lo", "hi"]
-        clipped = at_most(at_least("X", "lo"), "hi")
-        op("Sub", op("Add", clipped, kink("X", "lo")), kink("X", "hi"), output="Y")
+        y = op("Sub", at_most(x, wide["hi"]), kink(x, wide["hi"]), output=y)
     else:
-        operands = ["alpha", "offset", "lo", "hi"]
-        line = op("Add", op("Mul", "X", "alpha"), "offset")
-        op("CTUClip", line, "beta", "coeff", "lo", "hi", output="Y", domain=DOMAIN)
+        if op_type == "CTUHardSigmoid":
+            x = op("Add", op("Mul", x, wide["alpha"]), wide["offset"])
+        lo, hi = wide["lo"], wide["hi"]
+        clipped = at_most(at_least(x, lo), hi)
+        y = op("Sub", op("Add", clipped, kink(x, lo)), kink(x, hi), output=y)
+    if not as_is:
+        body.narrowed(y, dtypes)
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
     inputs = ["X", "beta", "coeff", *operands]
     return helper.make_function(DOMAIN, op_type, inputs, ["Y"], body.nodes, imports)

@@ -732,14 +732,32 @@ def test_standard_output_that_cannot_be_written_is_one_line(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_check_of_an_output_that_is_0_gives_the_absolute_difference(run):
+def test_a_check_of_an_output_that_is_0_is_inconclusive(run):
     text = """<ir_version: 8, opset_import: ["" : 17]> g (float[4] x) => (float[4] y)
     <float zero = {0.0}> { a = Mul(x, zero)  y = Relu(a) }"""
     Path("zero.onnx").write_bytes(parsed(text).SerializeToString())
+    before = files()
+    code, out, err = run("patch", "zero.onnx", "--beta", "0.9", "--check")
+    assert (code, out) == (1, "")
+    assert "output 'y' is inconclusive: it is zero throughout: without --check" in err
+    assert files() == before
+    assert run("patch", "zero.onnx", "--beta", "0.9")[0] == 0
+    code, out, err = run("validate", "zero.ct.onnx", "--against", "zero.onnx")
+    assert code == 1
+    assert "CPUExecutionProvider without it: INCONCLUSIVE" in out
+    assert "passed" not in out
+    assert "inconclusive: give --inputs" in err
+
+
+def test_a_check_of_a_constant_0_gives_the_absolute_difference(run):
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[4] x) => (float[4] y, float[4] z)
+    <float[4] zeros = {0.0, 0.0, 0.0, 0.0}> { y = Relu(x)  z = Relu(zeros) }"""
+    Path("zero.onnx").write_bytes(parsed(text).SerializeToString())
     arguments = ("patch", "zero.onnx", "--beta", "0.9", "--check", "--force")
     assert re.search(r"original, largest absolute difference \d\.\de-07\n", run(*arguments)[2])
-    first = json.loads(run(*arguments, "--json")[1], parse_constant=pytest.fail)["checks"][0]
-    assert (first["ok"], first["max_rel"], 0 < first["max_abs"] < 1e-6) == (True, None, True)
+    checks = json.loads(run(*arguments, "--json")[1], parse_constant=pytest.fail)["checks"]
+    (check,) = [c for c in checks if c["name"] == "z" and "original" in c["check"]]
+    assert (check["ok"], check["max_rel"], 0 < check["max_abs"] < 1e-6) == (True, None, True)
 
 
 def test_a_failing_check_writes_nothing(run, monkeypatch):

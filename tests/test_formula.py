@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from ctonnx import ctu
 from ctonnx.check.validate import Model
+from ctonnx.rewriting.steer import steer
 
 X = np.concatenate([np.linspace(-30, 30, 601), [-1e4, -1e3, -1e-3, 0.0, 1e-3, 1e3, 1e4]])
 BETAS = (0.0, 0.05, 0.1, 0.5, 0.85, 0.99, 1.0)
@@ -137,3 +138,55 @@ def test_function_uses_only_ops_that_other_runtimes_have(opset):
     for sloped in (False, True):
         used = {node.op_type for node in ctu.function(opset, {TensorProto.FLOAT}, sloped).node}
         assert not used & {"Greater", "GreaterOrEqual", "Softplus", "PRelu"}
+
+
+def smooth(x):
+    return ctu.ctu(x, np.float32(0.8))
+
+
+# Each activation with kinks away from 0, and what it becomes at beta 0.8.
+LO, HI, ALPHA = np.float16([-0.3, 0.8, 0.2]).astype(np.float64)
+KINKED = {
+    "Clip(x, lo)": lambda x: smooth(x - LO) + LO,
+    "Clip(x, , hi)": lambda x: HI - smooth(HI - x),
+    "Clip(x, lo, hi)": lambda x: smooth(x - LO) - smooth(x - HI) + LO,
+    "HardSigmoid(x)": lambda x: smooth(ALPHA * x + 0.5) - smooth(ALPHA * x - 0.5),
+}
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize("way", ["library", "fallback", "evaluator"])
+@pytest.mark.parametrize("node", KINKED)
+def test_kinked_functions_round_half_types_once(node, way, opset):
+    """Beside a Relu of the same type, which before opset 15 has the only function of the unit.
+    ONNX Runtime computes some steps in float32 anyway, onnx's evaluator none."""
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
+        g (float16[n] x) => (float16[n] y, float16[n] z)
+        <float16 lo = {{46285}}, float16 hi = {{14950}}> {{ y = {node}  z = Relu(x) }}"""
+    model = onnx.parser.parse_model(text)
+    steer(model, 0.8)
+    x = np.linspace(-12, 12, 4001).astype(np.float16)
+    if way == "evaluator":
+        y = onnx.reference.ReferenceEvaluator(model).run(["y"], {"x": x})[0]
+    else:
+        y = Model(model.SerializeToString(), way == "library").run({"x": x})["y"]
+    exact = KINKED[node](x.astype(np.float64))
+    unit = np.spacing(np.maximum(np.abs(exact), 2.0**-14).astype(np.float16)).astype(np.float64)
+    assert (np.abs(y - exact) <= unit / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_kinked_functions_of_several_types(library):
+    """One function serves float16 and float32 sites, each in its type."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+        g (float16[n] x, float[n] y) => (float16[n] a, float[n] b, float[n] c)
+        { a = HardSigmoid(x)  b = HardSigmoid(y)  c = Relu(y) }"""
+    model = onnx.parser.parse_model(text)
+    steer(model, 0.8)
+    x = np.linspace(-12, 12, 601).astype(np.float16)
+    run = Model(model.SerializeToString(), library).run({"x": x, "y": x.astype(np.float32)})
+    assert (run["a"].dtype, run["b"].dtype) == (np.float16, np.float32)
+    line = np.float32(0.2) * x.astype(np.float64) + 0.5
+    exact = ctu.ctu(line, np.float32(0.8)) - ctu.ctu(line - 1, np.float32(0.8))
+    assert np.abs(run["b"] - exact).max() < 1e-6
+    assert np.abs(run["a"] - exact).max() < 1e-3

@@ -5,6 +5,7 @@ are to be fed; and `run`, which gives the outputs, or the tensors `names` of the
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -63,12 +64,19 @@ class OriginalRun:
         if lacking:
             raise UsageError(f"{path}: takes an input {min(lacking)!r}, which the model has not")
 
+    @cached_property
+    def _session(self) -> Model:
+        with variant(self._path, self._model) as opened:
+            return Model(opened)
+
     def run(self, inputs: Arrays, names: list[str] | None = None) -> Arrays:
-        model = self._model if names is None else with_outputs(self._model, names)
-        own = {value.name for value in model.graph.input}
+        own = {value.name for value in self._model.graph.input}
+        inputs = {n: v for n, v in inputs.items() if n in own}
         try:
-            with variant(self._path, model) as opened:
-                return Model(opened).run({n: v for n, v in inputs.items() if n in own})
+            if names is None:
+                return self._session.run(inputs)
+            with variant(self._path, with_outputs(self._model, names)) as opened:
+                return Model(opened).run(inputs)
         except ModelError as error:
             raise ModelError(
                 f"{self._path}: does not run on the model's inputs: is it its original? ({error})"

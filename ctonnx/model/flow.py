@@ -4,6 +4,7 @@ A node reads its inputs and the tensors that its subgraphs capture from the grap
 Model-local functions capture nothing.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
@@ -88,6 +89,23 @@ class Flow:
                 needed.append(i)
                 wanted |= self.reads[i].difference(available)
         return needed[::-1]
+
+
+def reached_by_values(graph: GraphProto, inputs: Iterable[str]) -> set[str]:
+    """The names of the tensors that depend on the values of `inputs`, and not on their sizes. The
+    nodes may be in any order."""
+    readers = defaultdict(list)
+    for node in graph.node:
+        for name in reads(node) if node.op_type not in ("Shape", "Size") else ():
+            readers[name].append(node)
+    reached = set(inputs)
+    pending = list(reached)
+    while pending:
+        for node in readers.pop(pending.pop(), ()):
+            new = set(filter(None, node.output)) - reached
+            reached |= new
+            pending += new
+    return reached
 
 
 def cut(

@@ -20,6 +20,8 @@ INFERENCE_ERRORS = (
     ValueError,
 )
 
+_CONVERTING = {"Cast", "CastLike", "DequantizeLinear", "Identity", "QuantizeLinear"}
+
 # Bounds on how deep functions call each other, which is onnx's own, and on the nodes that inference
 # visits when it follows every call: a million take 4 s.
 _MAX_DEPTH = 100
@@ -58,6 +60,18 @@ def typed_scopes(model: ModelProto, scopes: list[Scope]) -> list[Scope]:
         call = _as_model(functions[key], arguments, model.ir_version, functions)
         collect(by_function[key], _inferred(call))
     return scopes
+
+
+def computed_types(scopes: Iterable[Scope]) -> set[int]:
+    """The element types of what the nodes of typed scopes read, but for those that only convert."""
+    return {
+        dtype
+        for scope in scopes
+        for node in scope.graph.node
+        if node.op_type not in _CONVERTING
+        for name in node.input
+        for dtype in scope.types.get(name, ())
+    }
 
 
 def _merge(target: Scope, mirror: Scope) -> None:

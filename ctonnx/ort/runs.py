@@ -2,8 +2,9 @@
 
 import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ from ..errors import CheckFailed, InputFileError, MissingDependency, ModelError,
 from ..model import files
 from ..model.external import has_external_data
 from ..model.values import arrays, cast
+from .compare import Response
 from .library import errors_as, import_onnxruntime, open_session, register
 
 CPU = "CPUExecutionProvider"
@@ -26,6 +28,22 @@ _SIZES = (8, 32, 64, 224, 256, 512, 2, 1)
 # Elements of all inputs: of a size chosen here, and of one that the model or the user asks for.
 _MOST_CHOSEN, _MOST_GIVEN = 1 << 24, 1 << 30
 _MOST_DIMENSIONS = 32
+
+# Those that are tried too where the outputs hardly respond to the inputs of a smaller size.
+_MORE_SIZES = (32, 64)
+
+# Spread and offset of random floats: normal ones, then those of images, larger and smaller ones.
+_RANGES = ((1.0, 0.0), (0.25, 0.5), (50.0, 128.0), (10.0, 0.0), (0.1, 0.0))
+
+# The change of the inputs that an output must show, and how much of it, as parts of the largest
+# value: noise of 5 % on all weights changes it by more.
+_TWENTIETH = 0.05
+_MOVES = 5e-3
+
+# Sigmoids and softmaxes are rounded to about 1e-7: larger outputs tell more.
+_LARGE = 1e-4
+
+_NUDGES = 4
 
 # By default CUDA computes convolutions and matrix products in TF32, which differs by 1e-3.
 # https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#use_tf32
@@ -166,13 +184,94 @@ def load_inputs(
     return inputs
 
 
+_Run = Callable[[Arrays], Arrays]
+
+
+class Trial:
+    """A model's run on some inputs, and how its outputs respond to others.
+
+    Args:
+        run: gives the outputs for inputs, as Model.run.
+        inputs: input name -> array.
+        fixed: names of inputs that stay as they are.
+    """
+
+    def __init__(self, run: _Run, inputs: Arrays, fixed: Collection[str] = ()):
+        self.inputs = inputs
+        self._run, self._free = run, sorted(inputs.keys() - set(fixed))
+        self._nudged: dict[float, Arrays] = {}
+
+    @cached_property
+    def outputs(self) -> Arrays:
+        return self._run(self.inputs)
+
+    def response(self) -> Response:
+        return Response(self.moves, self.nudged)
+
+    @cached_property
+    def moves(self) -> dict[str, float]:
+        """What a change of the inputs by a twentieth of their largest value changes of each output
+        at most. One of integers counts by a twentieth; what is no floating-point number need but
+        change, if only with other inputs altogether."""
+        moves = dict.fromkeys(self.outputs, 0.0)
+
+        def measure(outputs, weight, floats):
+            for name, before in self.outputs.items():
+                if floats or not _is_floating(before):
+                    change = weight * _change(before, outputs.get(name))
+                    moves[name] = max(moves[name], change)
+
+        for outputs in self._nudges(_TWENTIETH):
+            measure(outputs, 1.0, True)
+        integers = [n for n in self._free if self.inputs[n].dtype.kind in "iub"]
+        rest = [] if all(map(_is_floating, self.outputs.values())) else self._free
+        for names, floats in (integers, True), (rest, False):
+            rng = np.random.default_rng(0)
+            others = {name: _other(rng, self.inputs[name]) for name in names}
+            with suppress(ModelError):  # They may be sizes or indices.
+                if others:
+                    measure(self._run({**self.inputs, **others}), _TWENTIETH, floats)
+        return moves
+
+    def nudged(self, relative: float) -> Arrays:
+        """The largest change of each element of the outputs where the inputs change by `relative`,
+        a part of their largest value: ten times that for a tenth, so that the rounding inside the
+        model counts ten times. What changes its shape is left out."""
+        if relative not in self._nudged:
+            changes = {}
+            for outputs in self._nudges(relative / 10):
+                for name, before in self.outputs.items():
+                    after = outputs.get(name)
+                    if _is_floating(before) and after is not None and after.shape == before.shape:
+                        change = 10 * _difference(before, after)
+                        changes[name] = np.maximum(changes.get(name, 0.0), change)
+            self._nudged[relative] = changes
+        return self._nudged[relative]
+
+    def _nudges(self, relative: float) -> Iterator[Arrays]:
+        """The outputs for inputs that differ by a part of their largest value, in several ways."""
+        floats = {n: self.inputs[n] for n in self._free if self.inputs[n].dtype.kind == "f"}
+        for way in range(_NUDGES if floats else 0):
+            rng = np.random.default_rng(way)
+            nudged = {name: _nudge(rng, value, relative, way) for name, value in floats.items()}
+            with suppress(ModelError):
+                yield self._run({**self.inputs, **nudged})
+
+    def telling(self) -> list[bool]:
+        """Whether each output changes with the inputs by enough: of a floating-point type, where
+        there is one."""
+        floats = [n for n, v in self.outputs.items() if _is_floating(v)] or list(self.outputs)
+        scales = {n: _scale(self.outputs[n]) for n in floats}
+        return [scales[n] > _LARGE and self.moves[n] > _MOVES * scales[n] for n in floats]
+
+
 def random_inputs(
     model: Model,
     shapes: Mapping[str, Sequence[int]] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
 ) -> Arrays:
-    """Inputs that a model runs on: normal floats, integers 0 and 1, in a size that it takes.
+    """Inputs that a model runs on, floats and integers 0 and 1, in a size that it takes.
 
     Args:
         shapes: input name -> sizes, for inputs with symbolic dimensions.
@@ -182,16 +281,26 @@ def random_inputs(
         CheckFailed: the model runs on none of the sizes tried.
         UsageError: a shape does not fit, or the model has no such input.
     """
-    return random_run(model, shapes, given, seed)[0]
+    return random_trial(model, shapes, given, seed).inputs
 
 
-def random_run(
+def random_trial(
     model: Model,
     shapes: Mapping[str, Sequence[int]] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
-) -> tuple[Arrays, Arrays]:
-    """Inputs as `random_inputs` gives them, and the model's outputs for them."""
+    wanted: Callable[[Iterable[bool]], bool] = all,
+    source: _Run | None = None,
+) -> Trial:
+    """A run on inputs as `random_inputs` gives them.
+
+    The floats are normal, or of the first other range and size where `wanted`, all or any, of the
+    outputs respond to the inputs: behind a saturated sigmoid they do not. If they do for none,
+    those where most do.
+
+    Args:
+        source: what runs in the Trial, where not the model itself.
+    """
     shapes, given = shapes or {}, given or {}
     nodes = [i for i in model.inputs if i.name not in given]
     _check_shapes("shape", shapes, nodes)
@@ -204,21 +313,40 @@ def random_run(
             for at, d in enumerate(node.shape)
         ]
 
+    def draw(size, place):
+        rng, (spread, offset) = np.random.default_rng(seed + place), _RANGES[place]
+        inputs = dict(given)
+        for node in nodes:
+            inputs[node.name] = _random(rng, node.type, dims(node, size), spread, offset)
+        return inputs
+
     fixed = all(isinstance(dim, int) for i in nodes for dim in shapes.get(i.name) or i.shape)
-    failure = None
+    best = failure = None
     for size in _SIZES[:1] if fixed else _SIZES:
-        rng = np.random.default_rng(seed)
+        if best is not None and size not in _MORE_SIZES:
+            break
         try:
             _check_size([dims(i, size) for i in nodes], _MOST_GIVEN if fixed else _MOST_CHOSEN)
         except ModelError as error:
             failure = failure or error
             continue
-        inputs = dict(given) | {i.name: _random(rng, i.type, dims(i, size)) for i in nodes}
+        inputs = draw(size, 0)
         try:
-            return inputs, model.run(inputs)
+            outputs = model.run(inputs)
         except ModelError as error:  # The size does not fit.
             failure = error
-    raise CheckFailed(f"found no random input that the model runs on: {failure}")
+            continue
+        for place in range(len(_RANGES)):
+            trial = Trial(source or model.run, inputs if place == 0 else draw(size, place), given)
+            if place == 0 and source is None:
+                trial.outputs = outputs
+            if best is None or sum(trial.telling()) > sum(best.telling()):
+                best = trial
+            if wanted(best.telling()):
+                return best
+    if best is None:
+        raise CheckFailed(f"found no random input that the model runs on: {failure}")
+    return best
 
 
 def _check_shapes(source: str, shapes: Mapping[str, Sequence[int]], inputs: Sequence) -> None:
@@ -254,10 +382,55 @@ def _dtype(kind: str) -> np.dtype | None:
         return None
 
 
-def _random(rng: np.random.Generator, kind: str, dims: Sequence[int]) -> np.ndarray:
+def _random(
+    rng: np.random.Generator, kind: str, dims: Sequence[int], spread: float, offset: float
+) -> np.ndarray:
     dtype = _dtype(kind)
     if dtype is None or dtype.kind not in "fiub":
         raise CheckFailed(f"no random input can be made for {kind}")
     if dtype.kind == "f":
-        return rng.normal(size=dims).astype(dtype)
+        return (rng.normal(size=dims) * spread + offset).astype(dtype)
     return rng.integers(0, 2, dims).astype(dtype)
+
+
+def _other(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
+    """Other values for an input: the same shuffled, floats smaller, and 0 in place of 1."""
+    other = rng.permutation(array.ravel()).reshape(array.shape)
+    if array.dtype.kind == "f":
+        return (other * 0.75).astype(array.dtype)
+    if array.dtype.kind in "iub" and array.size and (array == array.flat[0]).all():
+        return other ^ np.ones((), array.dtype)
+    return other
+
+
+def _nudge(rng: np.random.Generator, array: np.ndarray, relative: float, way: int) -> np.ndarray:
+    """An input that differs by a part of its largest value: scaled, shifted or at random."""
+    largest = _scale(array)
+    by = array if way == 0 else largest if way == 1 else largest * rng.uniform(-1, 1, array.shape)
+    return np.asarray(array + relative * by, array.dtype)
+
+
+def _is_floating(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
+def _scale(array: np.ndarray) -> float:
+    if not _is_floating(array):
+        return 1.0
+    values = np.abs(array.astype(np.float64))
+    return float(values[np.isfinite(values)].max(initial=0.0))
+
+
+def _change(before: np.ndarray, after: np.ndarray | None) -> float:
+    """The largest change of an output; infinity for another shape, or in what is no float."""
+    if after is None or after.shape != before.shape:
+        return np.inf
+    if not _is_floating(before):
+        return 0.0 if np.array_equal(before, after) else np.inf
+    return float(_difference(before, after).max(initial=0.0))
+
+
+def _difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        change = np.abs(after.astype(np.float64) - before.astype(np.float64))
+    return np.nan_to_num(change, posinf=0.0)

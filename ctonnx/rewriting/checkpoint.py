@@ -5,7 +5,6 @@ They need PyTorch, which is imported only when a function is called.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -71,7 +70,8 @@ def spellings(names: Collection[str]) -> Iterator[dict[str, str]]:
     """
     plain = [without_wrappers(name) for name in names]
     paths = [name.split(".") for name in plain]
-    shared = len(os.path.commonprefix([path[:-1] for path in paths]))
+    columns = zip(*(path[:-1] for path in paths), strict=False)
+    shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
     inner = [[".".join(path[depth:]) for path in paths] for depth in range(1, shared + 1)]
     for spelled in (list(names), plain, *inner):
         if len(set(spelled)) == len(spelled):

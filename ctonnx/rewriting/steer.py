@@ -6,7 +6,7 @@ for `undo`.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -452,15 +452,17 @@ def _add_functions(
     model: ModelProto, sites: list[Site], opset: int, with_function: bool, sloped: bool
 ) -> None:
     """Add the functions that the steered sites call, or fall back on."""
+    dtypes: dict[str, set[int]] = defaultdict(set)
+    for site in sites:
+        dtypes[site.becomes.op_type] |= site.dtypes or {TensorProto.UNDEFINED}
+    units = dtypes.pop(ctu.OP_TYPE, set())
     if with_function:
-        unknown = {TensorProto.UNDEFINED}
-        dtypes = set().union(*(site.dtypes or unknown for site in sites))
-        model.functions.append(ctu.function(opset, dtypes, sloped))
+        called = (ctu.types_of_kinks(opset, types) for types in dtypes.values())
+        everywhere = units.union(*called) or set().union(*dtypes.values())
+        model.functions.append(ctu.function(opset, everywhere, sloped))
     # The other ops have no kernel: their functions run everywhere.
-    ops = {site.becomes.op_type for site in sites} - {ctu.OP_TYPE}
-    if "CTUHardSigmoid" in ops:
-        ops.add("CTUClip")
-    model.functions.extend(ctu.kinked_function(op, opset, sloped) for op in sorted(ops))
+    for op, types in sorted(dtypes.items()):
+        model.functions.append(ctu.kinked_function(op, opset, types, sloped))
 
 
 def _in_common(arrays: list[np.ndarray]) -> str:
