@@ -28,6 +28,8 @@ from ctonnx.check.ops import OPS
 ROUNDED = {
     "test_averagepool_2d_ceil_last_window_starts_on_pad": 1e-3,
     "test_gridsample_bicubic": 1e-4,
+    "test_roialign_aligned_false": 1e-4,
+    "test_roialign_aligned_true": 1e-4,
 }
 
 
@@ -40,6 +42,8 @@ def wrong(expected, actual, tolerance=None):
         if got is None:
             reasons.append(f"{name}: missing")
             continue
+        if value.dtype.name.startswith("float8"):
+            value = value.view(np.uint8)
         if np.issubdtype(value.dtype, np.floating) or value.dtype.name == "bfloat16":
             limit = tolerance or tolerances.get(value.dtype.name, 1e-5)
             value = value.astype(np.float64)
@@ -76,16 +80,6 @@ def assert_all_agree(cases, least):
         agreed += 1
     assert agreed >= least
     return refused
-
-
-def test_ops_give_what_onnx_expects():
-    ours = {(op.op_domain, op.__name__) for op in OPS}
-    cases = [
-        case
-        for case in backend_cases("node")
-        if any((node.domain, node.op_type) in ours for node in case.model.graph.node)
-    ]
-    assert_all_agree(cases, 270)
 
 
 def test_old_opsets_give_what_onnx_expects():
@@ -415,7 +409,7 @@ def test_values_inside_and_inputs_left_out():
     with pytest.raises(UsageError, match="the model has no 'z'"):
         reference.run({"x": x}, ["z"])
     with pytest.raises(
-        ModelError, match="the reference run failed: operands could not be broadcast"
+        ModelError, match="the reference run failed at Mul 'h': operands could not be broadcast"
     ):
         reference.run({"x": np.zeros(3, np.float32)})
 
@@ -497,9 +491,15 @@ def test_functions_of_any_order_overload_and_opset():
 
 def test_what_cannot_be_run(monkeypatch, tmp_path):
     text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
-        g (float[2] x) => (float[2] y) { y = com.microsoft.QuickGelu(x) }"""
-    with pytest.raises(ModelError, match=r"QuickGelu' from domain 'com\.microsoft' is unknown$"):
+        g (float[2] x) => (float[2] y) { y = com.microsoft.ScaledSiLU(x) }"""
+    said = (
+        r"^the reference run cannot take op com\.microsoft::ScaledSiLU: "
+        "compare with the original, --against ORIGINAL$"
+    )
+    with pytest.raises(ModelError, match=said):
         Reference(onnx.parser.parse_model(text))
+    with pytest.raises(ModelError, match=r"cannot take op MyOp: compare with the original"):
+        Reference(onnx.parser.parse_model(text.replace("com.microsoft.ScaledSiLU", "MyOp")))
     with pytest.raises(ModelError, match="no such file"):
         Reference(tmp_path / "none.onnx")
     text = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>

@@ -5,7 +5,8 @@ formula, whatever function the model holds. The ops are in `ops`.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,27 @@ from onnx import (
     GraphProto,
     ModelProto,
     NodeProto,
+    SparseTensorProto,
     TensorProto,
     helper,
     inliner,
     numpy_helper,
 )
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import RuntimeContextError
 
 from .. import ctu
 from ..errors import ModelError, UsageError, first_line
 from ..model import files
 from ..model.external import has_external_data, read_external_data
-from ..model.graph import DEFAULT_DOMAINS, functions_of, key_of, scopes
+from ..model.graph import DEFAULT_DOMAINS, functions_of, key_of, node_label, scopes
 from ..model.inference import check_calls
 from ..model.values import arrays
 from ..optional import require
 from ..rewriting.renamed import give_back_names
+
+# What to do where the reference run does not work.
+_REMEDY = "compare with the original, --against ORIGINAL"
 
 # Attributes that name an element type: of an output, or of the computation.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype", "output_dtype", "softmax_precision")
@@ -60,6 +66,38 @@ class Evaluator(ReferenceEvaluator):
 
         _widen(proto.graph if isinstance(proto, ModelProto) else proto)
         super().__init__(proto, new_ops=[*(new_ops or ()), *OPS], **options)
+        for node in self.rt_nodes_:
+            node.run = partial(_run_named, node.run, node.onnx_node)
+
+    def _load_impl(self, node: NodeProto, input_types: Any = None) -> Any:
+        try:
+            return super()._load_impl(node, input_types)
+        except RuntimeContextError:  # The evaluator tries again with types.
+            raise
+        except Exception as error:  # NotImplementedError and other, by op and domain.
+            raise ModelError(
+                f"the reference run cannot take op {_op_name(node)}: {_REMEDY}"
+            ) from error
+
+
+def _run_named(run: Callable[..., Any], node: NodeProto, *inputs: Any, **options: Any) -> Any:
+    """Run a node; a message of what fails in it names it."""
+    try:
+        return run(*inputs, **options)
+    except ModelError:  # in its subgraph
+        raise
+    except Exception as error:  # The evaluator, NumPy and PyTorch raise many types.
+        cause = error
+        while cause.__cause__ is not None:  # The evaluator's own message says less.
+            cause = cause.__cause__
+        where = f"{_op_name(node)} {node_label(node)!r}"
+        raise ModelError(
+            f"the reference run failed at {where}: {first_line(cause)}: {_REMEDY}"
+        ) from error
+
+
+def _op_name(node: NodeProto) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
 def _widen(body: GraphProto | FunctionProto) -> None:
@@ -79,7 +117,11 @@ def _widen(body: GraphProto | FunctionProto) -> None:
                 attribute.CopyFrom(
                     helper.make_attribute("value", numpy_helper.from_array(np.asarray(value)))
                 )
-            elif attribute.name in _TYPE_ATTRIBUTES and attribute.i in ctu.FLOATING:
+            elif (
+                attribute.name in _TYPE_ATTRIBUTES
+                and attribute.i in ctu.FLOATING
+                and node.op_type != "BitCast"
+            ):
                 attribute.i = TensorProto.DOUBLE
 
 
@@ -117,12 +159,15 @@ class Reference:
         self._names = self._inputs | initializers | outputs
         try:
             self._evaluator = Evaluator(model)
+        except ModelError:
+            raise
         except (
             Exception
         ) as error:  # The evaluator raises many types, NotImplementedError and other.
-            # The message names the unknown op, then lists all known ones.
-            reason = first_line(error).partition(", known functions")[0]
-            raise ModelError(f"the reference run cannot take the model: {reason}") from error
+            reason = first_line(error)
+            raise ModelError(
+                f"the reference run cannot take the model: {reason}: {_REMEDY}"
+            ) from error
 
     def run(
         self,
@@ -153,12 +198,12 @@ class Reference:
         try:
             with np.errstate(all="ignore"):
                 values = self._evaluator.run(names, feeds)
-        except Exception as error:  # The evaluator, NumPy and PyTorch raise many types.
-            cause = error
-            while cause.__cause__ is not None:  # The evaluator's own message says less.
-                cause = cause.__cause__
-            raise ModelError(f"the reference run failed: {first_line(cause)}") from error
-        return arrays(zip(names, map(_to_float64, values), strict=True))
+        except ModelError:
+            raise
+        except Exception as error:  # The evaluator raises many types.
+            raise ModelError(f"the reference run failed: {first_line(error)}: {_REMEDY}") from error
+        outputs = arrays(zip(names, map(_to_float64, values), strict=True))
+        return {name: _as_in_onnxruntime(array) for name, array in outputs.items()}
 
 
 def _to_float64(value: Any) -> Any:
@@ -175,11 +220,19 @@ def _to_float64(value: Any) -> Any:
     return array.astype(np.float64) if floating else array
 
 
+def _as_in_onnxruntime(array: np.ndarray) -> np.ndarray:
+    """Strings as objects, and float8 as its bits."""
+    if array.dtype.kind == "U":
+        return array.astype(object)
+    return array.view(np.uint8) if array.dtype.name.startswith("float8") else array
+
+
 def _prepare(model: str | os.PathLike[str] | ModelProto) -> ModelProto:
     """A copy of a ModelProto, or the model at a path: with its data, without functions."""
     copy = files.own(model)
     give_back_names(copy)
     _name_default_domain(copy)
+    _fill_sparse(copy)
     _check_broadcast(copy)
     functions = [f for f in copy.functions if not ctu.is_ctu(f)]
     del copy.functions[:]
@@ -194,6 +247,28 @@ def _prepare(model: str | os.PathLike[str] | ModelProto) -> ModelProto:
     elif has_external_data(copy):
         raise ModelError("the model's external data is not in the ModelProto: give its path")
     return copy
+
+
+def _fill_sparse(model: ModelProto) -> None:
+    """Make sparse initializers and constants dense, as the evaluator passes over them."""
+    for scope in scopes(model):
+        if isinstance(scope.graph, GraphProto):
+            scope.graph.initializer.extend(map(_dense, scope.graph.sparse_initializer))
+            del scope.graph.sparse_initializer[:]
+        for node in scope.graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("sparse_tensor"):
+                    value = _dense(attribute.sparse_tensor)
+                    attribute.CopyFrom(helper.make_attribute("value", value))
+
+
+def _dense(sparse: SparseTensorProto) -> TensorProto:
+    values, indices = (numpy_helper.to_array(t) for t in (sparse.values, sparse.indices))
+    array = np.zeros(tuple(sparse.dims), values.dtype)
+    array[np.unravel_index(indices, array.shape) if indices.ndim == 1 else tuple(indices.T)] = (
+        values
+    )
+    return numpy_helper.from_array(array, sparse.values.name)
 
 
 def _write_defaults(model: ModelProto) -> None:

@@ -123,6 +123,8 @@ def steer(
     _insert_activations(model, sites)
     _note_quantized(model, sites, report)
     _note_opset(opset, sites, with_function, lowering, report)
+    if lowering == "portable":
+        _note_sequence_map(model, report)
     pass_into_functions(model, parameters.names)
     _import_domain(model, before)
     _add_functions(model, sites, opset, with_function, sloped)
@@ -513,4 +515,22 @@ def _note_opset(
         report.notes.append(
             f"the standard ops that make up a CTU do not run in ONNX Runtime at opset {opset}, as "
             f"its kernels begin at 7: raise the original's with onnx.version_converter{library}"
+        )
+
+
+def _note_sequence_map(model: ModelProto, report: Report) -> None:
+    """Note CTUs that run with the op library only: ONNX Runtime loses the names inside a function
+    that is called in SequenceMap, and then refuses the file."""
+    count = sum(
+        ctu.is_ctu(inner)
+        for scope in scopes(model)
+        for node in scope.graph.node
+        if node.op_type == "SequenceMap"
+        for attribute in node.attribute
+        for inner in attribute.g.node
+    )
+    if count:
+        report.notes.append(
+            f"{count} inside SequenceMap, where ONNX Runtime cannot load the fallback "
+            "(microsoft/onnxruntime#22100): load the op library, or lower to primitives"
         )

@@ -7,10 +7,16 @@ and of ONNX Runtime where the docs leave them open.
 
 # Importing a module registers its ops.
 from . import (  # noqa: F401
+    arrays,
+    attention,
+    contrib,
     control,
     convolution,
     elements,
+    ml,
     normalization,
+    pooling,
+    quantized,
     recurrent,
     resampling,
     units,

@@ -21,7 +21,8 @@ class VersionedOp(OpRun):
 
     def __init__(self, node: NodeProto, run_params: dict[str, Any]) -> None:
         self.version: int = run_params["opsets"][node.domain]
-        schema = None if node.domain else defs.get_schema(node.op_type, self.version, "")
+        standard = not node.domain and defs.has(node.op_type)
+        schema = defs.get_schema(node.op_type, self.version, "") if standard else None
         super().__init__(node, run_params, schema)
 
 
@@ -34,6 +35,9 @@ class TorchOp(VersionedOp):
     body: ClassVar[Callable[..., Any]]
 
     def _run(self, *inputs: np.ndarray | None, **attributes: Any) -> tuple[np.ndarray, ...]:
+        if self.op_domain:  # The others are defaults of a standard op of the same name.
+            own = {attribute.name for attribute in self.onnx_node.attribute}
+            attributes = {k: v for k, v in attributes.items() if k in own}
         # A NumPy float32 attribute would turn what is computed with it into float32.
         exact = {k: float(v) if isinstance(v, np.floating) else v for k, v in attributes.items()}
         outputs = self.body(*map(_tensor, inputs), **exact)
@@ -51,11 +55,11 @@ def op(*op_types: str, domain: str = "") -> Callable[[Callable], Callable]:
     return register
 
 
-def op_class(*op_types: str) -> Callable[[type[OpRun]], type[OpRun]]:
-    """Decorator that registers a subclass of an OpRun for each op type of the default domain."""
+def op_class(*op_types: str, domain: str = "") -> Callable[[type[OpRun]], type[OpRun]]:
+    """Decorator that registers a subclass of an OpRun for each op type."""
 
     def register(base):
-        OPS.extend(type(op_type, (base,), {"op_domain": ""}) for op_type in op_types)
+        OPS.extend(type(op_type, (base,), {"op_domain": domain}) for op_type in op_types)
         return base
 
     return register

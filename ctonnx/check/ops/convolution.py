@@ -1,10 +1,9 @@
-"""Convolution and pooling: ops whose windows slide over the spatial axes."""
+"""Convolution, and the windows that it and pooling slide over the spatial axes."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,7 +14,7 @@ Pads = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class _Windows:
+class Windows:
     """How windows slide: for each spatial axis its stride, dilation and padding.
 
     With ceil_mode the last window reaches `beyond` the padding at the end.
@@ -32,7 +31,7 @@ class _Windows:
         return [(begin, end + more) for (begin, end), more in pairs]
 
 
-def _windows(
+def windows_of(
     sizes: Sequence[int],
     kernel: Sequence[int],
     *,
@@ -41,7 +40,7 @@ def _windows(
     strides: list[int] | None,
     dilations: list[int] | None = None,
     ceil_mode: int = 0,
-) -> _Windows:
+) -> Windows:
     """Read the attributes of an op that slides windows of shape `kernel` over axes of `sizes`."""
     rank = len(sizes)
     strides, dilations = strides or [1] * rank, dilations or [1] * rank
@@ -56,31 +55,34 @@ def _windows(
             if auto_pad == "SAME_LOWER":
                 begin, end = end, begin
         steps = (size + begin + end - reach) / strides[i]
-        last = (math.ceil if ceil_mode else math.floor)(steps)
+        # Toward 0 as in ONNX Runtime, where a window may be a bit larger than its axis.
+        last = (math.ceil if ceil_mode else math.trunc)(steps)
         # A window that would start in the padding at the end is left out.
         if ceil_mode and last * strides[i] >= size + begin:
             last -= 1
         pairs.append((begin, end))
         beyond.append(max(0, last * strides[i] + reach - size - begin - end))
-    return _Windows(strides, dilations, pairs, beyond)
+    return Windows(strides, dilations, pairs, beyond)
 
 
-def _pad(x: Tensor, pads: Pads, value: float = 0.0) -> Tensor:
+def pad(x: Tensor, pads: Pads, value: float = 0.0) -> Tensor:
     """Pad, or crop where negative, the last axes of `x`."""
     return functional.pad(x, [n for pair in reversed(pads) for n in pair], value=value)
 
 
-def _for_rank(name: str, x: Tensor) -> Callable[..., Tensor]:
+def for_rank(name: str, x: Tensor) -> Callable[..., Tensor]:
     """The function of torch for the number of spatial axes: conv2d for images."""
+    if not 1 <= x.ndim - 2 <= 3:
+        raise ValueError(f"{x.ndim - 2} spatial axes: PyTorch has one to three")
     return getattr(functional, f"{name}{x.ndim - 2}d")
 
 
 # Slow.
 @op("Conv")
-def _conv(self, x, w, b=None, *, group, kernel_shape, **sliding):
-    windows = _windows(x.shape[2:], w.shape[2:], **sliding)
-    return _for_rank("conv", x)(
-        _pad(x, windows.pads),
+def conv(self, x, w, b=None, *, group, kernel_shape, **sliding):
+    windows = windows_of(x.shape[2:], w.shape[2:], **sliding)
+    return for_rank("conv", x)(
+        pad(x, windows.pads),
         w,
         b,
         windows.strides,
@@ -91,12 +93,12 @@ def _conv(self, x, w, b=None, *, group, kernel_shape, **sliding):
 
 # Slow, and wrong for groups of more than one channel.
 @op("ConvTranspose")
-def _conv_transpose(self, x, w, b=None, *, group, strides, dilations, **cropping):
+def conv_transpose(self, x, w, b=None, *, group, strides, dilations, **cropping):
     rank = x.ndim - 2
     strides, dilations = strides or [1] * rank, dilations or [1] * rank
-    conv = _for_rank("conv_transpose", x)
-    y = conv(x, w, None, strides, groups=group, dilation=dilations)
-    y = _pad(y, _crops(x.shape[2:], y.shape[2:], strides, **cropping))
+    transposed = for_rank("conv_transpose", x)
+    y = transposed(x, w, None, strides, groups=group, dilation=dilations)
+    y = pad(y, _crops(x.shape[2:], y.shape[2:], strides, **cropping))
     return y if b is None else y + b.reshape(-1, *[1] * rank)
 
 
@@ -126,44 +128,3 @@ def _crops(
                 begin, end = end, begin
         crops.append((-begin, output_padding[i] - end))
     return crops
-
-
-# Slow.
-@op("MaxPool")
-def _max_pool(self, x, *, kernel_shape, storage_order=0, **sliding):
-    sizes = x.shape[2:]
-    windows = _windows(sizes, kernel_shape, **sliding)
-    padded = _pad(x.double(), windows.pads_and_beyond, -math.inf)
-    pool = _for_rank("max_pool", x)
-    y, indices = pool(
-        padded, kernel_shape, windows.strides, dilation=windows.dilations, return_indices=True
-    )
-    # From an index into the padded axes of an image to one into all of x.
-    coordinates = []
-    for size, (begin, _) in reversed(list(zip(padded.shape[2:], windows.pads, strict=True))):
-        coordinates.append(indices % size - begin)
-        indices = indices // size
-    index, stride = 0, 1
-    axes = list(zip(coordinates, reversed(sizes), strict=True))
-    for coordinate, size in reversed(axes) if storage_order else axes:
-        index = index + coordinate * stride
-        stride *= size
-    images = torch.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *[1] * len(sizes))
-    return y.to(x.dtype), index + images * stride
-
-
-# Slow, and wrong for ceil_mode: it pads at the beginning too.
-@op("AveragePool")
-def _average_pool(self, x, *, kernel_shape, count_include_pad=0, **sliding):
-    windows = _windows(x.shape[2:], kernel_shape, **sliding)
-    conv, ones = _for_rank("conv", x), x.new_ones(1, 1, *kernel_shape)
-
-    def total(values):
-        flat = values.reshape(-1, 1, *values.shape[2:])
-        sums = conv(flat, ones, stride=windows.strides, dilation=windows.dilations)
-        return sums.reshape(*values.shape[:2], *sums.shape[2:])
-
-    counts = _pad(x.new_ones(1, 1, *x.shape[2:]), windows.pads, float(count_include_pad))
-    # What lies beyond the padding never counts.
-    counts = _pad(counts, [(0, more) for more in windows.beyond])
-    return total(_pad(x, windows.pads_and_beyond)) / total(counts)

@@ -1,8 +1,9 @@
-"""Normalization: BatchNormalization, LRN, Softmax and LogSoftmax."""
+"""Normalization: BatchNormalization, LRN, Softmax, LogSoftmax and Hardmax."""
 
 import math
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from .base import op
@@ -42,11 +43,15 @@ def _lrn(self, x, *, alpha, beta, bias, size):
 
 
 # Wrong before opset 13, where all axes from `axis` on are one.
-@op("Softmax", "LogSoftmax")
+@op("Softmax", "LogSoftmax", "Hardmax")
 def _softmax(self, x, *, axis):
-    function = torch.softmax if self.op_type == "Softmax" else torch.log_softmax
+    function = {"Softmax": torch.softmax, "LogSoftmax": torch.log_softmax, "Hardmax": _hardmax}
     if self.version >= 13:
-        return function(x, axis)
+        return function[self.op_type](x, axis)
     axis += x.ndim if axis < 0 else 0
     rows = x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
-    return function(rows, 1).reshape(x.shape)
+    return function[self.op_type](rows, 1).reshape(x.shape)
+
+
+def _hardmax(x: Tensor, axis: int) -> Tensor:
+    return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0) if x.numel() else x

@@ -1,4 +1,4 @@
-"""Recurrent layers: RNN, GRU and LSTM."""
+"""Recurrent layers: RNN, GRU, LSTM and DynamicQuantizeLSTM."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .base import op
+from .contrib import MICROSOFT
+from .quantized import as_quantized
 
 # name: (function of x, alpha and beta; the default of alpha, of beta)
 _ACTIVATIONS: dict[str, tuple] = {
@@ -39,7 +41,8 @@ class _Direction:
     """The weights and attributes of one direction of a layer of G gates.
 
     `w` is [G * hidden, input] and `r` [G * hidden, hidden], with their biases; `peepholes` are
-    those of the input, output and forget gates, [hidden] each.
+    those of the input, output and forget gates, [hidden] each. `rounded` is what becomes of an
+    input before it is multiplied.
     """
 
     w: Tensor
@@ -50,11 +53,47 @@ class _Direction:
     activations: list[Callable[[Tensor], Tensor]]
     linear_before_reset: int
     input_forget: int
+    rounded: Callable[[Tensor], Tensor]
 
 
 # Wrong: the lengths of sequences, clip, most activations and coupled gates are passed over.
 @op("RNN", "GRU", "LSTM")
 def _recurrent(self, x, w, r, *optional, **attributes):
+    return _run_layer(self.op_type, x, w, r, *optional, **attributes)
+
+
+@op("DynamicQuantizeLSTM", domain=MICROSOFT)
+def _dynamic_quantize_lstm(self, x, w, r, b, lengths, h, c, peepholes, *scales, **attributes):
+    def weights(values, scale, zero):
+        """Of [directions, inputs, 4 * hidden], with a scale for all, or one a column."""
+        scale, zero = (v.reshape(len(values), 1, -1) for v in (scale, zero.double()))
+        return ((values.double() - zero) * scale).transpose(1, 2)
+
+    defaults = dict.fromkeys(("activations", "activation_alpha", "activation_beta", "clip"))
+    return _run_layer(
+        "LSTM",
+        x,
+        weights(w, *scales[:2]),
+        weights(r, *scales[2:]),
+        b,
+        lengths,
+        h,
+        c,
+        peepholes,
+        rounded=as_quantized,
+        **{"direction": "forward"} | defaults | attributes,
+    )
+
+
+def _run_layer(
+    kind: str,
+    x: Tensor,
+    w: Tensor,
+    r: Tensor,
+    *optional: Tensor | None,
+    rounded: Callable[[Tensor], Tensor] = lambda x: x,
+    **attributes: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     b, lengths, h, c, peepholes = (*optional, *[None] * (5 - len(optional)))
     count, hidden = w.shape[0], r.shape[-1]
     batch_first = attributes.get("layout", 0)
@@ -69,7 +108,7 @@ def _recurrent(self, x, w, r, *optional, **attributes):
     h, c = (x.new_zeros(count, batch, hidden) if t is None else t for t in (h, c))
     if peepholes is None:
         peepholes = x.new_zeros(count, 3 * hidden)
-    activations = _activations(self.op_type, count, attributes)
+    activations = _activations(kind, count, attributes)
     results = []
     for i in range(count):
         w_bias, r_bias = b[i].chunk(2)
@@ -82,13 +121,12 @@ def _recurrent(self, x, w, r, *optional, **attributes):
             activations=activations[i],
             linear_before_reset=attributes.get("linear_before_reset", 0),
             input_forget=attributes.get("input_forget", 0),
+            rounded=rounded,
         )
         order = range(steps)
         if i or attributes["direction"] == "reverse":
             order = order[::-1]
-        results.append(
-            _run_direction(_CELLS[self.op_type], direction, x, lengths, (h[i], c[i]), order)
-        )
+        results.append(_run_direction(_CELLS[kind], direction, x, lengths, (h[i], c[i]), order))
     y, h, c = zip(*results, strict=True)
     y, h, c = torch.stack(y, 1), torch.stack(h), torch.stack(c)
     if batch_first:
@@ -131,7 +169,7 @@ def _run_direction(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one direction over the steps of `x`, in `order`: its outputs, and the last h and c."""
     h, c = state
-    projected = x @ direction.w.T + direction.w_bias
+    projected = direction.rounded(x) @ direction.w.T + direction.w_bias
     y = x.new_zeros(*x.shape[:2], h.shape[-1])
     for step in order:
         new_h, new_c = cell(direction, projected[step], h, c)
@@ -164,7 +202,8 @@ def _gru_cell(direction: _Direction, x: Tensor, h: Tensor, c: Tensor) -> tuple[T
 def _lstm_cell(direction: _Direction, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     f, g, last = direction.activations
     pi, po, pf = direction.peepholes
-    xi, xo, xf, xc = (x + h @ direction.r.T + direction.r_bias).chunk(4, -1)
+    recurrent = direction.rounded(h) @ direction.r.T
+    xi, xo, xf, xc = (x + recurrent + direction.r_bias).chunk(4, -1)
     enter = f(xi + pi * c)
     forget = 1 - enter if direction.input_forget else f(xf + pf * c)
     c = forget * c + enter * g(xc)
