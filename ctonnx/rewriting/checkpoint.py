@@ -5,8 +5,10 @@ They need PyTorch, which is imported only when a function is called.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
