@@ -6,6 +6,7 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoPro
 
 from ..errors import ModelError
 from ..model.graph import Key, Scope, keep, key_of, node_label
+from .records import is_recorded
 
 # What steering raises an IR version to.
 _RAISED_IR = (4, 8)
@@ -63,12 +64,15 @@ class Nodes:
             for i in reversed(range(len(function.input))):
                 if function.input[i] not in unread:
                     continue
+                behind = len(function.input) - i
                 del function.input[i]
                 changed = True
                 for caller, call in self.calls[key_of(function)]:
-                    if i < len(call.input):
-                        ours[root_of(caller)].add(call.input[i])
-                        del call.input[i]
+                    # Steering put them last, also in a call with too many inputs.
+                    at = len(call.input) - behind if is_recorded(call) else i
+                    if 0 <= at < len(call.input):
+                        ours[root_of(caller)].add(call.input[at])
+                        del call.input[at]
         return changed
 
     def check_inlined(self, betas: Names, inputs: set[str]) -> None:
