@@ -65,9 +65,12 @@ class Nodes:
                 if function.input[i] not in unread:
                     continue
                 behind = len(function.input) - i
-                del function.input[i]
                 changed = True
-                for caller, call in self.calls[key_of(function)]:
+                calls = self.calls[key_of(function)]
+                if not calls:  # The graph has it under the same name, for nothing.
+                    ours[None].add(function.input[i])
+                del function.input[i]
+                for caller, call in calls:
                     # Steering put them last, also in a call with too many inputs.
                     at = len(call.input) - behind if is_recorded(call) else i
                     if 0 <= at < len(call.input):
