@@ -122,11 +122,14 @@ def restore_inputs(model: ModelProto, before: ModelProto) -> None:
     if not all(name in inputs or name in constants for name in old):
         return
     if old:
-        restored = [
-            inputs.pop(value.name, None) or _as_input(constants[value.name], value)
-            for value in before.graph.input
-        ]
-        restored += [value for value in graph.input if value.name in inputs]
+        unchanged = {value.SerializeToString(deterministic=True) for value in graph.input}
+        restored = []
+        for value in before.graph.input:
+            if value.SerializeToString(deterministic=True) not in unchanged:
+                name = value.name
+                value = inputs[name] if name in inputs else _as_input(constants[name], value)
+            restored.append(value)
+        restored += [value for value in graph.input if value.name not in set(old)]
         copies = [ValueInfoProto.FromString(v.SerializeToString()) for v in restored]
         del graph.input[:]
         graph.input.extend(copies)
