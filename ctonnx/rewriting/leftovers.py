@@ -105,14 +105,16 @@ class Nodes:
                         )
 
 
-def restore_inputs(model: ModelProto, before: ModelProto) -> None:
+def restore_inputs(model: ModelProto, before: ModelProto, touched: bool) -> None:
     """Restore the IR version, and before 4 the initializers among the inputs, where the model
     still is what it was; else a newer version is none the worse.
 
     Args:
         model: changed in place.
         before: what the record of the model holds.
+        touched: whether another tool may have changed the types of initializers.
     """
+    as_input = _as_input if touched else lambda tensor, value: value
     graph = model.graph
     if not before.ir_version or model.ir_version not in _RAISED_IR:
         return
@@ -127,7 +129,7 @@ def restore_inputs(model: ModelProto, before: ModelProto) -> None:
         for value in before.graph.input:
             if value.SerializeToString(deterministic=True) not in unchanged:
                 name = value.name
-                value = inputs[name] if name in inputs else _as_input(constants[name], value)
+                value = inputs[name] if name in inputs else as_input(constants[name], value)
             restored.append(value)
         restored += [value for value in graph.input if value.name not in set(old)]
         copies = [ValueInfoProto.FromString(v.SerializeToString()) for v in restored]
