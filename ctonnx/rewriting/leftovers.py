@@ -6,6 +6,7 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoPro
 
 from ..errors import ModelError
 from ..model.graph import Key, Scope, keep, key_of, node_label
+from .records import is_recorded
 
 # What steering raises an IR version to.
 _RAISED_IR = (4, 8)
@@ -63,12 +64,18 @@ class Nodes:
             for i in reversed(range(len(function.input))):
                 if function.input[i] not in unread:
                     continue
-                del function.input[i]
+                behind = len(function.input) - i
                 changed = True
-                for caller, call in self.calls[key_of(function)]:
-                    if i < len(call.input):
-                        ours[root_of(caller)].add(call.input[i])
-                        del call.input[i]
+                calls = self.calls[key_of(function)]
+                if not calls:  # The graph has it under the same name, for nothing.
+                    ours[None].add(function.input[i])
+                del function.input[i]
+                for caller, call in calls:
+                    # Steering put them last, also in a call with too many inputs.
+                    at = len(call.input) - behind if is_recorded(call) else i
+                    if 0 <= at < len(call.input):
+                        ours[root_of(caller)].add(call.input[at])
+                        del call.input[at]
         return changed
 
     def check_inlined(self, betas: Names, inputs: set[str]) -> None:
@@ -98,14 +105,16 @@ class Nodes:
                         )
 
 
-def restore_inputs(model: ModelProto, before: ModelProto) -> None:
+def restore_inputs(model: ModelProto, before: ModelProto, touched: bool) -> None:
     """Restore the IR version, and before 4 the initializers among the inputs, where the model
     still is what it was; else a newer version is none the worse.
 
     Args:
         model: changed in place.
         before: what the record of the model holds.
+        touched: whether another tool may have changed the types of initializers.
     """
+    as_input = _as_input if touched else lambda tensor, value: value
     graph = model.graph
     if not before.ir_version or model.ir_version not in _RAISED_IR:
         return
@@ -115,11 +124,14 @@ def restore_inputs(model: ModelProto, before: ModelProto) -> None:
     if not all(name in inputs or name in constants for name in old):
         return
     if old:
-        restored = [
-            inputs.pop(value.name, None) or _as_input(constants[value.name], value)
-            for value in before.graph.input
-        ]
-        restored += [value for value in graph.input if value.name in inputs]
+        unchanged = {value.SerializeToString(deterministic=True) for value in graph.input}
+        restored = []
+        for value in before.graph.input:
+            if value.SerializeToString(deterministic=True) not in unchanged:
+                name = value.name
+                value = inputs[name] if name in inputs else as_input(constants[name], value)
+            restored.append(value)
+        restored += [value for value in graph.input if value.name not in set(old)]
         copies = [ValueInfoProto.FromString(v.SerializeToString()) for v in restored]
         del graph.input[:]
         graph.input.extend(copies)

@@ -247,9 +247,10 @@ class SteeredModel:
         if not self.is_steered:
             return self.was_steered
         for scope in self._scopes_with_ctus:
-            negated = {n.output[0]: n.input[0] for n in scope.graph.node if n.op_type == "Neg"}
-            distances = {n.output[0] for n in scope.graph.node if n.op_type == "Abs"}
-            if any(negated.get(n.input[0]) in distances for n in scope.graph.node if ctu.is_ctu(n)):
+            nodes = [node for node in scope.graph.node if node.input and node.output]
+            negated = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Neg"}
+            distances = {node.output[0] for node in nodes if node.op_type == "Abs"}
+            if any(negated.get(node.input[0]) in distances for node in nodes if ctu.is_ctu(node)):
                 return True
         return False
 

@@ -166,7 +166,7 @@ class _Undo:
         self._drop_parameters(sites)
         self._restore_calls(others)
         self._restore_imports(before)
-        restore_inputs(self._model, before)
+        restore_inputs(self._model, before, self.touched)
         metadata.clear()
 
     # --- reading
