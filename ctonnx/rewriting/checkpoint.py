@@ -71,7 +71,11 @@ def spellings(names: Collection[str]) -> Iterator[dict[str, str]]:
     """
     plain = [without_wrappers(name) for name in names]
     paths = [name.split(".") for name in plain]
-    shared = len(os.path.commonprefix([path[:-1] for path in paths]))
+    shared = 0
+    for level in zip(*(path[:-1] for path in paths), strict=False):
+        if len(set(level)) > 1:
+            break
+        shared += 1
     inner = [[".".join(path[depth:]) for path in paths] for depth in range(1, shared + 1)]
     for spelled in (list(names), plain, *inner):
         if len(set(spelled)) == len(spelled):
