@@ -36,8 +36,8 @@ def patch(
         beta: the curvature, in [0, 1]; 1 is the original network, smaller is smoother.
         coeff: the paper's c, in [0, 1]: how the two smooth versions of ReLU are mixed.
         params: (beta, c) of single activations: a path to a .json, .npz or .pth file, or a dict
-            from an activation's name, or a regular expression, to beta or {"beta": ..., "coeff": ...}; each
-            a number, or one per channel. Without `beta` only those activations are steered.
+            from an activation's name, or a regular expression, to beta or {"beta": ..., "coeff":
+            ...}; each a number, or one per channel. Without `beta` only those are steered.
         by_order: assign the pairs of a T-CT state dict (.pth) in order, not by name.
         output: for a path, where to write; `x.ct.onnx` beside `x.onnx` where None.
         beta_as: "initializer" bakes beta in; "input" makes it an optional graph input with that
