@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import HEAVY, LIGHT_MODELS, backend_cases, light_model, parsed, vary_weights
-from onnx import ModelProto, TensorProto, helper, inliner
+from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -76,6 +76,33 @@ FORMULAS = {
 }
 
 
+def is_constant(name, producers):
+    producer = producers.get(name)
+    return producer is None or (
+        producer.op_type in ("Constant", "Cast", "CastLike")
+        and all(is_constant(n, producers) for n in producer.input[:1])
+    )
+
+
+def join_pairs(graph, inputs):
+    """Make one Clip of each Min of a Max, or Max of a Min, of x and two constants."""
+    producers = {name: node for node in graph.node for name in node.output}
+    producers |= dict.fromkeys(inputs, NodeProto())
+    for node in graph.node:
+        opposite = {"Max": "Min", "Min": "Max"}.get(node.op_type)
+        for place, name in enumerate(node.input):
+            inner = producers.get(name)
+            if inner is None or inner.op_type != opposite or len(inner.input) != 2:
+                continue
+            bounds = [n for n in inner.input if is_constant(n, producers)]
+            bounds.append(node.input[1 - place])
+            if len(bounds) == 2 and is_constant(bounds[1], producers):
+                (x,) = set(inner.input) - set(bounds)
+                low, high = bounds if opposite == "Max" else reversed(bounds)
+                node.op_type, node.input[:] = "Clip", [x, low, high]
+                break
+
+
 def op_class(op_type, formula):
     def run(self, *inputs, **attributes):
         return (np.asarray(formula(*inputs, **attributes)).astype(inputs[0].dtype),)
@@ -92,6 +119,7 @@ def oracle(model, inputs):
     steerable = {(a.scope, a.name) for a in ctonnx.inspect(model) if a.status == "steerable"}
     original, model = model, ModelProto()
     model.CopyFrom(original)
+    join_pairs(model.graph, inputs)
     for scope in scopes(model):
         for node in scope.graph.node:
             if (scope.path, node_label(node)) in steerable and node.op_type in FORMULAS:

@@ -250,7 +250,7 @@ def test_too_little_memory_is_one_line(run, monkeypatch):
     def full(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr("ctonnx.api.inspect", full)
+    monkeypatch.setattr("ctonnx.model.files.load", full)
     code, out, err = run("inspect", "digits.onnx")
     assert (code, out, err.count("\n")) == (4, "", 1)
     assert "out of memory" in err
@@ -772,12 +772,12 @@ def test_a_failing_check_writes_nothing(run, monkeypatch):
 
 
 def test_a_bug_shows_its_traceback(run, monkeypatch):
-    from ctonnx import api
+    from ctonnx.rewriting import steered
 
     def bug(model):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(api, "SteeredModel", bug)
+    monkeypatch.setattr(steered, "SteeredModel", bug)
     monkeypatch.setattr(sys, "argv", ["ctonnx", "inspect", "digits.onnx"])
     with pytest.raises(ZeroDivisionError):
         cli.main()

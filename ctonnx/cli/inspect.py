@@ -21,10 +21,10 @@ def inspect(model, as_json):
     MODEL is a file, or - for standard input. An activation is steered, steerable or, with the
     reason, skipped.
     """
-    from .. import api
     from ..model import files
+    from ..rewriting.steered import SteeredModel
 
-    steered = api.SteeredModel(files.load(model))
+    steered = SteeredModel(files.load(model))
     activations = steered.activations
     if steered.renamed:
         say(

@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from .. import __version__, ctu
 from ..errors import ModelError, NothingToDo, UsageError
-from ..model.graph import DEFAULT_DOMAINS, keep, scopes
+from ..model.graph import DEFAULT_DOMAINS, functions_of, keep, key_of, node_label, scopes
 from . import activations, params, records, weights
 from .find import Activation, Site
 from .lower import to_primitives
@@ -192,6 +192,12 @@ def _check_unsteered(steered: SteeredModel) -> None:
     if any(function.domain in DEFAULT_DOMAINS for function in model.functions):
         # Its Relu need not be a ReLU, and would end up inside the CTU's own function.
         raise ModelError("the model defines functions in the domain of the standard ops")
+    functions = functions_of(model)
+    for node in nodes:
+        function = functions.get(key_of(node))
+        if function is not None and len(node.input) > len(function.input):
+            # The inputs that steering adds would not be those that the function gets.
+            raise ModelError(f"{node_label(node)!r} passes more inputs than its function takes")
 
 
 def _check_parameters(

@@ -408,6 +408,8 @@ def _is_touched(site: _Site, types: dict[str, int]) -> bool:
     names = list(site.before.input)
     if not names:
         return False  # It was fused: `_fuse` looks where it is.
+    if _is_pair(site):
+        return site.x not in names and not _reads_through(site, names)
     if site.x not in (names if site.before.op_type in ("Max", "Min") else names[:1]):
         return True
     bounds = _BOUNDS.get(site.op, ()) if site.before.op_type == "Clip" else ()
@@ -426,6 +428,15 @@ def _tensors(scope: Scope) -> set[str]:
         names = {value.name for value in (*graph.input, *graph.initializer)}
         names.update(tensor.values.name for tensor in graph.sparse_initializer)
     return names.union(*(node.output for node in graph.node))
+
+
+def _reads_through(site: _Site, names: list[str]) -> bool:
+    """Whether a CTU reads what the node reads that makes one of the tensors `names`, as where
+    others read that tensor too."""
+    return any(
+        site.x in node.input and not set(names).isdisjoint(node.output)
+        for node in site.scope.graph.node
+    )
 
 
 def _is_pair(site: _Site) -> bool:

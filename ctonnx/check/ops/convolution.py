@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
@@ -79,7 +80,16 @@ def for_rank(name: str, x: Tensor) -> Callable[..., Tensor]:
 
 # Slow.
 @op("Conv")
-def conv(self, x, w, b=None, *, group, kernel_shape, **sliding):
+def conv(
+    self: Any,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    group: int,
+    kernel_shape: Any,
+    **sliding: Any,
+) -> Tensor:
     windows = windows_of(x.shape[2:], w.shape[2:], **sliding)
     return for_rank("conv", x)(
         pad(x, windows.pads),
@@ -93,7 +103,17 @@ def conv(self, x, w, b=None, *, group, kernel_shape, **sliding):
 
 # Slow, and wrong for groups of more than one channel.
 @op("ConvTranspose")
-def conv_transpose(self, x, w, b=None, *, group, strides, dilations, **cropping):
+def conv_transpose(
+    self: Any,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    group: int,
+    strides: Any,
+    dilations: Any,
+    **cropping: Any,
+) -> Tensor:
     rank = x.ndim - 2
     strides, dilations = strides or [1] * rank, dilations or [1] * rank
     transposed = for_rank("conv_transpose", x)

@@ -1,6 +1,7 @@
 """Pooling: over windows that slide, over whole images and over regions, and back."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ def _window_sums(values: Tensor, kernel: list[int], windows: Windows) -> Tensor:
 
 # Slow.
 @op("MaxPool")
-def max_pool(self, x, *, kernel_shape, storage_order=0, **sliding):
+def max_pool(
+    self: Any, x: Tensor, *, kernel_shape: Any, storage_order: int = 0, **sliding: Any
+) -> tuple[Tensor, Tensor]:
     sizes = x.shape[2:]
     windows = windows_of(sizes, kernel_shape, **sliding)
     padded = pad(x.double(), windows.pads_and_beyond, -math.inf)
@@ -54,7 +57,9 @@ def max_pool(self, x, *, kernel_shape, storage_order=0, **sliding):
 
 # Slow, and wrong for ceil_mode: it pads at the beginning too.
 @op("AveragePool")
-def average_pool(self, x, *, kernel_shape, count_include_pad=0, **sliding):
+def average_pool(
+    self: Any, x: Tensor, *, kernel_shape: Any, count_include_pad: int = 0, **sliding: Any
+) -> Tensor:
     windows = windows_of(x.shape[2:], kernel_shape, **sliding)
     counts = pad(x.new_ones(1, 1, *x.shape[2:]), windows.pads, float(count_include_pad))
     # What lies beyond the padding never counts.

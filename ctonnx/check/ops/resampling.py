@@ -13,7 +13,9 @@ from .base import op
 
 # In float32, and slow.
 @op("GridSample")
-def grid_sample(self, x, grid, *, align_corners: int, mode: str, padding_mode: str):
+def grid_sample(
+    self: Any, x: Tensor, grid: Tensor, *, align_corners: int, mode: str, padding_mode: str
+) -> Tensor:
     torch_mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
     return functional.grid_sample(x, grid, torch_mode, padding_mode, bool(align_corners))
 
