@@ -68,8 +68,12 @@ def assert_steers(path, folder, inputs=None, lowerings=LOWERINGS):
     return max(c.max_rel for c in validate.compare(*runs, rtol=np.inf))
 
 
-def assert_reference_agrees(path, folder, inputs=None, tolerance=1e-4):
-    """The reference run equals ONNX Runtime, for a model and the output of `assert_steers`."""
+def assert_reference_agrees(path, folder, inputs=None, tolerance=1e-4, coarse=False):
+    """The reference run equals ONNX Runtime, for a model and the output of `assert_steers`.
+
+    The steps of a `coarse` output may be as large as what the inputs change: then it is right, but
+    inconclusive.
+    """
     inputs = inputs or validate.random_inputs(validate.Model(path))
     actual = validate.Model(path).run(inputs)
     compared = validate.compare(Reference(path).run(inputs), actual, tolerance, reference=True)
@@ -79,7 +83,10 @@ def assert_reference_agrees(path, folder, inputs=None, tolerance=1e-4):
     np.savez(folder / "inputs.npz", **inputs)
     steered = folder / "portable.onnx"
     result = validate.validate(steered, inputs=folder / "inputs.npz", rtol=tolerance)
-    assert result.ok, result
+    for output in (output for run in result.runs for output in run.outputs):
+        right = output.ok or (coarse and output.inconclusive and output.max_rel <= tolerance)
+        assert right, result
+    assert result.ok or coarse
 
 
 def assert_changes_are_listed(model, changed, report):
@@ -237,7 +244,7 @@ def test_open_nsfw_quantized(fetched, tmp_path, form):
             assert assert_steers(quantized, tmp_path) > ENOUGH
             if form == QuantFormat.QDQ:
                 # Rounding differs in one of 100,000 values, and the output has steps of 1/127.
-                assert_reference_agrees(quantized, tmp_path, tolerance=0.025)
+                assert_reference_agrees(quantized, tmp_path, tolerance=0.025, coarse=True)
         else:
             with pytest.raises(NothingToDo, match="its range starts at 0"):
                 ctonnx.patch(quantized, 0.85)
