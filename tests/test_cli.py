@@ -195,7 +195,7 @@ def test_names_write_no_control_characters(run):
         run("inspect", "evil.onnx", "--json"),
         run("patch", "evil.onnx", "--beta", "0.5", *relu),
         run("patch", "evil.onnx", "--beta", "0.5", "--include", "Tanh"),
-        run("validate", "evil.ct.onnx"),
+        run("validate", "evil.ct.onnx", "--against", "evil.onnx"),
         run("inspect", f"no{evil}.onnx"),
         run("inspect", "evil.onnx", f"--no{evil}"),
     ]

@@ -5,7 +5,7 @@ import onnx
 import onnx.reference
 import pytest
 from conftest import op_model
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from ctonnx import ctu
 from ctonnx.check.validate import Model
@@ -162,8 +162,10 @@ def test_kinked_functions_round_half_types_once(node, way, opset):
     ONNX Runtime computes some steps in float32 anyway, onnx's evaluator none."""
     text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
         g (float16[n] x) => (float16[n] y, float16[n] z)
-        <float16 lo = {{46285}}, float16 hi = {{14950}}> {{ y = {node}  z = Relu(x) }}"""
+        {{ y = {node}  z = Relu(x) }}"""
     model = onnx.parser.parse_model(text)
+    for name, bound in ("lo", LO), ("hi", HI):
+        model.graph.initializer.append(numpy_helper.from_array(np.float16(bound), name))
     steer(model, 0.8)
     x = np.linspace(-12, 12, 4001).astype(np.float16)
     if way == "evaluator":

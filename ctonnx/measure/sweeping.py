@@ -157,7 +157,6 @@ def sweep(
     target = Output(output, force, resume)
     for options in searching, execution, target:
         options.check()
-    intervals.quantile(intervals.LEVEL, 1)  # Fail early if scipy is missing.
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
     chosen_metric = metric_named(metric)
     steerable = prepare(model, coeffs is not None)
@@ -175,6 +174,7 @@ def sweep(
     if count is None and (search, engine) != ("grid", "local"):
         what = "racing" if search == "racing" else "engine ray"
         raise UsageError(f"the factory's iterable must have a length for {what}")
+    intervals.quantile(intervals.LEVEL, 1)  # Fail early if scipy is missing.
 
     # On Ray this process chooses the output alone, without the cluster's devices.
     runner = partial(Runner, steerable, [CPU] if engine == "ray" else providers)
