@@ -21,6 +21,7 @@ from onnx import ModelProto
 import ctonnx
 from ctonnx import ctu
 from ctonnx.check import validate
+from ctonnx.ort import runs
 from ctonnx.rewriting.steer import Selection, steer
 
 DIGITS = Path(__file__).parent.parent / "samples" / "digits" / "digits.onnx"
@@ -124,7 +125,7 @@ def main():
     rows = []
     for path in args.models:
         makers = variants(path)
-        inputs = validate.random_inputs(validate.Model(path))
+        inputs = runs.random_inputs(validate.Model(path))
         for threads in map(int, args.threads.split(",")):
             sessions, loads = {}, {}
             for name, make in makers.items():

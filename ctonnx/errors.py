@@ -11,6 +11,8 @@
 A message is one line that says what is wrong and what to do. Any other exception is a bug here.
 """
 
+from collections.abc import Sequence
+
 
 class CtonnxError(Exception):
     """Base of all errors; `exit_code` is what the command line exits with."""
@@ -40,6 +42,12 @@ class InputFileError(CtonnxError):
 
 class MissingDependency(CtonnxError):
     exit_code = 4
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a UsageError if the argument `name` has a value that is none of `choices`."""
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def first_line(error: object) -> str:

@@ -25,11 +25,9 @@ from ..ort.runs import (
     Trial,
     load_inputs,
     random_trial,
+    session_options,
     variant,
     with_outputs,
-)
-from ..ort.runs import (
-    random_inputs as random_inputs,
 )
 from ..rewriting.steer import Report
 from ..rewriting.steered import NOT_STEERED, SteeredModel
@@ -234,10 +232,7 @@ class _Way:
         with variant(self.path, model) as opened:
             if not self.blocked:
                 return Model(opened, self.library, self.provider)
-            options = library.import_onnxruntime().SessionOptions()
-            options.intra_op_num_threads, options.log_severity_level = 1, 4
-            library.register(options)
-            session, reason = blocked.open_session(opened, [CPU], options)
+            session, reason = blocked.open_session(opened, [CPU], session_options(library=True))
             if session is None:
                 raise ModelError(reason)
             return Model.of(session)

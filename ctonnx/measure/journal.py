@@ -21,6 +21,7 @@ import numpy as np
 
 from ..data.batches import digest
 from ..errors import InputFileError, UsageError
+from ..model import files
 from .engine import Measured
 
 # Of the file's format. Files of other versions are refused.
@@ -179,9 +180,7 @@ class Journal:
             if self._stream is None:
                 self._stream = open(path, "ab", buffering=0)  # noqa: SIM115
                 self._stream.truncate(self._end)
-            rest = memoryview(line)
-            while rest:
-                rest = rest[self._stream.write(rest) :]
+            files.write_all(self._stream, line)
         except OSError as error:
             self._drop_incomplete_line(path)
             raise UsageError(f"{path}: cannot be written: {error.strerror}") from None

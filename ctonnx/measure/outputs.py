@@ -45,10 +45,10 @@ def choose_output(
     batch = source.batch(0)
     if batch is None or not len(batch):
         return names[0]
-    widths, failures = {}, []
+    widths, failures, opened = {}, [], runner()
     for name in names:
         try:
-            (outputs,) = runner().outputs(batch, [(1.0, None)], [name])
+            (outputs,) = opened.outputs(batch, [(1.0, None)], [name])
             metric.measure(outputs[name], batch.labels, outputs[name])
             widths[name] = outputs[name].shape[1:2]
         except UsageError as error:

@@ -17,7 +17,7 @@ from .. import ctu
 from ..data.images import Transform
 from ..data.open import DataOptions, open_source
 from ..data.source import Source, Stream
-from ..errors import UsageError
+from ..errors import UsageError, check_choice
 from ..model import files
 from ..ort.runs import CPU
 from ..rewriting.steer import steer_or_set
@@ -44,11 +44,10 @@ class Execution:
     engine: str = "local"
     address: str | None = None
     gpus: float = 0
-    providers: Sequence | None = None
 
     def check(self) -> None:
         """Raise a UsageError if the options do not go together."""
-        _check_choice("engine", self.engine, ENGINES)
+        check_choice("engine", self.engine, ENGINES)
         if self.engine == "local" and (self.address is not None or self.gpus):
             raise UsageError("address and gpus apply only to engine ray: leave them out")
         if self.gpus < 0:
@@ -64,7 +63,7 @@ class Search:
 
     def check(self) -> None:
         """Raise a UsageError if an option is out of range."""
-        _check_choice("search", self.method, SEARCHES)
+        check_choice("search", self.method, SEARCHES)
         if not 0.5 <= self.confidence < 1:
             raise UsageError(f"confidence must lie in [0.5, 1), got {self.confidence!r}")
 
@@ -153,7 +152,7 @@ def sweep(
         MissingDependency: a package is missing.
     """
     searching = Search(search, confidence)
-    execution = Execution(engine, address, gpus, providers)
+    execution = Execution(engine, address, gpus)
     target = Output(output, force, resume)
     for options in searching, execution, target:
         options.check()
@@ -210,11 +209,6 @@ def sweep(
         if output is not None:
             result.write(output)
     return result
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _points(betas: list[float], coeffs: Sequence[float | None]) -> list[BetaCoeff]:

@@ -14,7 +14,7 @@ from onnx import (
     helper,
 )
 
-from .graph import DEFAULT_DOMAINS, Key, Scope, functions_of, key_of, nested_scopes, scopes
+from .graph import DEFAULT_DOMAINS, Key, Scope, functions_of, key_of, nested_scopes, put, scopes
 from .names import FreshNames
 
 # No tensor of a real model has more dimensions.
@@ -124,8 +124,7 @@ class _Shapes:
                         nodes.extend(self._first(name, node.input[i], versions))
                 nodes.append(node)
             if len(nodes) > len(scope.graph.node):
-                del scope.graph.node[:]
-                scope.graph.node.extend(nodes)
+                put(scope.graph.node, nodes)
         return used
 
     def _first(self, name: str, output: str, versions: dict[str, int]) -> Iterator[NodeProto]:

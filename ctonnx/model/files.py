@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
@@ -375,12 +375,12 @@ def _copy(source, target, advance):
             while count := os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):
                 advance(count)
         while chunk := reader.read(_CHUNK):
-            _write_all(writer, chunk)
+            write_all(writer, chunk)
             advance(len(chunk))
         os.fsync(writer.fileno())
 
 
-def _write_all(stream, data):
+def write_all(stream: BinaryIO, data: bytes) -> None:
     """Write to an unbuffered file, which may take less than it is given."""
     rest = memoryview(data)
     while rest:
@@ -397,7 +397,7 @@ def _serialized(model, output):
 
 def _write(data, path):
     with open(path, "xb", buffering=0) as stream:
-        _write_all(stream, data)
+        write_all(stream, data)
         os.fsync(stream.fileno())
 
 
@@ -405,7 +405,7 @@ def _write_standard_output(data):
     try:
         # Not through sys.stdout, which would try to write again at exit what has failed here.
         with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as stream:
-            _write_all(stream, data)
+            write_all(stream, data)
     except OSError as error:
         raise UsageError(f"standard output cannot be written: {error.strerror}") from None
 

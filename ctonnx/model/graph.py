@@ -72,6 +72,11 @@ class Scope:
             return self._constants[name]
         return self.parent.constant(name) if self.parent else None
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it lies in the function of an op of ours."""
+        return self.function is not None and ctu.is_ctu(self.function)
+
     @cached_property
     def _inputs(self) -> set[str]:
         if isinstance(self.graph, FunctionProto):
@@ -143,6 +148,8 @@ def nested_scopes(scope: Scope) -> Iterator[Scope]:
     yield scope
     for node in scope.graph.node:
         for attribute in node.attribute:
+            if attribute.type != AttributeProto.GRAPH and not attribute.graphs:
+                continue
             prefix = f"{scope.path}/" if scope.path else ""
             path = f"{prefix}{node_label(node)}.{attribute.name}"
             if attribute.type == AttributeProto.GRAPH:
@@ -189,6 +196,17 @@ def key_of(proto: NodeProto | FunctionProto) -> Key:
     return proto.domain, name, proto.overload
 
 
+def root_of(scope: Scope) -> Key | None:
+    """The function around a Scope, None for those of the main graph."""
+    return None if scope.function is None else key_of(scope.function)
+
+
+def opset_of(owner: ModelProto | FunctionProto) -> int:
+    """The opset of the standard ops that a model or function imports, 0 for none."""
+    imports = (entry for entry in owner.opset_import if entry.domain in DEFAULT_DOMAINS)
+    return max((entry.version for entry in imports), default=0)
+
+
 def functions_of(model: ModelProto) -> dict[Key, FunctionProto]:
     """The model-local functions by `key_of`.
 
@@ -206,6 +224,13 @@ def keep(repeated: MutableSequence, wanted: Callable) -> None:
     for i in reversed(range(len(repeated))):
         if not wanted(repeated[i]):
             del repeated[i]
+
+
+def put(repeated: MutableSequence, elements: Iterable) -> None:
+    """Replace the elements of a repeated protobuf field, by copies of some of its own too."""
+    elements = list(elements)
+    del repeated[:]
+    repeated.extend(elements)
 
 
 def check_names(model: ModelProto, scopes: Iterable[Scope]) -> None:

@@ -10,7 +10,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, helper, shape_inference
 
 from ..errors import ModelError
 from .bounds import bound_inference
-from .graph import Key, Scope, functions_of, key_of, nested_scopes
+from .graph import Key, Scope, functions_of, key_of, nested_scopes, root_of
 from .order import restore_order, sort_nodes
 
 INFERENCE_ERRORS = (
@@ -117,8 +117,7 @@ def check_calls(model: ModelProto, scopes: list[Scope]) -> dict[Key | None, list
     functions_of(model)  # refuses two of one name
     by_function = defaultdict(list)
     for scope in scopes:
-        key = None if scope.function is None else key_of(scope.function)
-        by_function[key].append(scope)
+        by_function[root_of(scope)].append(scope)
     calls = {
         key: Counter(key_of(node) for scope in inside for node in scope.graph.node)
         for key, inside in by_function.items()

@@ -3,10 +3,10 @@ subgraphs and functions."""
 
 import heapq
 
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
+from onnx import FunctionProto, GraphProto, ModelProto
 
 from ..errors import ModelError
-from .graph import node_label, reads, scopes
+from .graph import node_label, put, reads, scopes
 
 
 def sort_nodes(model: ModelProto) -> list[list[int]]:
@@ -77,7 +77,5 @@ def _arrange(graph: GraphProto | FunctionProto, order: list[int]) -> bool:
     """Bring nodes into an order of indices; gives whether that is another one."""
     if order == list(range(len(order))):
         return False
-    copies = [NodeProto.FromString(graph.node[i].SerializeToString()) for i in order]
-    del graph.node[:]
-    graph.node.extend(copies)
+    put(graph.node, [graph.node[i] for i in order])
     return True

@@ -117,7 +117,7 @@ def _check(providers: Sequence | None, options: Any, level: Any) -> None:
     """Refuse providers and options that the blocked layout cannot serve."""
     if library.has_providers(options):
         raise _Refused("the session options hold providers")
-    others = {p if isinstance(p, str) else p[0] for p in providers or ()} - _CPU
+    others = {*library.provider_names(providers)} - _CPU
     if others:
         raise _Refused(f"runs on {min(others)}, not on the CPU alone")
     if options.optimized_model_filepath:

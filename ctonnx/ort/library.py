@@ -30,9 +30,11 @@ def get_library_path() -> str:
         MissingDependency: ctonnx was installed without a C++ compiler, or is not installed.
     """
     # In this package, or, where that is a source folder, in the installed one.
-    for path in Path(__file__).parent.parent / _LIBRARY, _installed(_LIBRARY):
-        if path is not None and path.is_file():
-            return str(path)
+    path: Path | None = Path(__file__).parent.parent / _LIBRARY
+    if not path.is_file():
+        path = _installed(_LIBRARY)
+    if path is not None and path.is_file():
+        return str(path)
     raise MissingDependency(
         "the op library is missing: ctonnx is not installed, or was installed without a C++ "
         "compiler; install g++ or clang++, then ctonnx again"
@@ -113,6 +115,11 @@ def has_providers(options: Any) -> bool:
     return getattr(options, "has_providers", bool)()
 
 
+def provider_names(providers: Sequence | None) -> list[str]:
+    """The names of execution providers, each of which may come with options."""
+    return [p if isinstance(p, str) else p[0] for p in providers or ()]
+
+
 def open_session(path: str | PathLike | bytes, options: Any, providers: Sequence | None) -> Any:
     """Open an onnxruntime.InferenceSession.
 
@@ -126,8 +133,7 @@ def open_session(path: str | PathLike | bytes, options: Any, providers: Sequence
     """
     ort = import_onnxruntime()
     available = ort.get_available_providers()
-    for provider in providers or ():
-        name = provider if isinstance(provider, str) else provider[0]
+    for name in provider_names(providers):
         # ONNX Runtime itself warns and runs on the CPU.
         if name not in available:
             raise MissingDependency(f"{name} is not available: choose among {', '.join(available)}")

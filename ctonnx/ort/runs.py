@@ -70,11 +70,7 @@ class Model:
     """
 
     def __init__(self, path: str | PathLike | bytes, library: bool = False, provider: str = CPU):
-        options = import_onnxruntime().SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 4
-        if library:
-            register(options)
+        options = session_options(library)
         providers = [(provider, _OPTIONS.get(provider, {}))]
         with errors_as(ModelError, "ONNX Runtime cannot load the model"):
             session = open_session(path, options, providers)
@@ -106,6 +102,20 @@ class Model:
         with errors_as(ModelError, "ONNX Runtime cannot run the model"):
             outputs = self._session.run(names, inputs)
         return arrays(zip(names, outputs, strict=True))
+
+
+def session_options(library: bool) -> Any:
+    """The onnxruntime.SessionOptions for one thread and no messages.
+
+    Args:
+        library: whether to register the op library.
+    """
+    options = import_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    if library:
+        register(options)
+    return options
 
 
 def with_outputs(model: ModelProto, names: Sequence[str]) -> ModelProto:
@@ -269,7 +279,6 @@ def random_inputs(
     model: Model,
     shapes: Mapping[str, Sequence[int]] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
-    seed: int = 0,
 ) -> Arrays:
     """Inputs that a model runs on, floats and integers 0 and 1, in a size that it takes.
 
@@ -281,14 +290,13 @@ def random_inputs(
         CheckFailed: the model runs on none of the sizes tried.
         UsageError: a shape does not fit, or the model has no such input.
     """
-    return random_trial(model, shapes, given, seed).inputs
+    return random_trial(model, shapes, given).inputs
 
 
 def random_trial(
     model: Model,
     shapes: Mapping[str, Sequence[int]] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
-    seed: int = 0,
     wanted: Callable[[Iterable[bool]], bool] = all,
     source: _Run | None = None,
 ) -> Trial:
@@ -314,7 +322,7 @@ def random_trial(
         ]
 
     def draw(size, place):
-        rng, (spread, offset) = np.random.default_rng(seed + place), _RANGES[place]
+        rng, (spread, offset) = np.random.default_rng(place), _RANGES[place]
         inputs = dict(given)
         for node in nodes:
             inputs[node.name] = _random(rng, node.type, dims(node, size), spread, offset)

@@ -113,7 +113,7 @@ def _open_for_cuda(path: str | PathLike | bytes, options: Any, providers: Sequen
         ort = library.import_onnxruntime()
         names = {*ort.get_available_providers(), *(d.ep_name for d in ort.get_ep_devices())}
     else:
-        names = {p if isinstance(p, str) else p[0] for p in providers}
+        names = {*library.provider_names(providers)}
     if names.isdisjoint(library.CUDA_PROVIDERS) or library.is_registered(options):
         return None
     if not library.has_library() or library.cuda_kernels(library.get_library_path()):

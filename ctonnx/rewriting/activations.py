@@ -121,14 +121,6 @@ def bounds_nothing(bound: float) -> bool:
     return not abs(bound) <= 3.4e38
 
 
-def _max(node: NodeProto, scope: Scope) -> Judgement:
-    return _with_zero(node, scope)
-
-
-def _min(node: NodeProto, scope: Scope) -> Judgement:
-    return _with_zero(node, scope)
-
-
 def _with_zero(node: NodeProto, scope: Scope) -> Judgement:
     """Max or Min is an activation against 0 alone; elsewhere it is arithmetic, and not reported."""
     for zero, x in _orders(node):
@@ -223,8 +215,8 @@ STEERABLE = {
     "PRelu": _prelu,
     "Clip": _clip,
     "HardSigmoid": _hard_sigmoid,
-    "Max": _max,
-    "Min": _min,
+    "Max": _with_zero,
+    "Min": _with_zero,
 }
 
 _SMOOTH = "already smooth: nothing to steer"

@@ -76,7 +76,7 @@ def survey(scopes: list[Scope], values: dict[str, float | list | None]) -> Itera
         values: initializer -> its value, of those that hold a beta or coeff.
     """
     for scope in scopes:
-        if scope.function is not None and ctu.is_ctu(scope.function):
+        if scope.is_ours:
             continue
         producers = {name: node for node in scope.graph.node for name in node.output if name}
         pairs = _pairs(scope, producers)

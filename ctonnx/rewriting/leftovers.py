@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ..errors import ModelError
-from ..model.graph import Key, Scope, keep, key_of, node_label
+from ..model.graph import Key, Scope, keep, key_of, node_label, put, root_of
 from .records import is_recorded
 
 # What steering raises an IR version to.
@@ -132,20 +132,13 @@ def restore_inputs(model: ModelProto, before: ModelProto, touched: bool) -> None
                 value = inputs[name] if name in inputs else as_input(constants[name], value)
             restored.append(value)
         restored += [value for value in graph.input if value.name not in set(old)]
-        copies = [ValueInfoProto.FromString(v.SerializeToString()) for v in restored]
-        del graph.input[:]
-        graph.input.extend(copies)
+        put(graph.input, restored)
     model.ir_version = before.ir_version
 
 
 def drop_gone(scope: Scope) -> None:
     """Remove the nodes of the type GONE."""
     keep(scope.graph.node, lambda node: node.op_type != GONE)
-
-
-def root_of(scope: Scope) -> Key | None:
-    """The function around a Scope, None for those of the main graph."""
-    return None if scope.function is None else key_of(scope.function)
 
 
 def _as_input(tensor: TensorProto, before: ValueInfoProto) -> ValueInfoProto:

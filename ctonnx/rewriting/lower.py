@@ -20,7 +20,7 @@ def to_primitives(model: ModelProto) -> None:
     op_types = {}
     for scope in scopes(model):
         for node in scope.graph.node:
-            if scope.function is not None and ctu.is_ctu(scope.function):
+            if scope.is_ours:
                 if node.op_type in activations.STEERABLE:
                     records.mark_lowered(node, "")
             elif ctu.is_ctu(node):

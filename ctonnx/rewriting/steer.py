@@ -11,11 +11,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from .. import __version__, ctu
-from ..errors import ModelError, NothingToDo, UsageError
-from ..model.graph import DEFAULT_DOMAINS, functions_of, keep, key_of, node_label, scopes
+from ..errors import ModelError, NothingToDo, UsageError, check_choice
+from ..model.graph import (
+    DEFAULT_DOMAINS,
+    functions_of,
+    keep,
+    key_of,
+    node_label,
+    opset_of,
+    put,
+    scopes,
+)
 from . import activations, params, records, weights
 from .find import Activation, Site
 from .lower import to_primitives
@@ -92,8 +101,8 @@ def steer(
     elif beta_as != "initializer":
         raise UsageError("beta can only be an input together with a value for beta")
     coeff = ctu.check_unit_interval("coeff", coeff)
-    _check_choice("lowering", lowering, LOWERINGS)
-    _check_choice("beta_as", beta_as, BETA_AS)
+    check_choice("lowering", lowering, LOWERINGS)
+    check_choice("beta_as", beta_as, BETA_AS)
     reason_against = _selector(selection or Selection())
     steered = SteeredModel(model)
     _check_unsteered(steered)
@@ -120,7 +129,7 @@ def steer(
         inputs = _inputs(site, value, usual, sloped, parameters, report)
         _steer_node(site, inputs, parameters)
         report.replaced.append(replace(site.activation, status="steered"))
-    _insert_activations(model, sites)
+    _insert_activations(sites)
     _note_quantized(model, sites, report)
     _note_opset(opset, sites, with_function, lowering, report)
     if lowering == "portable":
@@ -172,11 +181,6 @@ def nothing_matched(skipped: list[Activation]) -> str:
 # --- checks
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def _check_unsteered(steered: SteeredModel) -> None:
     """Refuse a model that is steered, or whose names would make steering go wrong."""
     model = steered.proto
@@ -212,12 +216,8 @@ def _check_parameters(
 
 
 def _opset(model: ModelProto) -> int:
-    def version(owner):
-        imports = (e for e in owner.opset_import if e.domain in DEFAULT_DOMAINS)
-        return max((entry.version for entry in imports), default=0)
-
     # A graph of function calls alone need not import the default domain.
-    opset = version(model) or max(map(version, model.functions), default=0)
+    opset = opset_of(model) or max(map(opset_of, model.functions), default=0)
     if not opset:
         raise ModelError("the model imports no opset of the default domain: there is no activation")
     return opset
@@ -427,7 +427,7 @@ def _steer_node(site: Site, inputs: list[str], parameters: NewParameters) -> Non
     node.input.extend([x, *inputs])
 
 
-def _insert_activations(model: ModelProto, sites: list[Site]) -> None:
+def _insert_activations(sites: list[Site]) -> None:
     """Put the activations that were fused behind the nodes that they were fused into."""
     behind = {}
     for site in sites:
@@ -443,9 +443,7 @@ def _insert_activations(model: ModelProto, sites: list[Site]) -> None:
             inner = behind.get((id(scope.graph), node.output[0] if node.output else ""))
             if inner is not None:
                 nodes.append(inner)
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del scope.graph.node[:]
-        scope.graph.node.extend(copies)
+        put(scope.graph.node, nodes)
 
 
 def _import_domain(model: ModelProto, before: ModelProto) -> None:

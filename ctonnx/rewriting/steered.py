@@ -55,7 +55,8 @@ class SteeredModel:
         self.proto = proto
         check_names(proto, self._scopes)
         self.renamed = give_back_names(proto)
-        self._forget()
+        if self.renamed:  # The scopes are those of before.
+            self._forget()
         self.metadata = Metadata(proto)
         self._betas = betas
 
@@ -153,7 +154,7 @@ class SteeredModel:
         if coeff is not None:
             self._make_initializers(coeffs)
             fill(self.proto, coeffs, coeff)
-        self._record(beta, coeff if coeffs else None, beta_as)
+        self._record(beta, coeff if coeffs else None)
         self._forget()
         return len(betas)
 
@@ -232,8 +233,7 @@ class SteeredModel:
         return [
             scope
             for scope in self._scopes
-            if not (scope.function and ctu.is_ctu(scope.function))
-            and any(map(ctu.is_ctu, scope.graph.node))
+            if not scope.is_ours and any(map(ctu.is_ctu, scope.graph.node))
         ]
 
     def _check_ctus(self) -> None:
@@ -292,7 +292,7 @@ class SteeredModel:
         for name in sorted(missing):
             add_initializer(graph, scalar(name, 0.0))
 
-    def _record(self, beta: float, coeff: float | None, beta_as: str | None) -> None:
+    def _record(self, beta: float, coeff: float | None) -> None:
         # Lowered to primitives, activations keep the betas of their own.
         if self.parameters.coeffs or not self.metadata.beta_per_activation:
             self.metadata.update(beta=repr(beta))

@@ -17,10 +17,18 @@ from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, defs, shape_
 
 from .. import ctu
 from ..errors import ModelError
-from ..model.graph import DEFAULT_DOMAINS, Scope, keep, key_of, node_label, scopes
+from ..model.graph import (
+    Scope,
+    keep,
+    key_of,
+    node_label,
+    opset_of,
+    root_of,
+    scopes,
+)
 from ..model.inference import INFERENCE_ERRORS, typed_scopes, without_weights
 from . import activations, records
-from .leftovers import GONE, Nodes, drop_gone, restore_inputs, root_of
+from .leftovers import GONE, Nodes, drop_gone, restore_inputs
 from .parameters import BETA_SLOT
 from .renamed import give_back_names
 
@@ -45,13 +53,14 @@ def unsteer(model: ModelProto) -> None:
     give_back_names(result, whatever_they_do=True)
     undo = _Undo(result)
     undo.run()
-    if undo.touched and _fault(result) is not None:
+    fault = _fault(result) if undo.touched else None
+    if fault is not None:
         before = _light(model)
         give_back_names(before, whatever_they_do=True)
         for scope in scopes(before):
             _stand_in([node for node in scope.graph.node if ctu.is_ctu(node)])
         if _fault(before) is None:
-            raise ModelError(f"cannot undo: the result is invalid ({_fault(result)}): {_GO_BACK}")
+            raise ModelError(f"cannot undo: the result is invalid ({fault}): {_GO_BACK}")
     if result.ir_version != model.ir_version:
         model.ir_version = result.ir_version
     for name in ("functions", "opset_import", "metadata_props"):
@@ -125,11 +134,7 @@ class _Undo:
 
     def __init__(self, model: ModelProto):
         self._model = model
-        self._scopes = [
-            scope
-            for scope in scopes(model)
-            if scope.function is None or not ctu.is_ctu(scope.function)
-        ]
+        self._scopes = [scope for scope in scopes(model) if not scope.is_ours]
         self._nodes = Nodes(self._scopes)
         self._tensors: dict[int, set[str]] = {}
         self.touched = False
@@ -237,7 +242,6 @@ class _Undo:
 
     def _restore(self, site: _Site) -> None:
         restored = self._original(site)
-        node = site.node
         known = {*site.inputs, ""}
         for name in restored.input:
             if self.touched and name not in known and not self._visible(site.scope, name):
@@ -245,10 +249,7 @@ class _Undo:
                     f"{site.label} replaced a {restored.op_type} of {name!r}, which is no longer "
                     f"there: cannot undo: {_GO_BACK}"
                 )
-        for changed in ("op_type", "domain", "input", "attribute"):
-            node.ClearField(changed)
-        node.MergeFrom(restored)
-        records.drop_record(node)
+        _put_back(site.node, restored)
 
     def _original(self, site: _Site) -> NodeProto:
         """What the record of a CTU holds, with the inputs of today."""
@@ -353,10 +354,7 @@ class _Undo:
                 continue
             if self.touched:
                 raise _changed_pair(before.op_type)
-            for changed in ("op_type", "domain", "input", "attribute"):
-                node.ClearField(changed)
-            node.MergeFrom(before)
-            records.drop_record(node)
+            _put_back(node, before)
 
     def _restore_calls(self, others: list[tuple[Scope, NodeProto, NodeProto]]) -> None:
         """Drop the records of what passed parameters to functions, which has none any more."""
@@ -462,6 +460,14 @@ def _changed_pair(op_type: str) -> ModelError:
     )
 
 
+def _put_back(node: NodeProto, original: NodeProto) -> None:
+    """Make a node what it was before it was steered."""
+    for changed in ("op_type", "domain", "input", "attribute"):
+        node.ClearField(changed)
+    node.MergeFrom(original)
+    records.drop_record(node)
+
+
 def _taken_apart(site: _Site) -> ModelError:
     return ModelError(
         f"{site.label} was part of the node before it, and another tool has put something in "
@@ -471,24 +477,19 @@ def _taken_apart(site: _Site) -> ModelError:
 
 def _check_opset(model: ModelProto, sites: list[_Site]) -> None:
     """Refuse records with attributes that another tool's newer opset does not have."""
-
-    def opset(owner: ModelProto | FunctionProto) -> int:
-        return max(
-            (e.version for e in owner.opset_import if e.domain in DEFAULT_DOMAINS), default=0
-        )
-
     # Our functions keep the opset that the model had when it was steered.
-    steered_at = {opset(function) for function in model.functions if ctu.is_ctu(function)}
-    if not steered_at or opset(model) in steered_at:
+    steered_at = {opset_of(function) for function in model.functions if ctu.is_ctu(function)}
+    opset = opset_of(model)
+    if not steered_at or opset in steered_at:
         return
     for site in sites:
         if site.scope.function is not None:
             continue
         with suppress(defs.SchemaError):
-            schema = defs.get_schema(site.before.op_type, opset(model), "")
+            schema = defs.get_schema(site.before.op_type, opset, "")
             unknown = {a.name for a in site.before.attribute} - schema.attributes.keys()
             if unknown:
                 raise ModelError(
                     f"{site.label} replaced a {site.before.op_type} with {min(unknown)!r}, which "
-                    f"opset {opset(model)} does not have: cannot undo: {_GO_BACK}"
+                    f"opset {opset} does not have: cannot undo: {_GO_BACK}"
                 )

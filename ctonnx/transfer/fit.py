@@ -110,7 +110,7 @@ def batch_labels(labels: np.ndarray | None, source: Source) -> list[Label]:
         labels = labels[:, 0]
     if labels.ndim != 1:
         raise UsageError(f"expected one label per sample, the labels are {list(labels.shape)}")
-    names = getattr(source, "classes", ())
+    names = source.classes
     return [_label(names[label] if names else label) for label in labels.tolist()]
 
 
