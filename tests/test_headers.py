@@ -13,8 +13,11 @@ from ctonnx.data.open import DataOptions, open_source
 from ctonnx.errors import CtonnxError, InputFileError
 from ctonnx.ort import runs
 from ctonnx.rewriting import params
+from ctonnx.rewriting.steer import steer
 
 FLOAT = np.dtype(np.float32)
+RELU = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }"""
 X = [Input("x", FLOAT, (None, 4))]
 SHAPES = {
     "negative rows": "(-5,4)",
@@ -91,19 +94,14 @@ def test_data_whose_header_lies(tmp_path, what, compression):
 
 @pytest.mark.parametrize("what", HEADERS)
 def test_inputs_and_parameters_whose_header_lies(tmp_path, what):
-    model = runs.Model(
-        parsed(
-            """<ir_version: 8, opset_import: ["" : 17]>
-            g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }"""
-        ).SerializeToString()
-    )
+    model = runs.Model(parsed(RELU).SerializeToString())
     path = archive(tmp_path / "d.npz", x=npy(HEADERS[what]))
     # A shape without elements is an array like any other to NumPy, and fails as an input.
     with pytest.raises(CtonnxError) as caught:
         runs.load_inputs(path, model, (), [])
     one_line(caught, path)
-    path = archive(tmp_path / "p.npz", **{"node.beta": npy(HEADERS[what])})
+    path = archive(tmp_path / "p.npz", **{"y.beta": npy(HEADERS[what])})
     with pytest.raises(CtonnxError) as caught:
-        params.resolve(params.read(path), None, 0.5, [], [])
+        steer(parsed(RELU), params=params.read(path))
     assert "\n" not in str(caught.value)
     assert str(caught.value).strip()[-1] != ":"

@@ -9,7 +9,8 @@ import onnxruntime as ort
 import pytest
 from conftest import HEAVY, LIGHT_MODELS, light_model, vary_weights, without_steering
 from onnx import ModelProto, TensorProto, helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from onnxruntime.quantization import QuantFormat, quantize_static
+from tools import calibration
 
 import ctonnx
 from ctonnx import ctu
@@ -17,7 +18,7 @@ from ctonnx.check import validate
 from ctonnx.check.reference import Reference
 from ctonnx.errors import NothingToDo
 from ctonnx.model.graph import node_label, scopes
-from ctonnx.ort import blocked
+from ctonnx.ort import blocked, runs
 from ctonnx.rewriting import activations
 from ctonnx.rewriting.steer import LOWERINGS, steer
 from ctonnx.rewriting.steered import SteeredModel
@@ -48,7 +49,7 @@ def steered(model, **options):
 def assert_steers(path, folder, inputs=None, lowerings=LOWERINGS):
     """Assert what holds for every model; return the largest relative change at beta 0.85."""
     model, reference = onnx.load(path), validate.Model(path)
-    inputs = inputs or validate.random_inputs(reference)
+    inputs = inputs or runs.random_inputs(reference)
     for lowering in lowerings:
         changed, report = steered(model, lowering=lowering)
         listed = {(a.scope, a.name) for a in (*report.replaced, *report.skipped)}
@@ -67,8 +68,8 @@ def assert_steers(path, folder, inputs=None, lowerings=LOWERINGS):
             SteeredModel(changed).unsteer()
             assert changed == model
 
-    runs = reference.run(inputs), validate.Model(folder / "portable.onnx").run(inputs)
-    return max(c.max_rel for c in validate.compare(*runs, rtol=np.inf))
+    outputs = reference.run(inputs), validate.Model(folder / "portable.onnx").run(inputs)
+    return max(c.max_rel for c in validate.compare(*outputs, rtol=np.inf))
 
 
 def assert_reference_agrees(path, folder, inputs=None, tolerance=1e-4, coarse=False):
@@ -77,7 +78,7 @@ def assert_reference_agrees(path, folder, inputs=None, tolerance=1e-4, coarse=Fa
     The steps of a `coarse` output may be as large as what the inputs change: then it is right, but
     inconclusive.
     """
-    inputs = inputs or validate.random_inputs(validate.Model(path))
+    inputs = inputs or runs.random_inputs(validate.Model(path))
     actual = validate.Model(path).run(inputs)
     compared = validate.compare(Reference(path).run(inputs), actual, tolerance, reference=True)
     assert all(one.ok for one in compared), compared
@@ -89,6 +90,8 @@ def assert_reference_agrees(path, folder, inputs=None, tolerance=1e-4, coarse=Fa
     for output in (output for run in result.runs for output in run.outputs):
         right = output.ok or (coarse and output.inconclusive and output.max_rel <= tolerance)
         assert right, result
+    assert result.runs
+    assert all(run.outputs for run in result.runs)
     assert result.ok or coarse
 
 
@@ -99,7 +102,7 @@ def assert_changes_are_listed(model, changed, report):
         (scope.path, node_label(node))
         for scope in scopes(changed)
         for node in scope.graph.node
-        if ctu.is_ctu(node) and not (scope.function and ctu.is_ctu(scope.function))
+        if ctu.is_ctu(node) and not scope.is_ours
     ]
     assert steered == [(a.scope, a.name) for a in report.replaced]
 
@@ -173,13 +176,6 @@ def test_session_creation_is_not_slowed_by_many_sites(tmp_path):
     assert [n.op_type for n in onnx.load(optimised).graph.node] == ["CTU"] * 1000
 
 
-def needs(path, *ops):
-    """Skip a test if ctonnx does not steer activations of these ops yet."""
-    unsupported = {a.op for a in ctonnx.inspect(path) if a.status == "skipped"} & set(ops)
-    if unsupported:
-        pytest.skip(f"not steered yet: {', '.join(sorted(unsupported))}")
-
-
 @pytest.mark.parametrize("name", ["PP-OCRv4_det", "PP-OCRv4_rec", "ppocr_mobile_v2.0_cls"])
 def test_pp_ocr(fetched, tmp_path, name):
     """Detection, recognition and direction."""
@@ -214,20 +210,13 @@ def test_open_nsfw_saved_by_onnxruntime(fetched, tmp_path, level):
     level_enum = getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}")
     path = saved_by_onnxruntime(original, level_enum, tmp_path / "saved.onnx")
     assert len(ctonnx.inspect(path)) >= 49
-    needs(path, "FusedConv", "Conv")
     assert assert_steers(path, tmp_path) > ENOUGH
 
 
-class Calibration(CalibrationDataReader):
-    """Random images for the only input of a model."""
-
-    def __init__(self, name, shape):
-        rng = np.random.default_rng(0)
-        images = [rng.normal(size=shape).astype(np.float32) for _ in range(4)]
-        self._next = iter([{name: image} for image in images])
-
-    def get_next(self):
-        return next(self._next, None)
+def random_images(name, shape):
+    """Calibration data for the only input of a model."""
+    rng = np.random.default_rng(0)
+    return calibration([{name: rng.normal(size=shape).astype(np.float32)} for _ in range(4)])
 
 
 @pytest.mark.parametrize("form", QuantFormat)
@@ -240,7 +229,7 @@ def test_open_nsfw_quantized(fetched, tmp_path, form):
     path = Path(shutil.copy(source, tmp_path))  # The quantizer writes beside the model.
     quantized = tmp_path / "quantized.onnx"
     for symmetric in False, True:
-        images = Calibration("input:0", (1, 224, 224, 3))
+        images = random_images("input:0", (1, 224, 224, 3))
         extra = {"ActivationSymmetric": symmetric}
         quantize_static(path, quantized, images, quant_format=form, extra_options=extra)
         if symmetric:
@@ -324,7 +313,6 @@ def test_torch_exports(tmp_path, name, dynamo):
     path = tmp_path / "exported.onnx"
     options = {"external_data": False, "verbose": False} if dynamo else {}
     torch.onnx.export(network, (x,), path, dynamo=dynamo, **options)
-    needs(path, "Clip")
     assert sum(a.status == "steerable" for a in ctonnx.inspect(path)) == count
     inputs = {validate.Model(path).inputs[0].name: x.numpy()}
     assert assert_steers(path, tmp_path, inputs) > ENOUGH

@@ -72,7 +72,7 @@ def test_random_inputs_fit_what_the_model_takes():
         => (float[batch, 2] y, int64[batch] j, bool[3] k, float16[2, batch] l)
         <float[8, 2] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}>
         { y = MatMul(x, w)  j = Identity(i)  k = Not(b)  l = Neg(h) }"""
-    inputs = validate.random_inputs(validate.Model(parsed(text).SerializeToString()))
+    inputs = runs.random_inputs(validate.Model(parsed(text).SerializeToString()))
     shapes = {name: value.shape for name, value in inputs.items()}
     assert shapes == {"x": (1, 8), "i": (1,), "b": (3,), "h": (2, 1)}
 
@@ -82,7 +82,7 @@ def test_a_model_that_runs_on_no_random_input_is_an_error():
         g (float[n, m] x) => (float[n, 1] y) <float[5, 1] w = {1, 2, 3, 4, 5}>
         { y = MatMul(x, w) }"""
     with pytest.raises(CheckFailed, match="found no random input"):
-        validate.random_inputs(validate.Model(parsed(text).SerializeToString()))
+        runs.random_inputs(validate.Model(parsed(text).SerializeToString()))
 
 
 def test_random_inputs_that_would_fill_the_memory_are_not_drawn():
@@ -94,15 +94,15 @@ def test_random_inputs_that_would_fill_the_memory_are_not_drawn():
     run = opened.run
     opened.run = lambda inputs: [sizes.append(inputs["x"].shape[1]), run(inputs)][1]
     with pytest.raises(CheckFailed, match="found no random input"):
-        validate.random_inputs(opened)
+        runs.random_inputs(opened)
     assert sizes == [8, 32, 64, 2, 1]
     text = """<ir_version: 8, opset_import: ["" : 17]>
         g (float[1000000, 1000000] x) => (float[1000000, 1000000] y) { y = Neg(x) }"""
     with pytest.raises(CheckFailed, match="1000000x1000000, are too large"):
-        validate.random_inputs(validate.Model(parsed(text).SerializeToString()))
+        runs.random_inputs(validate.Model(parsed(text).SerializeToString()))
     ones = ", ".join(100 * "1")
     with pytest.raises(CheckFailed, match="1x1x1, are too large"):
-        validate.random_inputs(
+        runs.random_inputs(
             validate.Model(parsed(text.replace("1000000, 1000000", ones)).SerializeToString())
         )
 

@@ -44,13 +44,17 @@ def written(tmp_path_factory):
     return out, done.stdout
 
 
-@pytest.fixture(scope="module")
-def rows(written):
-    with (written[0] / "results.csv").open() as file:
+def read_rows(folder):
+    with (folder / "results.csv").open() as file:
         records = list(csv.DictReader(file))
     assert tuple(records[0]) == COLUMNS
     text = ("threat", "half", "masked")
     return [{k: v if k in text or v == "" else float(v) for k, v in r.items()} for r in records]
+
+
+@pytest.fixture(scope="module")
+def rows(written):
+    return read_rows(written[0])
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +174,7 @@ def test_corruptions_change_digits_and_give_valid_images(robustness):
 
 def test_the_committed_table_matches_the_committed_results(robustness):
     """table.md repeats results.csv, apart from machine and time."""
-    with (FOLDER / "results.csv").open() as file:
-        records = list(csv.DictReader(file))
-    text = ("threat", "half", "masked")
-    rows = [{k: v if k in text or v == "" else float(v) for k, v in r.items()} for r in records]
+    rows = read_rows(FOLDER)
     for row in rows:
         for name in ("missed", "torch_differs", "digits"):
             row[name] = int(row[name]) if row[name] != "" else ""
