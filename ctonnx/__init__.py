@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import inspect, patch, unpatch
+    from .calibration.samples import Calibration
     from .errors import (
         CheckFailed,
         CtonnxError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "CheckFailed",
     "CtonnxError",
     "InputFileError",
@@ -47,6 +49,7 @@ __all__ = [
 # Loaded on first use, as `ctonnx --help` must not wait for onnx.
 _HOMES = {
     **dict.fromkeys(__all__, "errors"),
+    "Calibration": "calibration.samples",
     "get_library_path": "ort.library",
     "inspect": "api",
     "patch": "api",

@@ -6,6 +6,7 @@ from typing import Any
 
 from onnx import ModelProto
 
+from .calibration.calibrate import calibrate, check_calibration, prepare, wanted_feeds
 from .errors import UsageError
 from .model import files
 from .rewriting.find import Activation
@@ -27,6 +28,7 @@ def patch(
     ops: Iterable[str] | None = None,
     include: str | None = None,
     exclude: str | None = None,
+    calibration: Any = None,
     force: bool = False,
 ) -> Any:
     """Replace the piecewise-affine activations of a model by CT units.
@@ -47,6 +49,9 @@ def patch(
             library), "op" (the nodes alone) or "primitives" (standard ops alone).
         ops: iterable of op types to steer, in any case; all supported ones where None.
         include, exclude: regular expressions searched in the activations' names.
+        calibration: unlabelled data, as the dataset of `ctonnx.sweep`, or a ctonnx.Calibration of
+            them: the linear layers behind steered activations get back the mean and variance per
+            channel that they have on these in the original.
         force: overwrite `output`.
 
     Returns:
@@ -54,8 +59,10 @@ def patch(
         what is steered and what is skipped, and why.
 
     Raises:
-        UsageError: a wrong argument, an existing output, a model that is steered already, or a
-            graphsurgeon Graph with `beta_as="input"`, as these know no optional inputs.
+        UsageError: a wrong argument, an existing output, a model that is steered already, a
+            graphsurgeon Graph with `beta_as="input"`, as these know no optional inputs; or
+            calibration data that do not fit the model.
+        InputFileError: calibration data, or parameters, cannot be read.
         NothingToDo: no activation to steer.
         ModelError: the model cannot be read, or is unsafe to read.
     """
@@ -68,8 +75,12 @@ def patch(
     if beta_as == "input" and _is_graph(model):
         raise UsageError("a graphsurgeon Graph has no optional inputs: use required-input")
 
-    def change(proto):
-        steer(
+    samples = None if calibration is None else check_calibration(calibration, beta_as)
+
+    def change(proto, digest, folder):
+        if samples is not None:
+            prepare(proto)
+        report = steer(
             proto,
             beta,
             coeff,
@@ -78,6 +89,9 @@ def patch(
             lowering=lowering,
             selection=Selection(ops, include, exclude),
         )
+        if samples is not None:
+            steered = SteeredModel(proto, betas=report.beta_names)
+            calibrate(steered, samples, wanted_feeds(steered), digest, folder)
 
     return _edit(model, change, output, steered_path, force)
 
@@ -94,12 +108,20 @@ def inspect(model: Any) -> list[Activation]:
     return SteeredModel(_to_proto(model)).activations
 
 
-def unpatch(model: Any, output: str | Path | None = None, *, force: bool = False) -> Any:
+def unpatch(
+    model: Any,
+    output: str | Path | None = None,
+    *,
+    original: str | Path | None = None,
+    force: bool = False,
+) -> Any:
     """Give back the original of a steered model, with what other tools did to that since.
 
     Args:
         model: a path or an onnx.ModelProto. It is not changed. (A graphsurgeon Graph has no
             metadata that tell what its CTUs replaced.)
+        original: the path of the original of a calibrated model, whose weights have changed: what
+            is given back are its bytes, once it is sure that it is the original.
         output: for a path, where to write; `x.onnx` for `x.ct.onnx` where None.
         force: overwrite `output`.
 
@@ -107,16 +129,43 @@ def unpatch(model: Any, output: str | Path | None = None, *, force: bool = False
         The original, of the kind of `model`; for a path, the Path written.
 
     Raises:
-        UsageError: an existing output, or a path that suggests none.
+        UsageError: an existing output, or a path that suggests none; the model is calibrated and
+            there is no `original`, or that is another model.
         NothingToDo: the model is not steered.
         ModelError: the model cannot be read, its record of the original is missing or damaged, or
             other tools have changed it so that the original cannot be had.
     """
-    return _edit(model, _unsteer, output, original_path, force)
+    if original is None:
+        return _edit(model, _unsteer, output, original_path, force)
+    wanted = _recorded_original(model)
+    if not isinstance(model, (str, Path)):
+        with files.Transaction(original, original, force=True, dry_run=True) as edit:
+            _check_original(original, edit.digest, wanted)
+        return files.load(original)
+    with files.Transaction(original, output or original_path(model), force) as edit:
+        _check_original(original, edit.digest, wanted)
+        edit.as_it_is = True
+    return edit.output
 
 
-def _unsteer(proto: ModelProto) -> None:
+def _unsteer(proto: ModelProto, *_: Any) -> None:
     SteeredModel(proto).unsteer()
+
+
+def _recorded_original(model: Any) -> str:
+    """The digest of the original of a calibrated model."""
+    steered = SteeredModel(_to_proto(model))
+    record = steered.metadata.calibration
+    if record is None:
+        raise UsageError("original goes with a calibrated model: this one holds its own weights")
+    if not isinstance(record.get("original"), str):
+        raise UsageError("the model does not record its original, so none can be told to be it")
+    return record["original"]
+
+
+def _check_original(path: str | Path, digest: str, wanted: str) -> None:
+    if digest != wanted:
+        raise UsageError(f"{path}: is not what the model was made of: its digest is another")
 
 
 def steered_path(model: str | Path) -> str | Path:
@@ -139,20 +188,25 @@ def original_path(model: str | Path) -> str | Path:
 
 def _edit(
     model: Any,
-    change: Callable[[ModelProto], None],
+    change: Callable[[ModelProto, str, Path | None], None],
     output: str | Path | None,
     default_output: Callable[[str | Path], str | Path],
     force: bool,
 ) -> Any:
-    """Apply `change` to a copy of `model`, and return that in the kind of `model`."""
+    """Apply `change` to a copy of `model`, and return that in the kind of `model`.
+
+    Args:
+        change: called with the copy, what tells the model from others, and the folder of its
+            external data.
+    """
     if isinstance(model, (str, Path)):
         with files.Transaction(model, output or default_output, force) as edit:
-            change(edit.model)
+            change(edit.model, edit.digest, folder_of(model))
         return edit.output
     if output is not None:
         raise UsageError("output goes with a path: save the model that is returned instead")
     proto = _to_proto(model)
-    change(proto)
+    change(proto, files.digest(proto.SerializeToString(deterministic=True)), None)
     if isinstance(model, ModelProto):
         return proto
     import onnx_graphsurgeon
@@ -175,6 +229,11 @@ def _to_proto(model: Any) -> ModelProto:
     raise UsageError(
         f"expected a path, a ModelProto or a graphsurgeon Graph, got {type(model).__name__}"
     )
+
+
+def folder_of(model: str | Path) -> Path | None:
+    """The folder of the external data of a model's file; None for `-`."""
+    return None if model == files.STDIO else Path(model).parent
 
 
 def _is_graph(model: Any) -> bool:

@@ -62,7 +62,7 @@ def test_every_source_gives_the_same(tmp_path, monkeypatch, arrays, kind):
     assert (held["x"].dtype, count) == (FLOAT, 3)
     # Shuffled: the same rows in another order, the same each time, with their labels.
     first, second = (
-        everything(open_source(spec, X, DataOptions(labels, 7), shuffle=True)) for _ in range(2)
+        everything(open_source(spec, X, DataOptions(labels, 7), seed=0)) for _ in range(2)
     )
     np.testing.assert_array_equal(first[0]["x"], second[0]["x"])
     order = np.lexsort(first[0]["x"].T)

@@ -76,6 +76,48 @@ providers = click.option(
     help="ONNX Runtime's execution providers.  [default: all that are there but TensorRT's]",
 )
 
+calibration = group(
+    click.option(
+        "--calibrate",
+        "calibration_data",
+        metavar="DATA",
+        help="Restore, on these samples, the mean and variance that steering moves in each layer: "
+        "data as for sweep, without labels.",
+    ),
+    click.option(
+        "--calibrate-samples",
+        type=int,
+        default=128,
+        show_default=True,
+        help="How many of these samples, drawn at random.",
+    ),
+    click.option(
+        "--calibrate-seed", type=int, default=0, show_default=True, help="Seed of the draw."
+    ),
+)
+
+
+def calibrating(command: Callable) -> Callable:
+    """Give a command the options of calibration, packed into its argument `calibration`: a
+    ctonnx.Calibration, or None. The options of `feeding` say how its data become batches."""
+
+    @calibration
+    @wraps(command)
+    def packed(calibration_data, calibrate_samples, calibrate_seed, **options):
+        calibration = None
+        if calibration_data is not None:
+            from ..calibration.samples import Calibration
+
+            feeding = options.get("feeding") or {}
+            labels = options.get("labels")
+            calibration = Calibration(
+                calibration_data, calibrate_samples, calibrate_seed, labels, **feeding
+            )
+        return command(calibration=calibration, **options)
+
+    return packed
+
+
 _feeding = group(
     click.option("--batch", "batch_size", type=int, help="Samples per run.  [default: 32]"),
     click.option(

@@ -58,9 +58,11 @@ from .output import counts, echo, print_json, progress, say, say_report
     help="Before writing, compare it with the original at beta 1, and kernel with fallback.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
+@options.feeding
+@options.calibrating
 @options.force
 @options.json
-def patch(model, output, params_file, by_order, dry_run, as_json, **choices):
+def patch(model, output, params_file, by_order, dry_run, as_json, feeding, **choices):
     """Steer MODEL: write a copy with CT units for activations.
 
     MODEL is a file, or - for standard input. --output defaults to X.ct.onnx beside X.onnx, and to
@@ -99,14 +101,21 @@ def patch(model, output, params_file, by_order, dry_run, as_json, **choices):
 def _steer(model, output, params, dry_run, **choices):
     """Steer a model and write it; gives the Report, the comparisons of --check and the output."""
     from .. import api
+    from ..calibration import calibrate
     from ..check import validate
     from ..model import files
     from ..rewriting.steer import Selection, steer
+    from ..rewriting.steered import SteeredModel
 
     beta, lowering, force = choices["beta"], choices["lowering"], choices["force"]
+    calibration = choices["calibration"]
+    if calibration is not None:
+        calibrate.check_calibration(calibration, choices["beta_as"])
     path = api.steered_path if output is None else output
     checks = {}
     with files.Transaction(model, path, force or dry_run, progress(), dry_run) as edit:
+        if calibration is not None:
+            calibrate.prepare(edit.model)
         report = steer(
             edit.model,
             beta,
@@ -118,6 +127,18 @@ def _steer(model, output, params, dry_run, **choices):
         )
         if choices["check"]:
             checks = validate.check_steered(model, edit.stage(), report, beta, lowering)
+        if calibration is not None:
+            steered = SteeredModel(edit.model, betas=report.beta_names)
+            report.notes += calibrate.calibrate(
+                steered,
+                calibration,
+                calibrate.wanted_feeds(steered),
+                edit.digest,
+                api.folder_of(model),
+                progress("calibrating"),
+            )
+            if choices["check"]:
+                edit.stage()
     return report, checks, edit.output
 
 

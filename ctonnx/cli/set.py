@@ -10,20 +10,33 @@ from .output import echo, print_json, progress, say
 @options.model
 @click.option("--beta", type=float, required=True, help="The new beta, in [0, 1].")
 @options.output
+@options.feeding
+@options.calibrating
 @options.force
 @options.json
-def set_(model, beta, output, force, as_json):
+def set_(model, beta, output, force, as_json, feeding, calibration):
     """Change the beta of a steered MODEL.
 
-    MODEL is a file, or - for standard input. --output defaults to MODEL itself.
+    MODEL is a file, or - for standard input. --output defaults to MODEL itself. A calibrated MODEL
+    is calibrated again, with --calibrate, to the statistics that it has on these samples.
     """
+    from ..api import folder_of
+    from ..calibration import calibrate
     from ..model import files
     from ..rewriting.steered import SteeredModel
 
     path = model if output is None else output
     with files.Transaction(model, path, force or output is None, progress()) as edit:
         steered = SteeredModel(edit.model)
-        count = steered.set(beta)
+        if calibration is not None:
+            before, digest = calibrate.wanted_feeds(steered), calibrate.digest_of_original(steered)
+        count = steered.set(beta, recalibrates=calibration is not None)
+        if calibration is not None:
+            notes = calibrate.calibrate(
+                steered, calibration, before, digest, folder_of(model), progress("calibrating")
+            )
+            for note in notes:
+                say(note)
     if steered.renamed:
         say(f"the CTUs have their name back, in place of {', '.join(sorted(steered.renamed))}")
     if count > 1:

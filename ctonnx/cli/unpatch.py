@@ -9,9 +9,14 @@ from .output import echo, print_json, progress
 @click.command()
 @options.model
 @options.output
+@click.option(
+    "--original",
+    metavar="FILE",
+    help="The original of a calibrated MODEL, whose weights have changed: its bytes are given back.",
+)
 @options.force
 @options.json
-def unpatch(model, output, force, as_json):
+def unpatch(model, output, original, force, as_json):
     """Give back the original of a steered MODEL, with what other tools did to it since.
 
     MODEL is a file, or - for standard input. --output defaults to X.onnx beside X.ct.onnx, and to
@@ -21,10 +26,14 @@ def unpatch(model, output, force, as_json):
     from ..model import files
     from ..rewriting.steered import SteeredModel
 
-    path = api.original_path if output is None else output
-    with files.Transaction(model, path, force, progress()) as edit:
-        SteeredModel(edit.model).unsteer()
-    if as_json:
-        print_json(edit.output)
+    if original is not None:
+        written = api.unpatch(model, output, original=original, force=force)
     else:
-        echo(edit.output, f"wrote {edit.output}: unsteered")
+        path = api.original_path if output is None else output
+        with files.Transaction(model, path, force, progress()) as edit:
+            SteeredModel(edit.model).unsteer()
+        written = edit.output
+    if as_json:
+        print_json(written)
+    else:
+        echo(written, f"wrote {written}: unsteered")

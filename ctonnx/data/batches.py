@@ -4,9 +4,12 @@ import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from onnx import TensorProto, ValueInfoProto, helper
 
 from ..errors import UsageError
 from ..model.values import cast
@@ -31,6 +34,21 @@ class Input:
     dtype: np.dtype
     shape: Shape | None
 
+    @classmethod
+    def of(cls, value: ValueInfoProto) -> Self:
+        """The Input that a graph's input is.
+
+        Raises:
+            UsageError: it is no array of numbers.
+        """
+        kind = value.type.tensor_type
+        if not value.type.HasField("tensor_type") or kind.elem_type == TensorProto.STRING:
+            raise UsageError(f"input {value.name!r} is not an array of numbers: data cannot feed it")
+        shape = None
+        if kind.HasField("shape"):
+            shape = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
+        return cls(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape)
+
 
 @dataclass(frozen=True)
 class Batching:
@@ -39,12 +57,12 @@ class Batching:
     Attributes:
         inputs: the model's inputs to feed.
         batch_size: samples per batch.
-        shuffle: take the samples in a random order, which is always the same.
+        seed: of the random order of the samples; as they come where None.
     """
 
     inputs: Sequence[Input]
     batch_size: int
-    shuffle: bool = False
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +87,29 @@ class Batch:
         arrays = [*self.inputs.values(), *([] if self.labels is None else [self.labels])]
         return digest(b"".join(map(array_bytes, arrays)))
 
+    def head(self, count: int) -> "Batch":
+        """The first `count` samples, or all of fewer."""
+        inputs = {name: array[:count] for name, array in self.inputs.items()}
+        labels = None if self.labels is None else self.labels[:count]
+        return Batch(inputs, labels, self.broken)
+
     def copy(self) -> "Batch":
         """The same samples in arrays of their own."""
         inputs = {name: array.copy() for name, array in self.inputs.items()}
         labels = None if self.labels is None else self.labels.copy()
         return Batch(inputs, labels, self.broken)
+
+
+def padded(batch: Batch, inputs: Iterable[Input]) -> dict[str, np.ndarray]:
+    """A batch's arrays by input name; to a fixed batch size, by repeating the last row."""
+    arrays = {}
+    for i in inputs:
+        array = batch.inputs[i.name]
+        missing = (i.shape[0] or 0) - len(array) if i.shape else 0
+        if missing > 0:
+            array = np.concatenate([array, np.repeat(array[-1:], missing, 0)])
+        arrays[i.name] = array
+    return arrays
 
 
 def conform(batch: Batch, inputs: Iterable[Input]) -> Batch:

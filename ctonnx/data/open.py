@@ -37,7 +37,7 @@ def open_source(
     inputs: Sequence[Input],
     options: DataOptions | None = None,
     *,
-    shuffle: bool = False,
+    seed: int | None = None,
 ) -> Source:
     """Open a data set.
 
@@ -48,7 +48,7 @@ def open_source(
             sample.
         inputs: the model's inputs.
         options: how the data become batches; the defaults if None.
-        shuffle: give the samples, or a factory's batches, in a random order, always the same.
+        seed: gives the samples, or a factory's batches, in a random order; as they come where None.
 
     Raises:
         UsageError: the data do not fit the model, or an option does not apply to them.
@@ -58,12 +58,12 @@ def open_source(
     options = options or DataOptions()
     if not isinstance(options.labels, str | os.PathLike | None):
         raise UsageError("labels must be a name or a path: give arrays as (inputs, labels)")
-    batching = Batching(inputs, _batch_size(options.batch_size, inputs), shuffle)
+    batching = Batching(inputs, _batch_size(options.batch_size, inputs), seed)
     if callable(data) or (isinstance(data, str) and not os.path.exists(data) and ":" in data):
         _refuse("a factory", "labels", options.labels is not None)
         _refuse("a factory", "batch", options.batch_size is not None)
         _refuse_image_options("a factory", options)
-        return Stream(data, inputs, shuffle)
+        return Stream(data, inputs, seed)
     if isinstance(data, str | os.PathLike):
         return _open_path(Path(data), batching, options)
     _refuse("arrays", "labels", options.labels is not None)

@@ -78,9 +78,11 @@ class Indexed(Source):
     def __init__(self, count: int, batching: Batching, name: str | os.PathLike) -> None:
         if not count:
             raise InputFileError(f"{name}: holds no samples")
-        self.inputs, self.random = batching.inputs, batching.shuffle
+        self.inputs, self.random = batching.inputs, batching.seed is not None
         self._count, self._batching, self._name = count, batching, name
-        self._order = np.random.default_rng(0).permutation(count) if batching.shuffle else None
+        self._order = None
+        if batching.seed is not None:
+            self._order = np.random.default_rng(batching.seed).permutation(count)
 
     def _read(self, indices: np.ndarray) -> Batch:
         """Read the samples with these numbers, in ascending order."""
@@ -94,8 +96,8 @@ class Indexed(Source):
         return -(-self._count // self._batching.batch_size)
 
     def identity(self) -> list:
-        size, shuffle = self._batching.batch_size, self._batching.shuffle
-        return [str(self._name), *self._fingerprint(), self._count, size, shuffle]
+        size, seed = self._batching.batch_size, self._batching.seed
+        return [str(self._name), *self._fingerprint(), self._count, size, seed]
 
     def batch(self, i: int) -> Batch | None:
         if i >= len(self):
@@ -218,7 +220,7 @@ class Stream(Source):
         factory: a function without arguments, or its name "PKG:FACTORY", that returns an iterable
             of (inputs, labels) or of inputs.
         inputs: the model's inputs.
-        shuffle: take the batches in a random order, always the same, if they can be indexed.
+        seed: of a random order of the batches, if they can be indexed; as they come where None.
 
     Raises:
         UsageError: there is no such function, it fails, or it returns something else.
@@ -227,7 +229,7 @@ class Stream(Source):
     repeatable = False
 
     def __init__(
-        self, factory: str | Callable[[], Any], inputs: Sequence[Input], shuffle: bool = False
+        self, factory: str | Callable[[], Any], inputs: Sequence[Input], seed: int | None = None
     ) -> None:
         if isinstance(factory, str):
             self._factory, self._name = user_code.function_named(factory), factory
@@ -243,9 +245,9 @@ class Stream(Source):
         )
         self.sequential = not self._indexable
         self._iterator = iter(()) if self._indexable else self._call(iter, self._batches)
-        self.random, self._order = shuffle and self._indexable, None
+        self.random, self._order = seed is not None and self._indexable, None
         if self.random:
-            self._order = np.random.default_rng(0).permutation(len(self._batches)).tolist()
+            self._order = np.random.default_rng(seed).permutation(len(self._batches)).tolist()
 
     def _call(self, function: Callable, *arguments: Any) -> Any:
         return user_code.call(function, self._name, *arguments)

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from .. import ctu
-from ..data.batches import Batch, Input, digest
+from ..data.batches import Batch, Input, digest, padded
 from ..data.source import Source, stamp
 from ..errors import ModelError, UsageError
 from ..model import files
@@ -174,15 +174,10 @@ def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steera
 
 
 def _input(value: ValueInfoProto) -> Input:
-    kind = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or kind.elem_type == TensorProto.STRING:
-        raise UsageError(f"input {value.name!r} is not an array of numbers: it cannot be swept")
-    shape = None
-    if kind.HasField("shape"):
-        shape = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)
-        if not shape:
-            raise UsageError(f"input {value.name!r} is a single value: it has no row per sample")
-    return Input(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape)
+    given = Input.of(value)
+    if given.shape == ():
+        raise UsageError(f"input {value.name!r} is a single value: it has no row per sample")
+    return given
 
 
 def _measurable(outputs: Iterable[ValueInfoProto]) -> list[ValueInfoProto]:
@@ -327,18 +322,6 @@ class Runner:
                     "per sample"
                 )
         return outputs
-
-
-def padded(batch: Batch, inputs: Iterable[Input]) -> dict[str, np.ndarray]:
-    """A batch's arrays by input name; to a fixed batch size, by repeating the last row."""
-    arrays = {}
-    for i in inputs:
-        array = batch.inputs[i.name]
-        missing = (i.shape[0] or 0) - len(array) if i.shape else 0
-        if missing > 0:
-            array = np.concatenate([array, np.repeat(array[-1:], missing, 0)])
-        arrays[i.name] = array
-    return arrays
 
 
 def prefetch(source: Source, work: Iterable[tuple]) -> Iterator[tuple[tuple, Batch]]:

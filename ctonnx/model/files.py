@@ -1,6 +1,7 @@
 """Reading and writing model files: nothing half-written, no weights loaded that are not needed."""
 
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -48,7 +49,7 @@ def load(path: str | os.PathLike) -> ModelProto:
         ModelError: the file is missing, unreadable, too large, or no ONNX model; or nodes depend on
             themselves.
     """
-    model = _parsed(path)
+    model = _parsed(path, _bytes_of(path))
     if path != STDIO:
         read_scalars(model, Path(path).parent)
     try:
@@ -58,8 +59,8 @@ def load(path: str | os.PathLike) -> ModelProto:
     return model
 
 
-def _parsed(path: str | os.PathLike) -> ModelProto:
-    """The model in a file, as it is."""
+def _bytes_of(path: str | os.PathLike) -> bytes:
+    """The bytes of a model's file."""
     path = "standard input" if path == STDIO else Path(path)
     try:
         data = _read(path)
@@ -71,14 +72,25 @@ def _parsed(path: str | os.PathLike) -> ModelProto:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > _LARGEST:
         raise ModelError(f"{path}: {_TOO_LARGE}")
+    return data
+
+
+def _parsed(path: str | os.PathLike, data: bytes) -> ModelProto:
+    """The model that a file holds."""
     try:
         model = ModelProto.FromString(data)
     except DecodeError:
         model = ModelProto()
     # Protobuf takes much that is not a model, an empty file among it.
     if not model.ir_version or not model.opset_import or not model.HasField("graph"):
+        path = "standard input" if path == STDIO else path
         raise ModelError(f"{path}: not an ONNX model, or truncated")
     return model
+
+
+def digest(data: bytes) -> str:
+    """What tells the bytes of a model from others."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def own(model: str | os.PathLike | ModelProto) -> ModelProto:
@@ -125,6 +137,9 @@ class Transaction:
     data: when the block or the writing fails, nothing is left behind and nothing that was there has
     changed.
 
+    `digest` tells the file at `path` from others. Where `as_it_is` is set, its bytes are written,
+    whatever has become of the model.
+
     `model` is the ModelProto at `path`, to change in place. Its nodes keep their order, right or
     not, and what is external stays so, though single numbers can be read in the block. `output` is
     the Path, or `-`, once that is checked: by `stage`, or in the end.
@@ -159,9 +174,11 @@ class Transaction:
         self._files = ExitStack()
         self._data: dict[str, Path] | None = None
         self._staged: tuple[Path, Path] | None = None  # folder of the data, model
+        self.as_it_is = False
 
     def __enter__(self) -> Self:
-        self.model = _parsed(self._path)
+        data = _bytes_of(self._path)
+        self.model, self.digest = _parsed(self._path, data), digest(data)
         if self._path != STDIO:
             read_scalars(self.model, Path(self._path).parent, restorable=True)
         return self
@@ -200,7 +217,7 @@ class Transaction:
 
     def _write(self) -> tuple[Path, Path]:
         """Write the data and the model; gives the folder of the data, and the model's path."""
-        serialized = _serialized(self.model, self.output)
+        serialized = self._serialized()
         with _writing(self.output):
             staging = _staging(self._target(), self._data or {}, self._progress)
             self._staged = self._files.enter_context(staging)
@@ -212,11 +229,17 @@ class Transaction:
         if self._dry_run:
             return
         if self.output == STDIO:
-            _write_standard_output(_serialized(self.model, "the result"))
+            _write_standard_output(self._serialized())
             return
         folder, temporary = self._staged or self._write()
         with _writing(self.output):
             self._rename(folder, temporary)
+
+    def _serialized(self) -> bytes:
+        if self.as_it_is:
+            return _bytes_of(self._path)
+        what = "the result" if self.output == STDIO else self.output
+        return _serialized(self.model, what)
 
     def _rename(self, folder: Path, temporary: Path) -> None:
         """Give the data and then the model their names."""

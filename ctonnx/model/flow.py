@@ -91,12 +91,18 @@ class Flow:
         return needed[::-1]
 
 
-def reached_by_values(graph: GraphProto, inputs: Iterable[str]) -> set[str]:
+def reached_by_values(
+    graph: GraphProto, inputs: Iterable[str], stops: Collection[str] = ()
+) -> set[str]:
     """The names of the tensors that depend on the values of `inputs`, and not on their sizes. The
-    nodes may be in any order."""
+    nodes may be in any order.
+
+    Args:
+        stops: op types behind which nothing is reached.
+    """
     readers = defaultdict(list)
     for node in graph.node:
-        for name in reads(node) if node.op_type not in ("Shape", "Size") else ():
+        for name in reads(node) if node.op_type not in ("Shape", "Size", *stops) else ():
             readers[name].append(node)
     reached = set(inputs)
     pending = list(reached)

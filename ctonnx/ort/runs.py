@@ -168,15 +168,7 @@ def load_inputs(
         InputFileError: the file cannot be read.
         UsageError: an input is missing, of another shape, or of another kind of numbers.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            inputs = {name: archive[name] for name in archive}
-    except FileNotFoundError:
-        raise InputFileError(f"{path}: no such file") from None
-    except Exception:  # NumPy and zipfile raise whatever they like for a damaged file.
-        raise InputFileError(
-            f"{path}: cannot be read as an .npz file, as numpy.savez writes"
-        ) from None
+    inputs = read_arrays(path)
     kinds = {i.name: i.type for i in (*model.inputs, *model.optional_inputs)}
     wanted = ", ".join(f"{i.name} {_by_x(i.shape)}" for i in model.inputs)
     for name in sorted(model.names - inputs.keys() - set(optional)):
@@ -192,6 +184,23 @@ def load_inputs(
     shapes = {i.name: inputs[i.name].shape for i in model.inputs if i.name in inputs}
     _check_shapes(str(path), shapes, model.inputs)
     return inputs
+
+
+def read_arrays(path: str | PathLike) -> Arrays:
+    """The arrays in an .npz file, by name.
+
+    Raises:
+        InputFileError: the file cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive}
+    except FileNotFoundError:
+        raise InputFileError(f"{path}: no such file") from None
+    except Exception:  # NumPy and zipfile raise whatever they like for a damaged file.
+        raise InputFileError(
+            f"{path}: cannot be read as an .npz file, as numpy.savez writes"
+        ) from None
 
 
 _Run = Callable[[Arrays], Arrays]

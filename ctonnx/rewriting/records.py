@@ -7,7 +7,7 @@ likewise, and the parameters under other `ctonnx.*` keys, which `Metadata` reads
 
 import base64
 import json
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 from onnx import ModelProto, NodeProto
@@ -24,6 +24,9 @@ _ORIGINAL = "ctonnx.original"
 # Lowering to primitives marks the last op of an activation with the activation's op type, and the
 # ops inside that look like activations themselves with an empty text.
 _LOWERED = "ctonnx.lowered"
+
+# What the weights were calibrated on.
+_CALIBRATION = "ctonnx.calibration"
 
 # The labels of a head that `ctonnx probe` has put in: no record of steering.
 _CLASSES = "ctonnx.classes"
@@ -57,6 +60,19 @@ class Metadata:
     def beta_per_activation(self) -> bool:
         """Whether the activations were steered with different betas."""
         return get(self._model, f"{_PREFIX}beta") == PER_ACTIVATION
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """What is recorded of the calibration; None where there was none, or that is damaged."""
+        try:
+            found = json.loads(get(self._model, _CALIBRATION) or "null")
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    @calibration.setter
+    def calibration(self, record: dict[str, Any]) -> None:
+        self._write(_CALIBRATION, json.dumps(record, ensure_ascii=False))
 
     @property
     def records_steering(self) -> bool:

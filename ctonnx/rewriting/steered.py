@@ -32,6 +32,7 @@ _RENAMED = (
     "another tool renamed the CTUs of several steered models, and their functions differ: "
     "`ctonnx unpatch` it, or steer the original"
 )
+_CALIBRATED = "the model is calibrated, so its weights are those for its beta: "
 _INLINED = "the model was steered, and another tool inlined its CTUs: this may be part of one"
 
 
@@ -120,7 +121,22 @@ class SteeredModel:
             or any(map(holds_unit, self._scopes))
         )
 
-    def set(self, beta: float, coeff: float | None = None, beta_as: str | None = None) -> int:
+    def check_uncalibrated(self, remedy: str) -> None:
+        """Refuse a model that is calibrated.
+
+        Raises:
+            UsageError: it is; the message ends in `remedy`.
+        """
+        if self.metadata.calibration is not None:
+            raise UsageError(_CALIBRATED + remedy)
+
+    def set(
+        self,
+        beta: float,
+        coeff: float | None = None,
+        beta_as: str | None = None,
+        recalibrates: bool = False,
+    ) -> int:
         """Give all activations one beta, and one c where it is given.
 
         Args:
@@ -128,14 +144,15 @@ class SteeredModel:
             beta_as: None keeps beta where it is, an optional input with a new default. With
                 "initializer" one initializer holds beta afterwards, with "input" one optional
                 input, whatever held it before.
+            recalibrates: whether the caller calibrates the model afterwards.
 
         Returns:
             how many initializers and inputs held a beta: several where activations had parameters
             of their own.
 
         Raises:
-            UsageError: beta or c is not in [0, 1]; beta is a required input and is to stay one; or
-                the parameters cannot change for all CTUs and nothing else.
+            UsageError: beta or c is not in [0, 1]; beta is a required input and is to stay one; the
+                model is calibrated; or the parameters cannot change for all CTUs and nothing else.
             NothingToDo: the model holds no CTU, and no input for beta that may become another.
         """
         beta = ctu.check_unit_interval("beta", beta)
@@ -143,6 +160,8 @@ class SteeredModel:
             coeff = ctu.check_unit_interval("coeff", coeff)
         if beta_as is None:
             self._check_ctus()
+        if not recalibrates:
+            self.check_uncalibrated("calibrate it again, with --calibrate, or steer its original")
         betas, coeffs = self.changeable(coeff is not None)
         if beta_as is None and self.parameters.required:
             raise UsageError(
@@ -214,11 +233,17 @@ class SteeredModel:
 
         Raises:
             NothingToDo: the model holds no CTU, as after lowering to primitives.
+            UsageError: the model is calibrated.
             ModelError: as `undo.unsteer`; the model is unchanged.
         """
+        self.check_uncalibrated("name the original, with --original")
         if not are_left(self.proto):
             self._check_ctus()
         unsteer(self.proto)
+        self._forget()
+
+    def refresh(self) -> None:
+        """Read the model again, which others have changed."""
         self._forget()
 
     @cached_property

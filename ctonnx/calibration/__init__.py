@@ -1,0 +1,1 @@
+"""Recalibration: restoring the statistics that steering moves, on a few unlabelled samples."""
