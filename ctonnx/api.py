@@ -6,7 +6,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from .calibration.calibrate import calibrate, check_calibration, prepare, wanted_feeds
+from .calibration.calibrate import calibrate_steered, check_calibration, inline_layers
 from .errors import UsageError
 from .model import files
 from .rewriting.find import Activation
@@ -79,7 +79,7 @@ def patch(
 
     def change(proto, digest, folder):
         if samples is not None:
-            prepare(proto)
+            inline_layers(proto)
         report = steer(
             proto,
             beta,
@@ -90,8 +90,7 @@ def patch(
             selection=Selection(ops, include, exclude),
         )
         if samples is not None:
-            steered = SteeredModel(proto, betas=report.beta_names)
-            calibrate(steered, samples, wanted_feeds(steered), digest, folder)
+            calibrate_steered(proto, report.beta_names, samples, digest, folder)
 
     return _edit(model, change, output, steered_path, force)
 

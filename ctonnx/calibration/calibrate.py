@@ -19,6 +19,7 @@ from ..model import files
 from ..model.external import has_external_data
 from ..model.flow import cut
 from ..model.graph import scopes
+from ..rewriting.steer import steer_or_set
 from ..rewriting.steered import SteeredModel
 from .constants import Constants
 from .flat import Flat
@@ -26,10 +27,10 @@ from .folding import Folder, add_inputs
 from .layers import Layer, Left, find_layers, is_layer, level_layers
 from .moments import Correction, Moments, correction
 from .running import Part, Stages
-from .samples import Calibration, Samples
+from .samples import Calibration
 
 # Called with the number of steps: a context of an object with `update(steps)`, or of None.
-Progress = Callable[[int], AbstractContextManager[Any]]
+Progress = Callable[[int | None], AbstractContextManager[Any]]
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -126,6 +127,22 @@ class Calibrator:
             folder.fold(layer, corrections[id(layer)])
         return folder.changed
 
+    def add_inputs(self, model: ModelProto) -> None:
+        """Make inputs of the model, in place, of the corrections: what `feeds` gives."""
+        self._names = add_inputs(model, self.layers, self._constants)
+        self._dtypes = {
+            id(layer): self._constants.dtype(layer.uses[0].scope, layer.uses[0].node)
+            for layer in self.layers
+        }
+
+    def feeds(self, corrections: Mapping[int, Correction]) -> dict[str, np.ndarray]:
+        """Name -> array of the inputs that `add_inputs` has made, for some corrections."""
+        fed = {}
+        for key, names in self._names.items():
+            arrays = corrections[key].arrays(self._dtypes[key])
+            fed.update(zip(names, arrays, strict=True))
+        return fed
+
     def _conditions(self, model: ModelProto, names: Sequence[str]) -> dict[str, bool]:
         """The value of each condition that is the same for all batches."""
         part = Part(cut(model, names), self._folder, self._providers)
@@ -138,7 +155,7 @@ class Calibrator:
         return {name: seen.pop() for name, seen in values.items() if len(seen) == 1}
 
 
-def check_calibration(calibration: Any, beta_as: str) -> Calibration:
+def check_calibration(calibration: Any, beta_as: str = "initializer") -> Calibration:
     """The Calibration that a user gives, or the one of the data that are given in its place.
 
     Raises:
@@ -151,7 +168,7 @@ def check_calibration(calibration: Any, beta_as: str) -> Calibration:
     return calibration if isinstance(calibration, Calibration) else Calibration(calibration)
 
 
-def prepare(model: ModelProto) -> None:
+def inline_layers(model: ModelProto) -> None:
     """Inline the model-local functions that hold linear layers, in place: the calls of a function
     have statistics of their own."""
     if any(is_layer(node) for function in model.functions for node in function.node):
@@ -221,10 +238,57 @@ def calibrate(
     return notes_on(calibrator)
 
 
-def notes_on(calibrator: Calibrator) -> list[str]:
-    """What a Calibrator corrects and what it leaves alone, as lines for a user."""
+def calibrate_steered(
+    model: ModelProto,
+    betas: set[str] | None,
+    calibration: Calibration,
+    digest: str | None,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Calibrate a model that was steered just now, as `calibrate`.
+
+    Args:
+        betas: the names of what holds β; those that its CTUs read where None.
+    """
+    steered = SteeredModel(model, betas=betas)
+    return calibrate(steered, calibration, wanted_feeds(steered), digest, folder, progress)
+
+
+def steer_or_set_calibrated(
+    model: ModelProto,
+    beta: float,
+    coeff: float | None,
+    calibration: Calibration | None,
+    digest: str | None,
+    folder: str | Path | None,
+    beta_as: str = "initializer",
+) -> None:
+    """Steer a model, or set the β of one, in place, as `steer_or_set`; and calibrate it where there
+    is a `calibration`. At β = 1 there is nothing to restore."""
+    if calibration is None or beta == 1:
+        steer_or_set(model, beta, coeff, beta_as)
+        return
+    check_calibration(calibration, beta_as)
+    steered = SteeredModel(model)
+    if steered.is_steered:
+        digest = digest_of_original(steered)
+    else:
+        inline_layers(model)
+    steer_or_set(model, beta, coeff)
+    calibrate_steered(model, None, calibration, digest, folder)
+
+
+def notes_on(calibrator: Calibrator, extent: str = "") -> list[str]:
+    """What a Calibrator corrects and what it leaves alone, as lines for a user.
+
+    Args:
+        extent: how much was calibrated, where that is more than one β.
+    """
     count, samples = len(calibrator.layers), calibrator.samples.count
-    notes = [f"calibrated {count} layers on {samples} samples"] if count else ["no layer needs calibration"]
+    notes = ["no layer needs calibration"]
+    if count:
+        notes = [f"calibrated {count} layers on {samples} samples{extent}"]
     reasons: dict[str, list[Left]] = {}
     for left in calibrator.left:
         reasons.setdefault(left.reason, []).append(left)

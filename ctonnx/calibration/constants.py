@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from onnx import GraphProto, NodeProto, TensorProto
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from ..model.graph import Scope
 
@@ -30,8 +31,10 @@ class Constants:
                 if node.op_type == "Identity" and node.input and node.output
             }
         for scope in inside:
-            names = [n for node in scope.graph.node if node.op_type != "Identity" for n in node.input]
-            for name in (*names, *(value.name for value in scope.graph.output)):
+            names = [value.name for value in _graph(scope).output]
+            for node in scope.graph.node:
+                names += [] if node.op_type == "Identity" else node.input
+            for name in names:
                 tensor = self.find(scope, name)
                 if tensor is not None:
                     self._readers[id(tensor)] += 1
@@ -50,6 +53,12 @@ class Constants:
             at = at.parent
         return None
 
+    def dtype(self, scope: Scope, node: NodeProto) -> np.dtype:
+        """The NumPy dtype of a linear layer's weight."""
+        weight = self.find(scope, node.input[1])
+        assert weight is not None
+        return helper.tensor_dtype_to_np_dtype(weight.data_type)
+
     def readers(self, tensor: TensorProto) -> int:
         """How many inputs of nodes read a tensor."""
         return self._readers[id(tensor)]
@@ -62,10 +71,11 @@ class Constants:
     def reason_against(self, scope: Scope, node: NodeProto) -> str | None:
         """Why the weights of a linear layer cannot be corrected, or None."""
         last = 3 if node.op_type == "BatchNormalization" else 2
-        tensors = [self.find(scope, name) for name in node.input[1:last]]
-        if None in tensors or len(tensors) < last - 1:
+        found = (self.find(scope, name) for name in node.input[1:last])
+        tensors = [tensor for tensor in found if tensor is not None]
+        if len(tensors) < last - 1:
             return "its weight is no constant"
-        if any(tensor.data_type not in _TYPES for tensor in tensors if tensor is not None):
+        if any(tensor.data_type not in _TYPES for tensor in tensors):
             return "its weight is of another element type than float, double and float16"
         if node.op_type == "MatMul" and len(tensors[0].dims) != 2:
             return "its weight is no matrix"
@@ -87,8 +97,7 @@ class Constants:
 
 
 def _tensors(scope: Scope) -> Iterator[tuple[str, TensorProto]]:
-    graph = scope.graph
-    assert isinstance(graph, GraphProto)
+    graph = _graph(scope)
     fed = {value.name for value in graph.input} if scope.inputs_vary else set()
     for tensor in graph.initializer:
         if tensor.name not in fed:
@@ -98,3 +107,8 @@ def _tensors(scope: Scope) -> Iterator[tuple[str, TensorProto]]:
             for attribute in node.attribute:
                 if attribute.name == "value" and not attribute.ref_attr_name:
                     yield node.output[0], attribute.t
+
+
+def _graph(scope: Scope) -> GraphProto:
+    assert isinstance(scope.graph, GraphProto)
+    return scope.graph

@@ -1,12 +1,10 @@
 """Folding corrections into the weights of a model, or making inputs of them."""
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from ..model.graph import Scope
 from ..model.names import FreshNames, node_names
 from ..rewriting.parameters import add_initializer
 from .constants import Constants
@@ -26,9 +24,9 @@ class Folder:
         changed: the names of the tensors that were changed or added, by the layers' order.
     """
 
-    def __init__(self, model: ModelProto, constants: Constants, folder: Path | None):
+    def __init__(self, model: ModelProto, constants: Constants, folder: str | None):
         self._graph, self._constants = model.graph, constants
-        self._folder = "" if folder is None else str(folder)
+        self._folder = "" if folder is None else folder
         self._fresh, self._fresh_node = FreshNames(model), FreshNames(model, node_names)
         self.changed: list[str] = []
 
@@ -37,23 +35,25 @@ class Folder:
 
         Formula: with y = W x + b, scale · y + shift = (scale · W) x + (scale · b + shift).
         """
-        scale, shift = correction.scale, correction.shift
         self._done: dict[int, str] = {}
         self._uses = len(layer.uses)
         for use in layer.uses:
-            node, gemm = use.node, _attributes(use.node)
-            if layer.op == "BatchNormalization":
-                self._change(use, 1, lambda array: scale * array)
-                self._change(use, 2, lambda array: scale * array + shift)
-                continue
-            self._change(use, 1, lambda array: _scaled(node, array, scale), owned=True)
-            if layer.op == "MatMul":
-                self._shift_product(use, scale, shift)
-            else:
-                weight = gemm.get("beta", 1.0) if layer.op == "Gemm" else 1.0
-                if weight == 0:
-                    _set_float(node, "beta", 1.0)
-                self._shift(use, scale, shift, weight)
+            self._fold_use(use, correction.scale, correction.shift)
+
+    def _fold_use(self, use: Use, scale: np.ndarray, shift: np.ndarray) -> None:
+        node = use.node
+        if node.op_type == "BatchNormalization":
+            self._change(use, 1, lambda array: scale * array)
+            self._change(use, 2, lambda array: scale * array + shift)
+            return
+        self._change(use, 1, lambda array: _scaled(node, array, scale))
+        if node.op_type == "MatMul":
+            self._shift_product(use, scale, shift)
+            return
+        weight = _attributes(node).get("beta", 1.0) if node.op_type == "Gemm" else 1.0
+        if weight == 0:
+            _set_float(node, "beta", 1.0)
+        self._shift(use, scale, shift, weight)
 
     def _shift(self, use: Use, scale: np.ndarray, shift: np.ndarray, weight: float) -> None:
         """Give a node with a bias, or room for one, its corrected bias."""
@@ -75,9 +75,17 @@ class Folder:
         name = self._added("bias", use, shift)
         output, node.output[0] = node.output[0], inner
         label = self._fresh_node(f"{node.name}_bias") if node.name else ""
-        insert_behind(use.scope.graph, node, helper.make_node("Add", [inner, name], [output], label))
+        insert_behind(
+            use.scope.graph, node, helper.make_node("Add", [inner, name], [output], label)
+        )
 
-    def _change(self, use, place, function, node: NodeProto | None = None, owned=False) -> None:
+    def _change(
+        self,
+        use: Use,
+        place: int,
+        function: Callable[[np.ndarray], np.ndarray],
+        node: NodeProto | None = None,
+    ) -> None:
         """Change the constant that is an input of a node: in place where nothing else reads it."""
         node = node or use.node
         tensor = self._constants.find(use.scope, node.input[place])
@@ -88,7 +96,7 @@ class Folder:
             return
         array = numpy_helper.to_array(tensor, self._folder)
         result = function(array.astype(np.float64)).astype(array.dtype)
-        alone = owned or self._constants.readers(tensor) <= self._uses
+        alone = self._constants.readers(tensor) <= self._uses
         if alone and result.shape == array.shape:
             name = tensor.name
             tensor.CopyFrom(numpy_helper.from_array(result, name))
@@ -98,9 +106,7 @@ class Folder:
             self._done[id(tensor)] = node.input[place] = self._new(node.input[place], result)
 
     def _added(self, base: str, use: Use, array: np.ndarray) -> str:
-        weight = self._constants.find(use.scope, use.node.input[1])
-        assert weight is not None
-        dtype = helper.tensor_dtype_to_np_dtype(weight.data_type)
+        dtype = self._constants.dtype(use.scope, use.node)
         return self._new(f"{use.node.input[1]}_{base}", array.astype(dtype))
 
     def _new(self, base: str, array: np.ndarray) -> str:
@@ -111,12 +117,9 @@ class Folder:
 
 
 def add_inputs(
-    model: ModelProto, layers: Iterable[Layer], types: Mapping[str, int]
+    model: ModelProto, layers: Iterable[Layer], constants: Constants
 ) -> dict[int, tuple[str, str]]:
     """Make inputs of the corrections of layers, in place: two, for scale and shift, of each.
-
-    Args:
-        types: the element type of each layer's output, by its name in the flat graph.
 
     Returns:
         the names of both inputs by the id of the layer.
@@ -124,7 +127,8 @@ def add_inputs(
     fresh, fresh_node = FreshNames(model), FreshNames(model, node_names)
     names = {}
     for layer in layers:
-        dtype = types[layer.uses[0].output]
+        use = layer.uses[0]
+        dtype = helper.np_dtype_to_tensor_dtype(constants.dtype(use.scope, use.node))
         pair = fresh("correction_scale"), fresh("correction_shift")
         names[id(layer)] = pair
         for name in pair:
@@ -144,7 +148,7 @@ def add_inputs(
     return names
 
 
-def insert_behind(graph: GraphProto, node: NodeProto, *added: NodeProto) -> None:
+def insert_behind(graph: GraphProto | FunctionProto, node: NodeProto, *added: NodeProto) -> None:
     """Insert nodes behind one of a graph."""
     place = next(i for i, each in enumerate(graph.node) if each is node)
     for offset, new in enumerate(added, start=1):

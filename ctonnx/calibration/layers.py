@@ -50,6 +50,7 @@ _NORMALIZING = {
     "SkipSimplifiedLayerNormalization",
 }
 
+
 @dataclass(eq=False)
 class Use:
     """A node that computes a layer: `node` in its `scope` of the model.

@@ -17,7 +17,7 @@ from onnx import ModelProto, helper
 from ..errors import ModelError, UsageError
 from ..model.flow import Flow, cut
 from ..ort import library
-from ..ort.runs import beside
+from ..ort.runs import CPU, beside
 from .layers import Layer
 from .moments import Correction, Moments
 from .samples import Arrays, Samples
@@ -55,7 +55,7 @@ class Part:
             opened = data if folder is None else stack.enter_context(beside(data, folder))
             loading = library.errors_as(ModelError, "ONNX Runtime cannot load a part of the model")
             stack.enter_context(loading)
-            self._session = library.open_session(opened, options, providers or ["CPUExecutionProvider"])
+            self._session = library.open_session(opened, options, providers or [CPU])
         self._names = [value.name for value in model.graph.output]
         self.inputs = {value.name for value in self._session.get_inputs()}
 
@@ -186,14 +186,14 @@ def _planned(flow: Flow, layers: list[Layer], ready: Mapping[str, int]) -> list[
     for layer in layers:
         stages[layer.level].layers.append(layer)
     needed = flow.needed_for(outputs)
-    level_of = {}
+    level_of: dict[str, int] = {}
     for i in needed:
         level = max((ready.get(name, 0) for name in flow.reads[i]), default=0)
         for name in flow.nodes[i].output:
             level_of[name] = outputs[name].level if name in outputs else level
-    last: dict[str, int] = {}
+    last: dict[str, int] = {}  # tensor -> the last stage that takes it
     for i in needed:
-        level = max(level_of.get(name, 0) for name in flow.nodes[i].output if name)
+        level = max(level_of.get(name, 0) for name in flow.nodes[i].output)
         for name in sorted(flow.reads[i] - flow.constants):
             if name in level_of and level_of[name] < level:
                 stages[level].takes.append(name)

@@ -124,7 +124,9 @@ class Calibration:
         """Yield sets of inputs as they are, and how many samples each holds."""
         rows = next((i.name for i in inputs if i.shape is None or i.shape[:1] == (None,)), None)
         for arrays in self._given():
-            missing = [i.name for i in inputs if not isinstance(arrays, Mapping) or i.name not in arrays]
+            if not isinstance(arrays, Mapping):
+                raise UsageError("the model's inputs have no row per sample: give dicts of them")
+            missing = [i.name for i in inputs if i.name not in arrays]
             if missing:
                 raise UsageError(f"the calibration data lack the input {missing[0]!r}")
             fed = {i.name: cast(repr(i.name), np.asarray(arrays[i.name]), i.dtype) for i in inputs}

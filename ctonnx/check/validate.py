@@ -131,6 +131,8 @@ def validate(
     check_external_data(steered.proto, path.parent)
     _check_records(path, steered)
     notes = []
+    if against is not None or module is not None:
+        steered.check_uncalibrated("they are compared with a float64 run alone")
     if against is not None:
         expected = OriginalRun(Path(against), steered)
     elif module is not None:

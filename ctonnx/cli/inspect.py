@@ -33,13 +33,20 @@ def inspect(model, as_json):
         )
     if as_json:
         fields = ("status", "reason", "beta", "coeff", "shape", "module")
-        print_json(activations=[fields_of(a, *fields) for a in activations])
+        print_json(
+            activations=[fields_of(a, *fields) for a in activations],
+            calibration=steered.metadata.calibration,
+        )
         return
     for line in columns(rows(activations)):
         click.echo(line)
     states = Counter(a.status for a in activations)
     names = ("steered", "steerable", "skipped")
     echo(None, ", ".join(f"{states[name]} {name}" for name in names))
+    record = steered.metadata.calibration
+    if record is not None:
+        numbers = (record.get(name, "?") for name in ("layers", "samples", "data"))
+        echo(None, "calibrated: {} layers on {} samples, digest {}".format(*numbers))
 
 
 def rows(activations: Iterable[Any]) -> Iterator[tuple[str, ...]]:

@@ -105,7 +105,6 @@ def _steer(model, output, params, dry_run, **choices):
     from ..check import validate
     from ..model import files
     from ..rewriting.steer import Selection, steer
-    from ..rewriting.steered import SteeredModel
 
     beta, lowering, force = choices["beta"], choices["lowering"], choices["force"]
     calibration = choices["calibration"]
@@ -115,7 +114,7 @@ def _steer(model, output, params, dry_run, **choices):
     checks = {}
     with files.Transaction(model, path, force or dry_run, progress(), dry_run) as edit:
         if calibration is not None:
-            calibrate.prepare(edit.model)
+            calibrate.inline_layers(edit.model)
         report = steer(
             edit.model,
             beta,
@@ -128,11 +127,10 @@ def _steer(model, output, params, dry_run, **choices):
         if choices["check"]:
             checks = validate.check_steered(model, edit.stage(), report, beta, lowering)
         if calibration is not None:
-            steered = SteeredModel(edit.model, betas=report.beta_names)
-            report.notes += calibrate.calibrate(
-                steered,
+            report.notes += calibrate.calibrate_steered(
+                edit.model,
+                report.beta_names,
                 calibration,
-                calibrate.wanted_feeds(steered),
                 edit.digest,
                 api.folder_of(model),
                 progress("calibrating"),

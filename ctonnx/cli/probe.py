@@ -33,6 +33,7 @@ from .tables import columns, interval, mark
     "--validation", type=float, default=0.2, show_default=True, help="Share of --train for that."
 )
 @options.feeding
+@options.calibrating
 @options.providers
 @click.option("-o", "--output", metavar="FILE", help="Where to write the model.")
 @click.option("--points", metavar="FILE", help="Write the points: .csv, .json or .parquet.")

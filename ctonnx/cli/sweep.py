@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     default="accuracy",
     show_default=True,
     help="accuracy, top5 (or another number), f1, nll, ece, miou, mse, mae, r2, agreement, "
-    "entropy, kl, or a function of yours.",
+    "entropy, kl, curvature (or curvature:RADIUS), or a function of yours.",
 )
 @click.option(
     "--search",
@@ -45,11 +45,18 @@ if TYPE_CHECKING:
     "--confidence", type=float, default=0.95, show_default=True, help="Confidence of racing."
 )
 @click.option(
+    "--tolerance",
+    metavar="NUMBER",
+    type=float,
+    help="Take the smallest beta that is worse than the original by no more than this.",
+)
+@click.option(
     "--output-name",
     metavar="NAME",
     help="The output to measure.  [default: the first that suits the metric and the labels]",
 )
 @options.feeding
+@options.calibrating
 @options.providers
 @click.option(
     "--engine",
@@ -100,7 +107,9 @@ def sweep(model, drawing, save_best, beta_as, as_json, feeding, **choices):
     if picture is not None:
         result.plot(picture)
     if save_best is not None:
-        sweeping.save_best(model, result, save_best, beta_as or "initializer", force)
+        sweeping.save_best(
+            model, result, save_best, beta_as or "initializer", force, choices["calibration"]
+        )
     for note in result.notes:
         say(note)
     if save_best is not None and result.best is result.original:
@@ -131,6 +140,8 @@ def _check(model, drawing, save_best, beta_as, **choices):
         raise click.UsageError("--resume goes with -o: progress is kept beside the output")
     if beta_as is not None and save_best is None:
         raise click.UsageError("--beta-as goes with --save-best: it is how that is written")
+    if choices["calibration"] is not None and beta_as == "input":
+        raise click.UsageError("--calibrate gives weights for one beta: it cannot be an input")
     if drawing is not None:
         plot.check_drawing(picture)
     for path in filter(None, (save_best, picture)):
@@ -192,7 +203,10 @@ def verdict(result: "Sweep") -> str:
     best, form = result.best, _format(result)
     coeff = "" if best.coeff is None else f", c {best.coeff:g}"
     value = f"{best.value:{form}} on {best.samples} samples"
-    line = f"best beta {best.beta:g}{coeff}: {result.metric} {value}"
+    kind = "best beta"
+    if result.tolerance is not None:
+        kind = f"smallest beta within {result.tolerance:g} of the original:"
+    line = f"{kind} {best.beta:g}{coeff}: {result.metric} {value}"
     if best is result.original:
         line += ", the original"
     else:

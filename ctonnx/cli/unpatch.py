@@ -12,7 +12,7 @@ from .output import echo, print_json, progress
 @click.option(
     "--original",
     metavar="FILE",
-    help="The original of a calibrated MODEL, whose weights have changed: its bytes are given back.",
+    help="The original of a calibrated MODEL, whose weights have changed: it gives back its bytes.",
 )
 @options.force
 @options.json

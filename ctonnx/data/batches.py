@@ -8,7 +8,6 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
-
 from onnx import TensorProto, ValueInfoProto, helper
 
 from ..errors import UsageError
@@ -43,7 +42,9 @@ class Input:
         """
         kind = value.type.tensor_type
         if not value.type.HasField("tensor_type") or kind.elem_type == TensorProto.STRING:
-            raise UsageError(f"input {value.name!r} is not an array of numbers: data cannot feed it")
+            raise UsageError(
+                f"input {value.name!r} is not an array of numbers: data cannot feed it"
+            )
         shape = None
         if kind.HasField("shape"):
             shape = tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)

@@ -1,5 +1,6 @@
 """Running one model at many points (β, c) over batches: one session, whose β and c are inputs."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +12,9 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from .. import ctu
-from ..data.batches import Batch, Input, digest, padded
+from ..calibration.calibrate import Calibrator, inline_layers, notes_on
+from ..calibration.samples import Calibration
+from ..data.batches import Batch, Input, array_bytes, digest, padded
 from ..data.source import Source, stamp
 from ..errors import ModelError, UsageError
 from ..model import files
@@ -51,6 +54,8 @@ class Steerable:
         external: the paths of the files with external data.
         notes: lines that a user should see.
         chosen: the name of the output that is measured; the first measurable one if None.
+        corrections: point -> input name -> array of the corrections of calibration, which are
+            inputs too; empty without calibration.
     """
 
     data: bytes
@@ -66,6 +71,13 @@ class Steerable:
     external: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     chosen: str | None = None
+    corrections: dict[BetaCoeff, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the inputs that data do not feed."""
+        corrections = next(iter(self.corrections.values()), {})
+        return [*self.betas, *self.coeffs, *corrections]
 
     @property
     def output(self) -> str:
@@ -106,7 +118,11 @@ class Steerable:
 
     def identity(self) -> list:
         """What tells the model from others, for JSON."""
-        return [digest(self.data), *map(stamp, self.external)]
+        fed = [
+            array_bytes(array) for feeds in self.corrections.values() for array in feeds.values()
+        ]
+        calibrated = [digest(b"".join(fed))] if fed else []
+        return [digest(self.data), *map(stamp, self.external), *calibrated]
 
     def _beside_external_data(self) -> AbstractContextManager[bytes | Path]:
         """What a session opens: the model's bytes, or a temporary file beside its external data."""
@@ -115,18 +131,35 @@ class Steerable:
         return beside(self.data, self.folder)
 
 
-def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steerable:
+@dataclass(frozen=True)
+class Calibrating:
+    """How a model is calibrated at each of the `points` that it is measured at, on `providers`;
+    `progress` is called with the number of steps."""
+
+    calibration: Calibration
+    points: Sequence[BetaCoeff]
+    providers: Sequence | None = None
+    progress: Callable[[int | None], AbstractContextManager] | None = None
+
+
+def prepare(
+    model: str | Path | ModelProto,
+    sweep_coeff: bool = False,
+    calibrating: Calibrating | None = None,
+) -> Steerable:
     """Make a Steerable of a model, which is steered first if it is not yet.
 
     Args:
         model: a path or a ModelProto. It is not changed.
         sweep_coeff: make c an input too.
+        calibrating: how to calibrate it; not at all where None.
 
     Raises:
         NothingToDo: there is no activation to steer.
         ModelError: the model cannot be read.
         UsageError: it is neither of these, or its inputs or outputs are not arrays with a row per
-            sample.
+            sample; or it is calibrated already.
+        InputFileError: the calibration data cannot be read.
     """
     proto = files.own(model)
     folder, external = None, {}
@@ -136,7 +169,10 @@ def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steera
             folder = str(Path(model).parent.absolute())
     notes = []
     steered = SteeredModel(proto)
+    steered.check_uncalibrated("take its original")
     if not steered.is_steered:
+        if calibrating is not None:
+            inline_layers(proto)
         report = steer(proto, 1.0, beta_as="required-input")
         count = f"{len(report.replaced)} activations, {len(report.skipped)} skipped"
         notes.append(f"steered on the fly: {count}")
@@ -154,6 +190,9 @@ def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steera
     if not fed:
         raise UsageError("the model takes no input: there is nothing to sweep over")
     measurable = _measurable(proto.graph.output)
+    corrections = {}
+    if calibrating is not None:
+        corrections = _calibrate(proto, betas, coeffs, calibrating, folder, notes)
     return Steerable(
         data=proto.SerializeToString(deterministic=True),
         folder=folder,
@@ -170,7 +209,46 @@ def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steera
         coeffs=sorted(coeffs),
         external=sorted(map(str, external.values())),
         notes=notes,
+        corrections=corrections,
     )
+
+
+def _calibrate(
+    proto: ModelProto,
+    betas: set[str],
+    coeffs: set[str],
+    calibrating: Calibrating,
+    folder: str | None,
+    notes: list[str],
+) -> dict[BetaCoeff, dict[str, np.ndarray]]:
+    """Make inputs of a model's corrections, in place, and find what to feed at each point."""
+    start = time.monotonic()
+    ones = _parameters(betas, coeffs, (1.0, None))
+    calibrator = Calibrator(
+        proto, betas | coeffs, ones, calibrating.calibration, folder, calibrating.providers
+    )
+    calibrator.add_inputs(proto)
+    corrections = {}
+    progress = calibrating.progress
+    steps = calibrator.steps(len(calibrating.points))
+    with progress(steps) if progress else nullcontext() as bar:
+        step = (lambda: bar.update(1)) if bar else (lambda: None)
+        for point in calibrating.points:
+            found = calibrator.corrections(_parameters(betas, coeffs, point), step)
+            corrections[point] = calibrator.feeds(found)
+    seconds = time.monotonic() - start
+    notes += notes_on(calibrator, f" at {len(corrections)} points in {seconds:.2g} s")
+    return corrections
+
+
+def _parameters(
+    betas: Iterable[str], coeffs: Iterable[str], point: BetaCoeff
+) -> dict[str, np.ndarray]:
+    """What to feed for β and c at a point."""
+    beta, coeff = point
+    values = dict.fromkeys(betas, beta)
+    values |= dict.fromkeys(coeffs, ctu.COEFF if coeff is None else coeff)
+    return {name: np.array(value, np.float32) for name, value in values.items()}
 
 
 def _input(value: ValueInfoProto) -> Input:
@@ -251,10 +329,13 @@ class Runner:
         wanted = [ORIGINAL_POINT, *chosen] if extra else chosen
         names = self._model.outputs if metric.takes_all_outputs else [self._model.output]
         original, rows = None, []
-        for outputs in self.outputs(batch, [points[i] for i in wanted], names):
+        batches = [batch, *([] if metric.nearby is None else metric.nearby(batch))]
+        runs = [self.outputs(each, [points[i] for i in wanted], names) for each in batches]
+        for outputs, *nearby in zip(*runs, strict=True):
             scores = outputs if metric.takes_all_outputs else outputs[names[0]]
             original = scores if original is None else original
-            rows.append(metric.measure(scores, batch.labels, original))
+            others = [each[names[0]] for each in nearby] if nearby else original
+            rows.append(metric.measure(scores, batch.labels, others))
         return np.stack(rows[1:] if extra else rows)
 
     def outputs(
@@ -283,13 +364,13 @@ class Runner:
         if self._shared is not None:
             values |= self._shared._computed(values)
         binding = self._bound(values, names)
-        for beta, coeff in points:
-            parameters = dict.fromkeys(self._model.betas, beta)
-            parameters |= dict.fromkeys(self._model.coeffs, ctu.COEFF if coeff is None else coeff)
+        for point in points:
             # ONNX Runtime does not copy bound inputs: keep them alive until the run is done.
-            scalars = {name: np.array(value, np.float32) for name, value in parameters.items()}
-            for name in self._input_names.intersection(scalars):
-                binding.bind_cpu_input(name, scalars[name])
+            fed = _parameters(self._model.betas, self._model.coeffs, point)
+            if self._model.corrections:
+                fed |= self._model.corrections[point]
+            for name in self._input_names.intersection(fed):
+                binding.bind_cpu_input(name, fed[name])
             outputs = self._run(binding, names, rows)
             yield {name: value[: len(batch)] for name, value in outputs.items()}
 

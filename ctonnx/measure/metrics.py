@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import user_code
+from ..data.batches import Batch
 from ..errors import UsageError
 from ..model import endings
 from ..optional import require
@@ -39,6 +40,8 @@ class Metric:
         higher_is_better: whether larger values are better.
         needs_labels: whether labels are needed.
         needs_original: whether the outputs of the original network are needed.
+        nearby: called with a batch and returns others, whose outputs are what `statistics` gets in
+            place of `original`, a list; None if it needs none.
         takes_all_outputs: whether all outputs are needed, not only one of floating type.
         takes_kind: whether it matters if the output holds logits or probabilities: `statistics` is
             called with `kind` too.
@@ -54,6 +57,7 @@ class Metric:
     higher_is_better: bool = True
     needs_labels: bool = True
     needs_original: bool = False
+    nearby: Callable[[Batch], list[Batch]] | None = None
     takes_all_outputs: bool = False
     takes_kind: bool = False
     kind: str = endings.LOGITS
@@ -63,14 +67,15 @@ class Metric:
         self,
         outputs: np.ndarray | dict[str, np.ndarray],
         labels: np.ndarray | None,
-        original: np.ndarray | dict[str, np.ndarray] | None,
+        original: np.ndarray | dict[str, np.ndarray] | list[np.ndarray] | None,
     ) -> np.ndarray:
         """Compute the statistics of a batch.
 
         Args:
             outputs: the output; output name -> array if `takes_all_outputs`.
             labels: the labels, or None.
-            original: the same outputs of the original network; None unless `needs_original`.
+            original: the same outputs of the original network, if `needs_original`; those of the
+                batches that `nearby` gives, if there is one; else None.
 
         Returns:
             float64 array (samples, k), NaN for samples with NaN in the output.
@@ -102,15 +107,17 @@ def metric_named(spec: str | Callable) -> Metric:
     """Find a metric.
 
     Args:
-        spec: a name in METRICS, "top3" with any number, a function of the user's, or its name
-            "PKG:FUNCTION". Such a function is called with the outputs, name -> array, and the
-            labels or None, and returns a number per sample; the metric's value is their mean. Less
-            is better if its attribute `higher_is_better` is False.
+        spec: a name in METRICS, "top3" with any number, "curvature:0.5" with any radius, a function
+            of the user's, or its name "PKG:FUNCTION". Such a function is called with the outputs,
+            name -> array, and the labels or None, and returns a number per sample; the metric's
+            value is their mean. Less is better if its attribute `higher_is_better` is False.
 
     Raises:
         UsageError: there is no such metric.
         MissingDependency: the metric needs scikit-learn, which is not installed.
     """
+    if isinstance(spec, str) and spec.startswith("curvature:"):
+        return _curvature_metric(spec, spec.partition(":")[2])
     if not isinstance(spec, str) or ":" in spec:
         return _custom(spec)
     if match := re.fullmatch(r"top([1-9]\d*)", spec):
@@ -309,6 +316,67 @@ def _kl(scores, _, original, kind):
     return _mean(before - logs, before)
 
 
+def _curvature_metric(name: str, radius: str | None = None) -> Metric:
+    """How far a network is from linear around the data: 0 for an affine one.
+
+    Formula: the median over samples x of |f(x + d) + f(x - d) - 2 f(x)| / |f(x + d) - f(x - d)|,
+    with Euclidean lengths and one random d for each x.
+
+    Args:
+        radius: the length of d, a number; a tenth of the length of x where None.
+    """
+    try:
+        length = None if radius is None else float(radius)
+    except ValueError:
+        length = 0.0
+    if length is not None and not 0 < length < np.inf:
+        raise UsageError(f"{name}: expected a positive radius, as in curvature:0.5")
+    return Metric(
+        name,
+        _curvature,
+        lambda statistics: float(np.median(statistics)),
+        higher_is_better=False,
+        needs_labels=False,
+        nearby=partial(_around, length),
+    )
+
+
+def _around(radius, batch):
+    """Two batches: with a random vector of some length added, and subtracted."""
+    floats = {name: array for name, array in batch.inputs.items() if array.dtype.kind == "f"}
+    if not floats:
+        raise UsageError("curvature needs an input of floating-point numbers")
+    # The same for every point, in whatever order batches are measured.
+    rng = np.random.default_rng(int(batch.digest(), 16))
+    vectors = {name: rng.normal(size=array.shape) for name, array in floats.items()}
+    lengths = _length(floats.values()) / 10 if radius is None else radius
+    scales = lengths / _length(vectors.values())
+    both = []
+    for sign in (1, -1):
+        moved = {
+            name: (array + sign * _by_sample(scales, array) * vectors[name]).astype(array.dtype)
+            for name, array in floats.items()
+        }
+        both.append(Batch({**batch.inputs, **moved}, batch.labels))
+    return both
+
+
+def _by_sample(numbers, array):
+    return numbers.reshape(-1, *[1] * (array.ndim - 1))
+
+
+def _length(arrays):
+    """The Euclidean length of each sample in arrays with a row per sample."""
+    squares = [(a.astype(np.float64) ** 2).reshape(len(a), -1).sum(1) for a in arrays]
+    return np.sqrt(sum(squares))
+
+
+def _curvature(scores, _, nearby):
+    center, above, below = (array.astype(np.float64) for array in (scores, *nearby))
+    bend, change = _length([above + below - 2 * center]), _length([above - below])
+    return np.where(bend == 0, 0.0, bend / change)
+
+
 def _mean(values, logs):
     """The mean of values along axis 1 by log-probabilities, and then over all other axes."""
     probabilities = np.exp(logs)
@@ -371,5 +439,6 @@ METRICS = {
             needs_original=True,
             takes_kind=True,
         ),
+        _curvature_metric("curvature"),
     )
 }

@@ -94,7 +94,8 @@ class Sweep(ResultTable):
     `race` is a racing.Outcome, None for a grid; `broken` counts samples that were skipped, and
     `notes` are lines that a user should see. `output_name` is the output that was measured, None if
     the metric takes all; `output_kind` is what it holds, "logits", "log-probabilities" or
-    "probabilities", None if that makes no difference to the metric.
+    "probabilities", None if that makes no difference to the metric. With a `tolerance`, `best` is
+    the point of the smallest β that is worse than the original by no more than that.
     """
 
     metric: str
@@ -107,6 +108,7 @@ class Sweep(ResultTable):
     notes: list[str] = field(default_factory=list)
     output_name: str | None = None
     output_kind: str | None = None
+    tolerance: float | None = None
 
     def document(self) -> dict[str, Any]:
         """The result as a dict that JSON can hold."""
@@ -125,6 +127,7 @@ class Sweep(ResultTable):
             "output_name": self.output_name,
             "output_kind": self.output_kind,
             "higher_is_better": self.higher_is_better,
+            "tolerance": self.tolerance,
             "points": [asdict(point) for point in self.points],
             "best": asdict(self.best),
             "original": asdict(self.original),
@@ -153,6 +156,7 @@ def result_of(
     journal: Journal,
     outcome: racing.Outcome | None,
     notes: Sequence[str],
+    tolerance: float | None = None,
 ) -> Sweep:
     """Make a Sweep of what was measured.
 
@@ -162,6 +166,7 @@ def result_of(
         journal: the metric's statistics at each.
         outcome: that of a race; None for a grid.
         notes: lines that a user should see.
+        tolerance: as Sweep's.
 
     Raises:
         UsageError: the metric is NaN everywhere.
@@ -182,7 +187,9 @@ def result_of(
         notes.append(
             f"{metric.name} is {values.pop():.6g} at every point: none is better than the original"
         )
-    if outcome is None:
+    if tolerance is not None:
+        best = _smallest_within(tolerance, metric, results)
+    elif outcome is None:
         distances = [abs(1 - beta) for beta, _ in points]
         best = racing.leader(metric, statistics, list(statistics), distances)
     else:
@@ -199,7 +206,21 @@ def result_of(
         race=outcome,
         broken=broken,
         notes=notes,
+        tolerance=tolerance,
     )
+
+
+def _smallest_within(tolerance: float, metric: Metric, results: Sequence[Point]) -> int:
+    """The index of the smallest β that is at most `tolerance` worse than the original; of several
+    c the one with the best value."""
+    sign = 1 if metric.higher_is_better else -1
+    # A little is allowed for what rounding does to a mean.
+    within = [
+        i
+        for i, point in enumerate(results)
+        if sign * (results[ORIGINAL_POINT].value - point.value) <= tolerance + 1e-9
+    ]
+    return min(within, key=lambda i: (results[i].beta, -sign * results[i].value))
 
 
 def _point(

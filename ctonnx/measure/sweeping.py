@@ -14,15 +14,25 @@ import numpy as np
 from onnx import ModelProto
 
 from .. import ctu
+from ..calibration.calibrate import check_calibration, steer_or_set_calibrated
 from ..data.images import Transform
 from ..data.open import DataOptions, open_source
 from ..data.source import Source, Stream
 from ..errors import UsageError, check_choice
 from ..model import files
 from ..ort.runs import CPU
-from ..rewriting.steer import steer_or_set
 from . import intervals, racing
-from .engine import BetaCoeff, Job, Measured, Runner, Steerable, Work, prepare, run_local
+from .engine import (
+    BetaCoeff,
+    Calibrating,
+    Job,
+    Measured,
+    Runner,
+    Steerable,
+    Work,
+    prepare,
+    run_local,
+)
 from .journal import Journal
 from .metrics import metric_named
 from .outputs import choose_output, notes_on_output, notes_on_zeros
@@ -56,16 +66,22 @@ class Execution:
 
 @dataclass(frozen=True)
 class Search:
-    """How the best point is looked for: `search` and `confidence`, as for `sweep`."""
+    """How the best point is looked for: `search`, `confidence`, `tolerance`, as for `sweep`."""
 
     method: str = "grid"
     confidence: float = 0.95
+    tolerance: float | None = None
 
     def check(self) -> None:
         """Raise a UsageError if an option is out of range."""
         check_choice("search", self.method, SEARCHES)
         if not 0.5 <= self.confidence < 1:
             raise UsageError(f"confidence must lie in [0.5, 1), got {self.confidence!r}")
+        if self.tolerance is not None:
+            if not 0 <= self.tolerance < float("inf"):
+                raise UsageError(f"tolerance must be 0 or more, got {self.tolerance!r}")
+            if self.method != "grid":
+                raise UsageError("tolerance needs all points on all data: leave out search")
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,9 @@ def sweep(
     skip_broken: bool = False,
     search: str = "grid",
     confidence: float = 0.95,
+    tolerance: float | None = None,
     output_name: str | None = None,
+    calibration: Any = None,
     providers: Sequence | None = None,
     engine: str = "local",
     address: str | None = None,
@@ -118,7 +136,8 @@ def sweep(
         betas, coeffs: numbers in [0, 1], or as text "0.7:1.0:0.01" or "0.8,0.9". The original, at
             β = 1, is always a point. Without `coeffs` c is the model's own, or 0.5.
         metric: "accuracy", "f1", "nll", "ece", "miou", "mse", "mae", "r2", "agreement", "entropy",
-            "kl", "top5" or another number, "PKG:FUNCTION" or a function: see
+            "kl", "top5" or another number, "curvature" or with a radius "curvature:0.5",
+            "PKG:FUNCTION" or a function: see
             ctonnx.measure.metrics.
         labels: the name of the labels' array or column, or the path of an .npy file.
         batch_size: samples per run; if None, the model's own where that is fixed, else 32.
@@ -127,8 +146,12 @@ def sweep(
         search: "grid" measures every point on all data. "racing" drops points that are
             significantly worse on growing random subsets: see ctonnx.measure.racing.
         confidence: that of racing; approximate for most metrics: see ctonnx.measure.racing.
+        tolerance: how much worse than the original the best may be: it is the smallest β that is
+            not worse by more. The point with the best value if None.
         output_name: the name of the output to measure, for a named metric; if None, the first of
             floating type that suits the metric and the labels.
+        calibration: unlabelled data, or a ctonnx.Calibration of them: at every β the model is
+            calibrated on these, as `ctonnx.patch` does.
         providers: execution providers, as for `ctonnx.session`.
         engine: "local", or "ray" for an existing Ray cluster.
         address: address of the Ray cluster; the running one if None.
@@ -151,14 +174,18 @@ def sweep(
         InputFileError: the data, or the progress file, cannot be read.
         MissingDependency: a package is missing.
     """
-    searching = Search(search, confidence)
+    searching = Search(search, confidence, tolerance)
     execution = Execution(engine, address, gpus)
     target = Output(output, force, resume)
     for options in searching, execution, target:
         options.check()
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
     chosen_metric = metric_named(metric)
-    steerable = prepare(model, coeffs is not None)
+    calibrating = None
+    if calibration is not None:
+        samples = check_calibration(calibration)
+        calibrating = Calibrating(samples, points, providers, progress)
+    steerable = prepare(model, coeffs is not None, calibrating)
     if engine == "ray":  # Its workers may be in another folder.
         dataset, labels = _absolute(dataset), _absolute(labels)
     open_data = partial(
@@ -202,7 +229,7 @@ def sweep(
         statistics = map(journal.statistics, range(len(points)))
         notes += notes_on_zeros(steerable, chosen_metric, statistics)
         result = replace(
-            result_of(chosen_metric, points, journal, outcome, notes),
+            result_of(chosen_metric, points, journal, outcome, notes, tolerance),
             output_name=None if chosen_metric.takes_all_outputs else steerable.output,
             output_kind=chosen_metric.kind if chosen_metric.takes_kind else None,
         )
@@ -340,6 +367,7 @@ def save_best(
     path: str | PathLike,
     beta_as: str = "initializer",
     force: bool = False,
+    calibration: Any = None,
 ) -> str | Path:
     """Write the model with the best β, and c, baked in, or with β as the default of an input.
 
@@ -349,6 +377,7 @@ def save_best(
         path: where to write.
         beta_as: "initializer" or "input".
         force: overwrite `path`.
+        calibration: that of the sweep.
 
     Returns:
         the path written.
@@ -357,9 +386,11 @@ def save_best(
         UsageError: as for `files.Transaction`.
     """
     beta, coeff = result.best.beta, result.best.coeff
-
+    samples = None if calibration is None else check_calibration(calibration, beta_as)
     with files.Transaction(model, path, force) as edit:
-        steer_or_set(edit.model, beta, coeff, beta_as)
+        steer_or_set_calibrated(
+            edit.model, beta, coeff, samples, edit.digest, Path(model).parent, beta_as
+        )
     return edit.output
 
 

@@ -116,7 +116,7 @@ def _steered_runner(
     proto: ModelProto, steerable: engine.Steerable, site: HeadSite, providers: Sequence | None
 ) -> engine.Runner:
     """A Runner up to the features, which runs what does not depend on β once for all β."""
-    parts = flow.split(proto, site.features, {*steerable.betas, *steerable.coeffs})
+    parts = flow.split(proto, site.features, set(steerable.parameters))
     if parts is None:
         whole = flow.cut(proto, [site.features])
         return engine.Runner(_part(steerable, whole, steered=True), providers)
@@ -138,7 +138,7 @@ def _part(steerable: engine.Steerable, model: ModelProto, *, steered: bool) -> e
         measurable=outputs,
         chosen=None,
     )
-    return part if steered else replace(part, betas=[], coeffs=[])
+    return part if steered else replace(part, betas=[], coeffs=[], corrections={})
 
 
 def _without_steering(model: str | Path | ModelProto) -> ModelProto | None:

@@ -23,6 +23,7 @@ import numpy as np
 from onnx import ModelProto
 
 from .. import ctu
+from ..calibration.calibrate import check_calibration, steer_or_set_calibrated
 from ..data.images import Transform
 from ..data.open import DataOptions, open_source
 from ..errors import UsageError
@@ -32,14 +33,13 @@ from ..model import files
 from ..model.order import sort_nodes
 from ..optional import require
 from ..ort import runs
-from ..rewriting.steer import steer_or_set
 from .features import FeatureReader, FeatureSet, groups_of, open_reader
 from .fit import Fits, Task, define_task, fit_heads
 from .heads import HeadSite, replace_head
 from .result import Probe, WrittenModel, measure_accuracy, notes_on, result_of
 
 # Called with the number of steps: a context of an object with `update(steps)`, or of None.
-Progress = Callable[[int], AbstractContextManager[Any]]
+Progress = Callable[[int | None], AbstractContextManager[Any]]
 
 
 def probe(
@@ -58,6 +58,7 @@ def probe(
     batch_size: int | None = None,
     images: Transform | None = None,
     skip_broken: bool = False,
+    calibration: Any = None,
     providers: Sequence | None = None,
     output: str | os.PathLike | None = None,
     force: bool = False,
@@ -81,7 +82,7 @@ def probe(
         validation: the share of the training set that β is chosen on, between 0 and 1.
         labels, test_labels: the name of the labels' array or column in `train` and in `test`, or
             the path of an .npy file for inputs in one. `test_labels` is as `labels` where None.
-        batch_size, images, skip_broken, providers: as for `ctonnx.sweep`.
+        batch_size, images, skip_broken, calibration, providers: as for `ctonnx.sweep`.
         output: where to write the model, which then has to be a path.
         force: overwrite `output`.
         progress: called with the number of β, and gives a context manager for an object whose
@@ -108,7 +109,12 @@ def probe(
     betas = sorted({1.0, *grid("beta", betas)}, reverse=True)
     _require_packages()
 
-    steerable = engine.prepare(model, coeff is not None)
+    samples = None if calibration is None else check_calibration(calibration)
+    calibrating = None
+    if samples is not None:
+        points = [(beta, coeff) for beta in betas]
+        calibrating = engine.Calibrating(samples, points, providers, progress)
+    steerable = engine.prepare(model, coeff is not None, calibrating)
     steerable.chosen = steerable.named_output(output_name)
     reader = open_reader(model, steerable, features, coeff, providers)
     options = DataOptions(labels, batch_size, images, skip_broken)
@@ -123,7 +129,9 @@ def probe(
 
     def change(proto: ModelProto) -> list[str]:
         notes = replace_head(proto, site, fits.head, task.classes, dtype, flatten=len(shape) > 1)
-        steer_or_set(proto, fits.best, coeff)
+        # With another head it has no file that is its original.
+        folder = None if isinstance(model, ModelProto) else Path(model).parent
+        steer_or_set_calibrated(proto, fits.best, coeff, samples, None, folder)
         return notes
 
     def measure(opened: Path | bytes) -> tuple[float, list[str]]:
