@@ -17,6 +17,7 @@ import ctonnx
 from ctonnx.ort import library
 
 PUBLIC = [
+    "Calibration",
     "CheckFailed",
     "CtonnxError",
     "InputFileError",
@@ -38,7 +39,7 @@ PUBLIC = [
 def test_the_public_names():
     assert ctonnx.__all__ == PUBLIC
     assert {n for n in dir(ctonnx) if not n.startswith("_")} == set(PUBLIC)
-    assert all(getattr(ctonnx, name).__doc__ for name in PUBLIC[7:])
+    assert all(getattr(ctonnx, name).__doc__ for name in PUBLIC[8:])
     with pytest.raises(AttributeError):
         ctonnx.steer  # noqa: B018
 

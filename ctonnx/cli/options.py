@@ -5,6 +5,7 @@ from functools import wraps
 from os.path import realpath
 
 import click
+from click.core import ParameterSource
 
 
 def names(context: click.Context, option: click.Parameter, value: str | None) -> list | None:
@@ -103,21 +104,24 @@ def calibrating(command: Callable) -> Callable:
 
     @calibration
     @wraps(command)
-    def packed(calibration_data, calibrate_samples, calibrate_seed, **options):
+    def packed(calibration_data, calibrate_samples, calibrate_seed, feeding, **options):
         calibration = None
-        if calibration_data is not None:
+        if calibration_data is None:
+            _refuse_given("--calibrate", "calibrate_samples", "calibrate_seed")
+        else:
             from ..calibration.samples import Calibration
 
-            feeding = options.get("feeding") or {}
+            check_outputs({"--output": options.get("output")}, {"--calibrate": calibration_data})
             labels = options.get("labels")
             calibration = Calibration(
                 calibration_data, calibrate_samples, calibrate_seed, labels, **feeding
             )
-        return command(calibration=calibration, **options)
+        return command(calibration=calibration, feeding=feeding, **options)
 
     return packed
 
 
+_IMAGE_OPTIONS = "preset", "resize", "crop", "mean", "std", "skip_broken"
 _feeding = group(
     click.option("--batch", "batch_size", type=int, help="Samples per run.  [default: 32]"),
     click.option(
@@ -143,6 +147,15 @@ _feeding = group(
 )
 
 
+def _refuse_given(option: str, *parameters: str) -> None:
+    """Refuse parameters that are given on the command line, as `option` is not."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name))
+        if parameter.name in parameters and given is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} goes with {option}")
+
+
 def feeding(command: Callable) -> Callable:
     """Give a command the options on how data become batches, packed into its argument `feeding`:
     keyword arguments of `ctonnx.sweep` and `ctonnx.probe`."""
@@ -153,6 +166,20 @@ def feeding(command: Callable) -> Callable:
         transform = _transform(preset, resize=resize, crop=crop, mean=mean, std=std)
         feeding = {"batch_size": batch_size, "images": transform, "skip_broken": skip_broken}
         return command(feeding=feeding, **options)
+
+    return packed
+
+
+def fed_by_calibration(command: Callable) -> Callable:
+    """Give a command that reads no other data the options of calibration and of `feeding`."""
+
+    @feeding
+    @calibrating
+    @wraps(command)
+    def packed(calibration, feeding, **options):
+        if calibration is None:
+            _refuse_given("--calibrate", "batch_size", *_IMAGE_OPTIONS)
+        return command(calibration=calibration, **options)
 
     return packed
 

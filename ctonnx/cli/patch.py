@@ -58,11 +58,10 @@ from .output import counts, echo, print_json, progress, say, say_report
     help="Before writing, compare it with the original at beta 1, and kernel with fallback.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
-@options.feeding
-@options.calibrating
+@options.fed_by_calibration
 @options.force
 @options.json
-def patch(model, output, params_file, by_order, dry_run, as_json, feeding, **choices):
+def patch(model, output, params_file, by_order, dry_run, as_json, **choices):
     """Steer MODEL: write a copy with CT units for activations.
 
     MODEL is a file, or - for standard input. --output defaults to X.ct.onnx beside X.onnx, and to

@@ -10,11 +10,10 @@ from .output import echo, print_json, progress, say
 @options.model
 @click.option("--beta", type=float, required=True, help="The new beta, in [0, 1].")
 @options.output
-@options.feeding
-@options.calibrating
+@options.fed_by_calibration
 @options.force
 @options.json
-def set_(model, beta, output, force, as_json, feeding, calibration):
+def set_(model, beta, output, force, as_json, calibration):
     """Change the beta of a steered MODEL.
 
     MODEL is a file, or - for standard input. --output defaults to MODEL itself. A calibrated MODEL
