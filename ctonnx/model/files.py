@@ -1,6 +1,5 @@
 """Reading and writing model files: nothing half-written, no weights loaded that are not needed."""
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -27,6 +26,11 @@ _LARGEST = 2**31 - 1
 _TOO_LARGE = "larger than the 2 GiB that a model can be: keep its weights in external data"
 
 _CHUNK = 8 << 20
+
+try:
+    import fcntl
+except ImportError:  # Windows has none.
+    fcntl = None
 
 # The ioctl of Linux by which a file shares the blocks of another one.
 _FICLONE = 0x40049409
@@ -391,10 +395,11 @@ def _copy(source, target, advance):
     Each way goes on where the one before failed. The last one raises what is wrong with the files.
     """
     with open(source, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
-        with suppress(OSError):
-            fcntl.ioctl(writer, _FICLONE, reader.fileno())
-            advance(reader.seek(0, os.SEEK_END))
-        with suppress(OSError):
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.ioctl(writer, _FICLONE, reader.fileno())
+                advance(reader.seek(0, os.SEEK_END))
+        with suppress(OSError, AttributeError):  # macOS and Windows have no copy_file_range.
             while count := os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):
                 advance(count)
         while chunk := reader.read(_CHUNK):
