@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 import ctonnx
 from ctonnx.calibration import calibrate as calibrating
-from ctonnx.calibration import folding, moments
+from ctonnx.calibration import calibrator, folding, moments
 from ctonnx.calibration.moments import Correction, Moments, correction
 from ctonnx.cli.main import main
 from ctonnx.errors import UsageError
@@ -59,15 +59,14 @@ def statistics(array, axis):
 def distance(original, calibrated, outputs, inputs):
     """The largest difference of a mean or deviation of a channel, in parts of its layer's
     deviation; `outputs` are names -> axes of the channels."""
-    worst = 0.0
+    differences = []
     runs = [outputs_of(model, outputs, inputs) for model in (original, calibrated)]
     for axis, before, after in zip(outputs.values(), *runs, strict=True):
         (mean, deviation), (mean2, deviation2) = statistics(before, axis), statistics(after, axis)
         scale = np.sqrt((deviation**2).mean())
         assert scale > 0
-        worst = max(worst, np.abs(mean - mean2).max() / scale)
-        worst = max(worst, np.abs(deviation - deviation2).max() / scale)
-    return worst
+        differences += [*np.abs(mean - mean2) / scale, *np.abs(deviation - deviation2) / scale]
+    return np.max(differences)  # NaN where there is one
 
 
 def axes_of(calibrator):
@@ -88,8 +87,17 @@ class Watched:
         original = calibrating.Calibrator
 
         def make(*args, **kwargs):
-            self.made.append(original(*args, **kwargs))
-            return self.made[-1]
+            made = original(*args, **kwargs)
+            samples = args[2]
+            batches = [samples.arrays(b, samples.names) for b in range(samples.batches)]
+            made.inputs = {
+                name: np.concatenate([batch[name] for batch in batches])
+                if batches[0][name].ndim
+                else batches[0][name]
+                for name in samples.names
+            }
+            self.made.append(made)
+            return made
 
         monkeypatch.setattr(calibrating, "Calibrator", make)
 
@@ -103,15 +111,6 @@ def watched(monkeypatch):
     return Watched(monkeypatch)
 
 
-def inputs_of(calibrator):
-    """All samples of a calibrator in one batch."""
-    samples = calibrator.samples
-    batches = range(samples.batches)
-    if samples.batches == 1:
-        return {name: samples.get(0, name) for name in samples.names}
-    return {n: np.concatenate([samples.get(b, n) for b in batches]) for n in samples.names}
-
-
 def assert_restored(model, data, watched, beta=0.3, layers=None, close=CLOSE, **options):
     """Assert that calibration restores the statistics of a model, and return the calibrated one.
 
@@ -120,7 +119,7 @@ def assert_restored(model, data, watched, beta=0.3, layers=None, close=CLOSE, **
     steered = ctonnx.patch(model, beta)
     calibrated = ctonnx.patch(model, beta, calibration=ctonnx.Calibration(data, **options))
     onnx.checker.check_model(calibrated)
-    axes, inputs = axes_of(watched.last), inputs_of(watched.last)
+    axes, inputs = axes_of(watched.last), watched.last.inputs
     if layers is not None:
         assert {layer.name for layer in watched.last.layers} == set(layers)
     original = model if isinstance(model, ModelProto) else onnx.load(model)
@@ -270,7 +269,7 @@ def test_statistics_are_restored(name, watched):
         assert after.dims == before.dims
 
 
-@pytest.mark.parametrize("lowering", ["op", "portable", "primitives"])
+@pytest.mark.parametrize("lowering", ["op", "primitives"])
 def test_every_lowering_gets_the_same_weights(lowering):
     model = network(LAYERS["conv with bias"][0])
     calibrated = [
@@ -375,12 +374,12 @@ LEFT_WEIGHTS = MORE | {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_left_alone_is_said_with_the_reason(name, watched, tmp_path):
+def test_what_is_left_alone_is_said_with_the_reason(name, watched):
     body, reason = LEFT[name]
     model = network(body, weights=WEIGHTS | LEFT_WEIGHTS)
     ctonnx.patch(model, 0.5, calibration=ctonnx.Calibration(IMAGES, batch_size=40))
-    assert any(reason in left.reason for left in watched.last.left)
-    notes = calibrating.notes_on(watched.last)
+    assert any(reason in left.reason for left in watched.last.skipped)
+    notes = calibrating.notes_on(watched.last, "")
     assert any(line.startswith("not calibrated: ") and reason in line for line in notes)
 
 
@@ -418,7 +417,9 @@ def test_the_branch_that_the_samples_take_is_calibrated(level, taken, watched):
     calibrated = ctonnx.patch(model, 0.1, calibration=data)
     assert len(watched.last.layers) == 2
     untaken = "else_branch" if taken == "then_branch" else "then_branch"
-    assert {left.reason.split(",")[0] for left in watched.last.left} == {f"it is in n4.{untaken}"}
+    assert {left.reason.split(",")[0] for left in watched.last.skipped} == {
+        f"it is in n4.{untaken}"
+    }
     before, plain, after = (
         statistics(outputs_of(m, ["z"], data)[0], 1)
         for m in (model, ctonnx.patch(model, 0.1), calibrated)
@@ -443,8 +444,8 @@ def test_branches_that_differ_by_sample_are_left_alone(watched):
 
     ctonnx.patch(model, 0.5, calibration=sets)
     assert not watched.last.layers
-    assert len(watched.last.left) == 4
-    assert "which does not run exactly once for every sample" in watched.last.left[0].reason
+    assert len(watched.last.skipped) == 4
+    assert "which does not run exactly once for every sample" in watched.last.skipped[0].reason
 
 
 def test_the_body_of_a_loop_is_left_alone(watched):
@@ -457,10 +458,10 @@ def test_the_body_of_a_loop_is_left_alone(watched):
     """
     model = network(body)
     assert_restored(model, IMAGES, watched, layers=["n4"])
-    assert "does not run exactly once" in watched.last.left[0].reason
+    assert "does not run exactly once" in watched.last.skipped[0].reason
 
 
-def test_layers_in_functions_are_inlined(watched):
+def with_function():
     function = """
         <domain: "local", opset_import: ["" : 17]>
         block (h, w) => (k) { l = Conv (h, w) k = Relu (l) }
@@ -474,10 +475,15 @@ def test_layers_in_functions_are_inlined(watched):
     weights = WEIGHTS | MORE
     for name in ("conv", "six", "six2", "next"):
         model.graph.initializer.append(numpy_helper.from_array(weights[name], name))
+    return model
+
+
+def test_layers_in_functions_are_inlined(watched):
+    model = with_function()
     calibrated = ctonnx.patch(model, 0.5, calibration=IMAGES)
     assert not [f for f in calibrated.functions if f.domain == "local"]
     assert len(watched.last.layers) == 3
-    assert distance(model, calibrated, {"z": 1, "s": 1, "t": 1}, {"x": IMAGES}) < 0.5
+    assert distance(model, ctonnx.patch(model, 0.5), {"z": 1}, {"x": IMAGES}) > 2 * CLOSE
     assert distance(model, calibrated, {"z": 1}, {"x": IMAGES}) < CLOSE
 
 
@@ -493,13 +499,21 @@ def test_a_wrong_correction_is_found(watched, monkeypatch):
     model, data = network(LAYERS["conv with bias"][0]), IMAGES
     assert_restored(model, data, watched)
     with monkeypatch.context() as patched:
-        patched.setattr(calibrating, "correction", swapped)
+        patched.setattr(calibrator, "correction", swapped)
         with pytest.raises(AssertionError):
             assert_restored(model, data, watched)
     with monkeypatch.context() as patched:
-        fold = folding.Folder.fold
+        nan = Correction(np.full(8, np.nan), np.zeros(8), 2)
+        fold = folding.Folding.fold
         patched.setattr(
-            folding.Folder, "fold", lambda self, x, c: None if x.name == "n2" else fold(self, x, c)
+            folding.Folding, "fold", lambda self, x, c: fold(self, x, nan if x.name == "n4" else c)
+        )
+        with pytest.raises(AssertionError):
+            assert_restored(model, data, watched)
+    with monkeypatch.context() as patched:
+        fold = folding.Folding.fold
+        patched.setattr(
+            folding.Folding, "fold", lambda self, x, c: None if x.name == "n2" else fold(self, x, c)
         )
         with pytest.raises(AssertionError):
             assert_restored(model, data, watched)
@@ -560,7 +574,7 @@ def test_the_same_data_give_the_same_bytes():
     ],
 )
 def test_clean_accuracy_is_kept(name, allowed, run):
-    """On 32 unlabelled samples, in plain ONNX Runtime; facts about plain steering beside it."""
+    """On 32 unlabelled samples, in plain ONNX Runtime."""
     images, labels = mnist()
     model = onnx.load(SAMPLES / name)
 
@@ -625,23 +639,23 @@ def test_packaged_networks(name, fetched, watched):
     onnx.checker.check_model(calibrated)
     layers = watched.last.layers
     assert len(layers) == count
-    inputs = inputs_of(watched.last)
+    inputs = watched.last.inputs
     # Means of all channels; deviations of those that are not constant, on these data, in one of
     # the networks.
-    worst = plain = 0.0
+    worst, plain = [], []
     axes = axes_of(watched.last)
     runs = [outputs_of(m, axes, inputs) for m in (model, calibrated, steered)]
     for axis, before, after, moved in zip(axes.values(), *runs, strict=True):
         (m0, d0), (m1, d1), (m2, _) = (statistics(a, axis) for a in (before, after, moved))
         scale = max(np.sqrt((d0**2).mean()), 1e-3 * np.abs(m0).max())
-        worst = max(worst, np.abs(m0 - m1).max() / scale)
+        worst.extend(np.abs(m0 - m1) / scale)
         ratio = d0 / np.maximum(d1, 1e-30)
         free = (d0 > 1e-2 * scale) & (ratio < 90)
         assert free.mean() > 0.5 or d0.max() < 1e-6
-        worst = max(worst, (np.abs(d0 - d1) / scale)[free].max(initial=0))
-        plain = max(plain, np.abs(m0 - m2).max() / scale)
-    assert plain > 5 * CLOSE
-    assert worst < 0.01
+        worst.extend((np.abs(d0 - d1) / scale)[free])
+        plain.extend(np.abs(m0 - m2) / scale)
+    assert np.max(plain) > 5 * CLOSE
+    assert np.max(worst) < 0.01
 
 
 @pytest.mark.parametrize("exporter", [True, False])
@@ -660,7 +674,7 @@ def test_exported_networks(name, exporter, watched, tmp_path):
     torch.onnx.export(network.eval(), (torch.zeros(shape),), path, dynamo=exporter)
     data = smooth(*shape)
     assert_restored(onnx.load(path), data, watched, beta=0.3)
-    reasons = {left.reason for left in watched.last.left}
+    reasons = {left.reason for left in watched.last.skipped}
     if name == "Transformer":
         assert "it is the last layer" in reasons
 
@@ -728,7 +742,7 @@ def test_patch_set_and_unpatch(digits, run):
         assert "--original" in refused.stderr
         refused = run("unpatch", name, "-o", "o.onnx", "--original", "b.onnx")
         assert refused.exit_code == 2
-        assert "its digest is another" in refused.stderr
+        assert "their digests differ" in refused.stderr
         assert not Path("o.onnx").exists()
         assert run("unpatch", name, "-o", "o.onnx", "--original", "digits.onnx").exit_code == 0
         assert Path("o.onnx").read_bytes() == Path("digits.onnx").read_bytes()
@@ -759,7 +773,7 @@ MISTAKES = {
     "a sample": (("--calibrate", "one.npz"), 2, "one sample: at least 2 are needed"),
     "NaN": (("--calibrate", "nan.npz"), 2, "NaN or infinity in 'image'"),
     "another shape": (("--calibrate", "wide.npz"), 2, "the model takes float32[N,1,8,8]"),
-    "beta as an input": (("--beta-as", "input"), 2, "beta cannot be an input"),
+    "beta as an input": (("--beta-as", "input"), 2, "leave out beta-as"),
 }
 
 
@@ -847,7 +861,7 @@ def test_a_sweep_measures_what_patch_writes(digits, run):
     assert plain.points[0].value > 2 * at_half.value
 
 
-def test_a_race_gives_the_same_numbers(digits):
+def test_races_are_calibrated(digits):
     options = {"metric": "agreement", "calibration": "digits_test.npz"}
     grid = ctonnx.sweep("digits.onnx", "digits_test.npz", "0.5,0.9", **options)
     race = ctonnx.sweep("digits.onnx", "digits_test.npz", "0.5,0.9", search="racing", **options)
@@ -883,7 +897,7 @@ def test_the_smallest_beta_within_a_tolerance(digits, run):
     [
         (("--tolerance", -1), "tolerance must be 0 or more"),
         (("--tolerance", 0.1, "--search", "racing"), "tolerance needs all points"),
-        ((*CALIBRATE, "--save-best", "b.onnx", "--beta-as", "input"), "cannot be an input"),
+        ((*CALIBRATE, "--save-best", "b.onnx", "--beta-as", "input"), "leave out beta-as"),
     ],
 )
 def test_mistakes_of_sweeps(options, message, digits, run):
@@ -900,6 +914,7 @@ def test_calibrated_models_are_not_swept(digits, run):
         assert "take its original" in result.stderr
     result = run("validate", "digits.ct.onnx", "--against", "digits.onnx")
     assert result.exit_code == 2
+    assert "leave out against" in result.stderr
 
 
 def test_a_probe_calibrates_at_every_beta(digits):
@@ -919,14 +934,12 @@ def test_a_probe_calibrates_at_every_beta(digits):
 
 
 def test_the_curvature_of_an_affine_network_is_0():
-    model = network("a = Flatten (x) y = MatMul (a, fc)", "float[N,8] x")
-    steerable = network(
+    model = network(
         "a = Flatten (x) h = MatMul (a, fc) r = Relu (h) n = Neg (h) s = Relu (n) y = Sub (r, s)",
         "float[N,8] x",
     )
     data = normal(60, 8)
-    del model
-    result = ctonnx.sweep(steerable, data, "0.5", metric="curvature:0.3")
+    result = ctonnx.sweep(model, data, "0.5", metric="curvature:0.3")
     # Relu(h) - Relu(-h) is h; with CTUs it is h too, as the unit minus its mirror image.
     for point in result.points:
         assert point.value < 1e-4
@@ -937,7 +950,7 @@ def test_curvature_is_that_of_the_formula_and_falls_with_beta():
     model = onnx.load(SAMPLES / "transfer" / "images.onnx")
     result = ctonnx.sweep(model, images[:600], "0,0.3,0.5,0.7,0.8,0.9", metric="curvature:1")
     found = [point.value for point in result.points]
-    # Measured with a program of another author's on 500 of these digits.
+    # Beside these values: those of the formula computed by hand on 500 other digits.
     np.testing.assert_allclose(found, [0.16, 0.29, 0.44, 0.66, 0.82, 0.96, 1.05], rtol=0.1)
     assert found == sorted(found)
     twice = ctonnx.sweep(model, images[:600], "0.5", metric="curvature:1")
@@ -961,8 +974,8 @@ def test_a_wrong_radius_is_refused(spec):
 # --- cost
 
 
-def test_memory_and_work(monkeypatch, tmp_path):
-    """Every node runs once for each sample, and no more than a batch is in memory."""
+def test_every_node_runs_once_for_each_sample(monkeypatch):
+    """And no more than a batch at a time."""
     from ctonnx.calibration.running import Part
 
     rows, original = [], Part.run
@@ -977,3 +990,103 @@ def test_memory_and_work(monkeypatch, tmp_path):
     ctonnx.patch(model, 0.5, calibration=ctonnx.Calibration(data, samples=64, batch_size=8))
     # Two walks, of 8 batches, over the stages: the two layers behind the first activation, and z.
     assert rows == [8] * (2 * 8 * 2)
+
+
+# --- what went wrong once
+
+
+def test_outputs_do_not_overwrite_the_data(digits, run):
+    before = Path("digits_test.npz").read_bytes()
+    data = ("--data", DIGITS_TEST)
+    for arguments in (
+        ("patch", "digits.onnx", "--beta", 0.5, "-o", "digits_test.npz"),
+        ("sweep", "digits.onnx", *data, "--save-best", "digits_test.npz"),
+    ):
+        result = run(*arguments, "--force", *CALIBRATE)
+        assert result.exit_code == 2
+        assert "name one file" in result.stderr
+    assert Path("digits_test.npz").read_bytes() == before
+
+
+def test_an_input_for_beta_is_refused_by_set_too(digits, run):
+    run("patch", "digits.onnx", "--beta", 0.5, "--beta-as", "input")
+    before = Path("digits.ct.onnx").read_bytes()
+    result = run("set", "digits.ct.onnx", "--beta", 0.5, *CALIBRATE)
+    assert result.exit_code == 2
+    assert "calibrated weights serve one beta" in result.stderr
+    assert Path("digits.ct.onnx").read_bytes() == before
+
+
+def test_a_damaged_record_is_no_missing_one(digits, run):
+    run("patch", "digits.onnx", "--beta", 0.5, *CALIBRATE)
+    model = onnx.load("digits.ct.onnx")
+    for damage in ("{x", "[1]", "[" * 100_000):
+        (entry,) = (e for e in model.metadata_props if e.key == "ctonnx.calibration")
+        entry.value = damage
+        onnx.save(model, "damaged.onnx")
+        for command in (("unpatch", "-o", "o.onnx"), ("inspect",), ("set", "--beta", 0.4)):
+            result = run(command[0], "damaged.onnx", *command[1:])
+            assert result.exit_code == 3
+            assert "ctonnx.calibration in the model is damaged" in result.stderr
+    assert not Path("o.onnx").exists()
+
+
+def test_the_original_is_known_however_its_file_is_written(digits, run):
+    """Other writers of protobuf order fields in other ways: here the graph comes first."""
+    model = onnx.load("digits.onnx")
+    graph = ModelProto(graph=model.graph).SerializeToString()
+    model.ClearField("graph")
+    Path("digits.onnx").write_bytes(graph + model.SerializeToString())
+    assert run("patch", "digits.onnx", "--beta", 0.5, "-o", "later.onnx").exit_code == 0
+    assert run("set", "later.onnx", "--beta", 0.5, *CALIBRATE).exit_code == 0
+    assert run("patch", "digits.onnx", "--beta", 0.5, "-o", "now.onnx", *CALIBRATE).exit_code == 0
+    for name in ("later.onnx", "now.onnx"):
+        done = run("unpatch", name, "-o", "o.onnx", "--force", "--original", "digits.onnx")
+        assert done.exit_code == 0, done.stderr
+        assert Path("o.onnx").read_bytes() == Path("digits.onnx").read_bytes()
+
+
+def test_nodes_in_another_order_than_they_run_in(tmp_path):
+    model = network(LAYERS["conv with bias"][0])
+    path = tmp_path / "model.onnx"
+    expected = ctonnx.patch(model, 0.5, calibration=IMAGES)
+    nodes = list(model.graph.node)[::-1]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
+    written = onnx.load(ctonnx.patch(path, 0.5, calibration=IMAGES))
+    assert [n.op_type for n in written.graph.node][-1] == "Conv"  # The file's order stays.
+    for one, other in zip(written.graph.initializer, expected.graph.initializer, strict=True):
+        np.testing.assert_array_equal(numpy_helper.to_array(one), numpy_helper.to_array(other))
+
+
+def test_beta_one_is_the_original(digits, run):
+    result = run("patch", "digits.onnx", "--beta", 1, *CALIBRATE)
+    assert result.exit_code == 0
+    assert "at this beta the statistics are those to restore" in result.stderr
+    assert run("unpatch", "digits.ct.onnx", "-o", "o.onnx").exit_code == 0
+    assert Path("o.onnx").read_bytes() == Path("digits.onnx").read_bytes()
+
+
+def test_functions_of_a_steered_file_are_inlined_too(watched, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", IMAGES)
+    model = with_function()
+    onnx.save(model, "m.onnx")
+    assert run("patch", "m.onnx", "--beta", 0.8, "-o", "s.onnx").exit_code == 0
+    assert run("set", "s.onnx", "--beta", 0.5, "--calibrate", "x.npy").exit_code == 0
+    assert len(watched.last.layers) == 3
+    assert distance(model, onnx.load("s.onnx"), {"z": 1}, {"x": IMAGES}) < CLOSE
+
+
+def test_nothing_stays_in_the_temporary_folder(tmp_path, monkeypatch, digits):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    ctonnx.sweep("digits.onnx", "digits_test.npz", "0.5", calibration="digits_test.npz")
+    with pytest.raises(UsageError):
+        ctonnx.patch("digits.onnx", 0.5, calibration=np.full((4, 1, 8, 8), np.nan, np.float32))
+    assert not list(folder.iterdir())
+    folder.rmdir()
+    with pytest.raises(UsageError, match="no temporary folder can be made"):
+        ctonnx.patch("digits.onnx", 0.5, calibration="digits_test.npz")

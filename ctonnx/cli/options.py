@@ -34,10 +34,15 @@ def sizes(option: str, text: str, symbols: bool = False) -> list:
 
 def check_outputs(outputs: dict, inputs: dict) -> None:
     """Refuse an output, option -> path, that is another output or one of the inputs."""
-    seen = {realpath(path): name for name, path in inputs.items()}
+    seen = {realpath(path): name for name, path in inputs.items() if path != "-"}
     for name, path in outputs.items():
         if path not in (None, "-") and seen.setdefault(realpath(path), name) != name:
             raise click.UsageError(f"{name} and {seen[realpath(path)]} name one file")
+
+
+def data_of(calibration) -> str:
+    """The DATA of --calibrate, "-" where there is none."""
+    return "-" if calibration is None else calibration.data
 
 
 def group(*options: Callable) -> Callable:
@@ -77,7 +82,7 @@ providers = click.option(
     help="ONNX Runtime's execution providers.  [default: all that are there but TensorRT's]",
 )
 
-calibration = group(
+_calibration = group(
     click.option(
         "--calibrate",
         "calibration_data",
@@ -102,7 +107,7 @@ def calibrating(command: Callable) -> Callable:
     """Give a command the options of calibration, packed into its argument `calibration`: a
     ctonnx.Calibration, or None. The options of `feeding` say how its data become batches."""
 
-    @calibration
+    @_calibration
     @wraps(command)
     def packed(calibration_data, calibrate_samples, calibrate_seed, feeding, **options):
         calibration = None
@@ -111,10 +116,8 @@ def calibrating(command: Callable) -> Callable:
         else:
             from ..calibration.samples import Calibration
 
-            check_outputs({"--output": options.get("output")}, {"--calibrate": calibration_data})
-            labels = options.get("labels")
             calibration = Calibration(
-                calibration_data, calibrate_samples, calibrate_seed, labels, **feeding
+                calibration_data, calibrate_samples, calibrate_seed, **feeding
             )
         return command(calibration=calibration, feeding=feeding, **options)
 

@@ -105,14 +105,14 @@ class Model:
         return arrays(zip(names, outputs, strict=True))
 
 
-def session_options(library: bool) -> Any:
-    """The onnxruntime.SessionOptions for one thread and no messages.
+def session_options(library: bool, threads: int = 1) -> Any:
+    """The onnxruntime.SessionOptions for some threads and no messages.
 
     Args:
         library: whether to register the op library.
     """
     options = import_onnxruntime().SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if library:
         register(options)
