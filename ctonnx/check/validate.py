@@ -10,7 +10,14 @@ import numpy as np
 from onnx import ModelProto, TensorProto
 
 from .. import ctu
-from ..errors import CheckFailed, CtonnxError, ModelError, NothingToDo, UsageError
+from ..errors import (
+    CheckFailed,
+    CtonnxError,
+    MissingDependency,
+    ModelError,
+    NothingToDo,
+    UsageError,
+)
 from ..model import files
 from ..model.external import check_external_data
 from ..model.flow import reached_by_values
@@ -138,7 +145,12 @@ def validate(
     elif module is not None:
         expected = PyTorchRun(module, steered)
     elif steered.was_steered:
-        expected = Float64Run(path, steered)
+        try:
+            expected = Float64Run(path, steered)
+        except MissingDependency as error:
+            raise MissingDependency(
+                f"{error}, or compare with the original: --against ORIGINAL"
+            ) from error
     else:  # It would pass: PyTorch computes the same standard ops.
         raise NothingToDo(NOT_STEERED)
     ways = _ways(path, steered, providers, notes)

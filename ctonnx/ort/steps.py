@@ -91,7 +91,7 @@ class Steps:
                 if below is None or not _differ(below, above):
                     continue
                 expected = [(side, _only(name, self._expected(side))) for side in sides]
-                if all(np.size(value) for _, outputs in expected for value in outputs.values()):
+                if all(np.size(outputs.get(name, ())) for _, outputs in expected):
                     yield _Step(expected, change(below, above))
 
     def _drawn(self) -> Iterator[tuple[Arrays, Arrays]]:
