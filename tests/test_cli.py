@@ -615,11 +615,13 @@ def test_without_pytorch_the_line_says_so(run):
     program = "import sys; sys.modules['torch'] = None; from ctonnx.cli.main import main; main()"
     assert run("patch", "digits.onnx", "--beta", "0.8")[0] == 0
     patch = "patch", "digits.onnx", "--params", "t.pth"
-    for arguments in (NET, patch, ("validate", "digits.ct.onnx")):
+    validate = "validate", "digits.ct.onnx"
+    for arguments in NET, patch, validate:
         command = [sys.executable, "-c", program, *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (4, "")
-        line = "ctonnx: PyTorch is not installed: pip install 'ctonnx[torch]'\n"
+        hint = ", or compare with the original: --against ORIGINAL" if arguments is validate else ""
+        line = f"ctonnx: PyTorch is not installed: pip install 'ctonnx[torch]'{hint}\n"
         assert done.stderr == line
 
 
@@ -853,6 +855,7 @@ def test_help_and_version(run):
     code, out, _ = run("--help")
     assert code == 0
     assert run()[:2] == (0, out)
+    assert "..." not in out.partition("Commands:")[2]  # No first line is cut off.
     for command in ("patch", "inspect", "set", "sweep", "probe", "unpatch", "export", "doctor"):
         assert f"  {command} " in out
         assert run(command, "--help")[0] == 0

@@ -43,7 +43,7 @@ def zeros(model):
         for names in node.input, node.output:
             names[:] = [f"{n} before" if n == output.name else n for n in names]
     kind = output.type.tensor_type.elem_type
-    model.graph.initializer.append(helper.make_tensor("zero", kind, [], [0.0]))
+    model.graph.initializer.append(helper.make_tensor("zero", kind, [], [0]))
     model.graph.node.add(op_type="Mul", input=[f"{output.name} before", "zero"]).output.append(
         output.name
     )
@@ -87,6 +87,56 @@ def test_samples(tmp_path, path, half):
         path = tmp_path / "half.onnx"
         onnx.save(model, path)
     assert_damage_shows(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [
+        ("y = Hardmax(logits)", "float"),
+        ("y = ArgMax <axis = 1> (logits)", "int64"),
+        ("p = Softmax(logits)  y = Round(p)", "float"),
+        ("y = Sign(logits)", "float"),
+    ],
+)
+def test_outputs_that_change_in_steps(tmp_path, ending, kind):
+    """Most inputs give the same with a little noise on the weights: those near a step do not."""
+    model = files.load(DIGITS / "digits.onnx")
+    more = parsed(f"""<ir_version: 8, opset_import: ["" : 18]> g (float[n, 10] logits)
+        => ({kind}[n, m] y) {{ {ending} }}""")
+    model.graph.node.extend(more.graph.node)
+    model.graph.output[0].CopyFrom(more.graph.output[0])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert_damage_shows(path, tmp_path)
+
+
+STEP = """<ir_version: 8, opset_import: ["" : 17]> g (float[1, 1] x) => (float[1, 1] y)
+    <float at = {AT}, float scale = {SCALE}>
+    { s = Mul(x, scale)  r = Relu(s)  t = Greater(r, at)  y = Cast <to = 1> (t) }"""
+
+
+@pytest.mark.parametrize(
+    ("at", "scale", "verdict"),
+    [
+        (0.5, 1.0, "passed"),
+        (0.5, 1.06, "failed"),  # The step lies elsewhere.
+        (260.0, 1.0, "inconclusive"),  # Random numbers are hardly ever beyond it.
+    ],
+)
+def test_a_step_must_be_in_its_place(tmp_path, at, scale, verdict):
+    text = STEP.replace("AT", str(at))
+    original, _ = written(tmp_path, "original", text.replace("SCALE", "1.0"))
+    steered, report = written(tmp_path, "steered", text.replace("SCALE", str(scale)), 0.85)
+    np.savez(tmp_path / "inputs.npz", x=np.float32([[0.8]]))
+    for inputs in None, tmp_path / "inputs.npz":
+        result = validate.validate(steered, against=original, inputs=inputs)
+        assert result.ok == (verdict == "passed")
+        assert all(run.inconclusive == (verdict == "inconclusive") for run in result.runs)
+    if verdict == "passed":
+        validate.check_steered(original, steered, report, 0.85, "portable")
+    else:
+        with pytest.raises(CheckFailed, match=r"beside a step|inconclusive"):
+            validate.check_steered(original, steered, report, 0.85, "portable")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,32 @@ g (float[2] s, float[N, 2] x) => (float[2] t, float[N, 2] y)
     body = step (float[2] c, float[2] v) => (float[2] d, float[2] w)
     { d = Add(c, v)  w = Relu(d) }> (s, x) }"""
 
+# ONNX Runtime loads no functions of several nodes inside SequenceMap.
+SEQUENCES = """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+g (float[N, 4] x, bool b) => (float[N, 4] y)
+<float zero = {0}, float six = {6}, int64 one = {1}>
+{
+  s = SplitToSequence (x, one)  w = Abs(x)  t = SplitToSequence (w, one)
+  p, q = SequenceMap <body = two (float[a, 4] e, float[N, 4] f, float[c, 4] d)
+    => (float[a, 4] o, float[g, 4] n)
+    <float[1] k = {0.5}>
+    { h = Neg(e)  i = Relu(h)  j = If (b) <
+        then_branch = then_graph () => (float[h, 4] l) { l = Clip(i, k, six) },
+        else_branch = else_graph () => (float[h, 4] m) { m = Identity(i) }>
+      o = Mul(j, d)  u = ReduceSum(f)  v = Sub(u, h)  n = Max(v, zero) }> (s, w, t)
+  r = my.each(x)  z = SequenceMap <body = one (float[a, 4] e) => (float[a, 4] o)
+    { o = my.inner(e) }> (p)
+  c = ConcatFromSequence <axis: int = 0> (z)  d = ConcatFromSequence <axis: int = 0> (q)
+  y = Sum(c, d, r)
+}
+<domain: "my", opset_import: ["" : 17]>
+each (X) => (Y)
+{ one = Constant <value_int: int = 1> ()  s = SplitToSequence (X, one)
+  t = SequenceMap <body = body (float[a, 4] e) => (float[a, 4] o) { h = Neg(e)  o = Relu(h) }> (s)
+  Y = ConcatFromSequence <axis: int = 0> (t) }
+<domain: "my", opset_import: ["" : 17]>
+inner (X) => (Y) { Y = LeakyRelu(X) }"""
+
 MIXED = """<ir_version: 8, opset_import: ["" : OPSET]>
 g (float[N, 4] x) => (float[N, 4] y, float16[N, 4] z)
 { y = Relu(x)  h = Cast <to: int = 10> (x)  z = Relu(h) }"""
@@ -81,6 +107,7 @@ MODELS = {
     "subgraphs": SUBGRAPHS,
     "functions": FUNCTIONS,
     "scan": SCAN,
+    "sequences": SEQUENCES,
 }
 
 INPUTS = {
@@ -89,6 +116,7 @@ INPUTS = {
     "plain": {"x": np.float32([[-2, -0.1, 0.3, 4]])},
     "subgraphs": {"x": np.float32([[-2, -0.1, 0.3, 4]]), "b": np.array(True)},
     "functions": {"x": np.float32([[-2, -0.1, 0.3, 4]]), "b": np.array(True)},
+    "sequences": {"x": np.float32([[-2, -0.1, 0.3, 4], [1, -1, 0.2, -0.3]]), "b": np.array(True)},
     "scan": {"s": np.float32([0.1, -0.2]), "x": np.float32([[-1, 2], [0.5, -3], [1, 1]])},
 }
 
@@ -382,6 +410,49 @@ def test_a_note_mentions_calibrated_ranges():
     { h = Relu(x)  y = QuantizeLinear(h, s, o) }"""
     _, report = steered(parsed(text), 0.5)
     assert any("1 feed QuantizeLinear" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("activation", "lowering", "expected"),
+    [
+        ("Relu(e)", "portable", "Loop"),
+        ("Relu(e)", "op", "SequenceMap"),
+        ("Relu(e)", "primitives", "SequenceMap"),
+        ("Clip(e, zero, six)", "op", "Loop"),
+        ("Identity(e)", "portable", "SequenceMap"),
+    ],
+)
+def test_a_sequence_map_becomes_a_loop_where_its_body_calls_functions(
+    activation, lowering, expected
+):
+    changed, report = steered(
+        parsed(f"""<ir_version: 8, opset_import: ["" : 17]>
+            g (float[N, 4] x) => (float[N, 4] y, seq(float[1, 4]) t)
+            <float zero = {{0}}, float six = {{6}}>
+            {{ y = Relu(x)  s = SplitToSequence (x)  t = SequenceMap <
+                body = body (float[a, 4] e) => (float[a, 4] o) {{ o = {activation} }}> (s) }}"""),
+        0.5,
+        lowering=lowering,
+    )
+    assert expected in [node.op_type for node in changed.graph.node]
+    assert any("SequenceMap" in note for note in report.notes) == (expected == "Loop")
+
+
+def test_a_sequence_map_of_unknown_types_stays():
+    """Whether `u` is a sequence or a tensor is not known in a function."""
+    model = parsed("""<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+        g (float[N, 4] x) => (seq(float[1, 4]) y) { s = SplitToSequence (x)  y = my.f(s, s) }
+        <domain: "my", opset_import: ["" : 17]> f (s, u) => (t)
+        { t = SequenceMap <body = body (float[a, 4] e, float[a, 4] v) => (float[a, 4] o)
+            { h = Relu(e)  o = Add(h, v) }> (s, u) }""")
+    changed, report = steered(model, 0.5)
+    assert [node.op_type for node in changed.functions[0].node] == ["SequenceMap"]
+    assert any("onnx.inliner first" in note for note in report.notes)
+    changed, report = steered(inliner.inline_local_functions(model), 0.5)
+    assert "Loop" in [node.op_type for node in changed.graph.node]
+    outputs(changed, INPUTS["plain"], library=False)
+    SteeredModel(changed).unsteer()
+    assert changed == inliner.inline_local_functions(model)
 
 
 def test_functions_inlined_by_another_tool_are_not_steerable():

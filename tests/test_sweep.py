@@ -725,7 +725,7 @@ def test_the_command_prints_the_result_alone(tmp_path):
         "wrote best.onnx",
     ]
     lines = out.splitlines()
-    assert lines[0].split() == ["BETA", "ACCURACY", "ERROR", "GAIN", "95", "%"]
+    assert lines[0].split() == ["BETA", "ACCURACY", "SE", "GAIN", "95", "%"]
     assert [line[0] for line in lines[1:4]] == [" ", " ", "*"]
     assert "┌" in lines[5]
     assert lines[-1] == "best beta 1: accuracy 1.0000 on 60 samples, the original"

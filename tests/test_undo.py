@@ -138,6 +138,74 @@ def test_a_rename_of_every_place(name, beta_as):
     assert ctonnx.unpatch(changed) == model
 
 
+MAPPED = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[3, 4] x) => (float[n, 4] y) <int64 one = {1}>
+    { s = SplitToSequence (x, one)  w = Abs(x)
+      t = SequenceMap <body = body (float[a, 4] e, float[3, 4] f) => (float[b, 4] o)
+        { h = Neg(e)  i = Relu(h)  o = Mul(f, i) }> (s, w)
+      y = ConcatFromSequence <axis: int = 0> (t) }"""
+
+
+@pytest.mark.parametrize("keep_io_types", [False, True])
+def test_a_sequence_map_after_a_conversion_to_float16(keep_io_types):
+    """It was a Loop meanwhile, which has no types for the elements."""
+    model, options = parsed(MAPPED), {"keep_io_types": keep_io_types}
+    back = ctonnx.unpatch(convert_float_to_float16(ctonnx.patch(model, 0.7), **options))
+    assert [n.op_type for n in back.graph.node if n.op_type != "Cast"] == [
+        n.op_type for n in model.graph.node
+    ]
+    check_same(back, convert_float_to_float16(model, **options))
+
+
+def drop_identity(loop, body, graph):
+    (identity,) = (n for n in body.node if n.op_type == "Identity" and n.input[0] == "w")
+    body.node.remove(identity)
+    next(n for n in body.node if "f" in n.input).input[0] = "w"
+
+
+def read_the_step(loop, body, graph):
+    step = helper.make_node("Cast", [body.input[0].name], ["as_float"], to=1)
+    body.node.insert(0, step)
+    next(n for n in body.node if n.op_type == "Neg").input[0] = "as_float"
+
+
+def stop_early(loop, body, graph):
+    graph.node.insert(0, helper.make_node("Constant", [], ["twice"], value_int=2))
+    loop.input[0] = "twice"
+
+
+def start_with_one(loop, body, graph):
+    (empty,) = (n for n in graph.node if n.op_type == "SequenceEmpty")
+    empty.op_type = "SequenceConstruct"
+    empty.input.append("x")
+    del empty.attribute[:]
+
+
+@pytest.mark.parametrize("change", [drop_identity, read_the_step, stop_early, start_with_one])
+def test_a_loop_that_is_no_sequence_map_any_more(change):
+    changed = ctonnx.patch(parsed(MAPPED), 0.7)
+    graph = changed.graph
+    (loop,) = (n for n in graph.node if n.op_type == "Loop")
+    change(loop, loop.attribute[0].g, graph)
+    before = changed.SerializeToString()
+    with pytest.raises(ModelError, match="the Loop 't' was a SequenceMap, and another tool has"):
+        SteeredModel(changed).unsteer()
+    assert changed.SerializeToString() == before
+
+
+def test_what_others_read_too_stays():
+    """As after a tool that shares equal nodes."""
+    changed = ctonnx.patch(parsed(MAPPED), 0.7)
+    (length,) = (n for n in changed.graph.node if n.op_type == "SequenceLength")
+    changed.graph.output.append(helper.make_tensor_value_info(length.output[0], 7, []))
+    back = ctonnx.unpatch(changed)
+    assert [n.op_type for n in back.graph.node if n.op_type.startswith("Sequence")] == [
+        "SequenceLength",
+        "SequenceMap",
+    ]
+    Model(back.SerializeToString())
+
+
 @pytest.mark.parametrize("options", [{}, {"keep_io_types": True}, {"op_block_list": "CTU"}])
 def test_after_a_conversion_to_float16(options):
     if "op_block_list" in options:

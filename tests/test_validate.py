@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import DIGITS, ROOT, op_model, parsed
 from onnx import helper
+from test_rewrite import SEQUENCES
 
 from ctonnx.check import validate
 from ctonnx.errors import (
@@ -336,6 +337,22 @@ def test_a_missing_output_and_nan_fail(tmp_path):
     result = validate.validate(path, against=ORIGINAL, inputs=tmp_path / "inputs.npz")
     assert len(failed(result)) == 3
     assert result.notes == ["input 'image' holds NaN or infinity"]
+
+
+def test_activations_inside_a_sequence_map(tmp_path):
+    pytest.importorskip("torch")
+    original, path, model = tmp_path / "a.onnx", tmp_path / "b.onnx", parsed(SEQUENCES)
+    original.write_bytes(model.SerializeToString())
+    report = steer(model, 0.85)
+    path.write_bytes(model.SerializeToString())
+    validate.check_steered(original, path, report, 0.85, "portable")
+    for result in validate.validate(path), validate.validate(path, against=original):
+        assert result.ok
+        assert {WITH, WITHOUT} <= {run.name for run in result.runs}
+    (function,) = [f for f in model.functions if f.name == "CTU"]
+    next(n for n in function.node if n.op_type == "Log").op_type = "Exp"
+    path.write_bytes(model.SerializeToString())
+    assert failed(validate.validate(path)) == {WITHOUT, ALONE + WITHOUT}
 
 
 def test_every_kind_of_site(tmp_path):

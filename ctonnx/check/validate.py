@@ -10,7 +10,14 @@ import numpy as np
 from onnx import ModelProto, TensorProto
 
 from .. import ctu
-from ..errors import CheckFailed, CtonnxError, ModelError, NothingToDo, UsageError
+from ..errors import (
+    CheckFailed,
+    CtonnxError,
+    MissingDependency,
+    ModelError,
+    NothingToDo,
+    UsageError,
+)
 from ..model import files
 from ..model.external import check_external_data
 from ..model.flow import reached_by_values
@@ -21,6 +28,7 @@ from ..ort.compare import Comparison, Response, compare
 from ..ort.runs import (
     CPU,
     Arrays,
+    Compute,
     Model,
     Trial,
     load_inputs,
@@ -29,6 +37,7 @@ from ..ort.runs import (
     variant,
     with_outputs,
 )
+from ..ort.steps import Steps
 from ..rewriting.steer import Report
 from ..rewriting.steered import NOT_STEERED, SteeredModel
 from .expected import Expected, Float64Run, OriginalRun, PyTorchRun, required_inputs
@@ -138,7 +147,12 @@ def validate(
     elif module is not None:
         expected = PyTorchRun(module, steered)
     elif steered.was_steered:
-        expected = Float64Run(path, steered)
+        try:
+            expected = Float64Run(path, steered)
+        except MissingDependency as error:
+            raise MissingDependency(
+                f"{error}, or compare with the original: --against ORIGINAL"
+            ) from error
     else:  # It would pass: PyTorch computes the same standard ops.
         raise NothingToDo(NOT_STEERED)
     ways = _ways(path, steered, providers, notes)
@@ -149,9 +163,12 @@ def validate(
     notes += [f"output {n!r} is empty: not compared" for n, v in outputs.items() if not np.size(v)]
     check = partial(compare, rtol=rtol, reference=expected.exact, inside=_narrowest_type(steered))
     response = _response(trial, steered, notes)
+    steps = Steps(trial, expected.run, response.moves)
+    absolute = partial(check, atol=atol or 0.0)
     runs = []
     for way in ways:
-        comparisons = check(outputs, way.session.run(arrays), atol=atol or 0.0, response=response)
+        comparisons = absolute(outputs, way.session.run(arrays), response=response)
+        comparisons = steps.judge(comparisons, way.session.run, absolute)
         run = Run(way.name, comparisons)
         if any(not c.ok and not c.inconclusive for c in comparisons):
             run = Run(way.name, comparisons, _diverges(steered, arrays, expected, way, check))
@@ -415,28 +432,33 @@ def check_steered(
         except ModelError as error:
             raise ModelError(f"the steered model: {error}") from error
 
+    check = partial(compare, inside=inside)
+
+    def compared(expected: Compute, actual: Compute) -> list[Comparison]:
+        comparisons = check(expected(inputs), actual(inputs), response=response)
+        return Steps(trial, expected, response.moves).judge(comparisons, actual, check)
+
     feeds = at_one.override(1.0)
     with variant(steered, at_one.proto) as opened:
-        outputs = load(opened, use_library).run({**inputs, **feeds})
+        changed = load(opened, use_library)
     results = {
-        "at beta 1 against the original": compare(
-            trial.outputs, outputs, inside=inside, response=response
+        "at beta 1 against the original": compared(
+            reference.run, lambda inputs: changed.run({**inputs, **feeds})
         )
     }
     if lowering == "portable" and use_library:
-        inputs.update(dict.fromkeys(feeds, np.array(beta, np.float32)))
-        results["op library vs. fallback"] = compare(
-            load(steered).run(inputs),
-            load(steered, True).run(inputs),
-            inside=inside,
-            response=response,
+        fed = dict.fromkeys(feeds, np.array(beta, np.float32))
+        fallback, kernel = load(steered), load(steered, True)
+        results["op library vs. fallback"] = compared(
+            lambda inputs: fallback.run({**inputs, **fed}),
+            lambda inputs: kernel.run({**inputs, **fed}),
         )
-    for check, comparisons in results.items():
+    for name, comparisons in results.items():
         for comparison in comparisons:
             if not comparison.ok:
                 remedy = ": without --check, `ctonnx validate --against` takes --inputs and --shape"
                 raise CheckFailed(
-                    f"{check}: output {comparison.name!r} {comparison.reason}"
+                    f"{name}: output {comparison.name!r} {comparison.reason}"
                     f"{remedy if comparison.inconclusive else ''}"
                 )
     return results

@@ -12,7 +12,7 @@ from .output import say
     "--port", type=click.IntRange(0, 65535), default=8710, show_default=True, help="0 for any."
 )
 def playground(port):
-    """Serve a page with sliders for beta and c to a browser on this machine.
+    """Serve a page with sliders for beta and c to a local browser.
 
     It shows a decision boundary, a regression curve and a reader of digits, run by onnxruntime-web,
     which npm fetches at the first start. Ctrl-C ends it.

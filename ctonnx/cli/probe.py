@@ -40,7 +40,7 @@ from .tables import columns, interval, mark
 @options.force
 @options.json
 def probe(model, output, points, as_json, feeding, **choices):
-    """Give MODEL other classes: a new linear head, and the beta that serves it.
+    """Give MODEL other classes by a linear head, at the best beta.
 
     At each beta a linear head is fitted on the features in front of the classifier. Beta is chosen
     on a part of the training set, and the test set compares it with beta 1, plain linear probing.

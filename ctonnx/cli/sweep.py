@@ -178,7 +178,7 @@ def _size(path):
 
 def _rows(result):
     """The rows of a table with one for each point."""
-    yield "", "BETA", "C", result.metric.upper(), "ERROR", "GAIN", "95 %", "SAMPLES"
+    yield "", "BETA", "C", result.metric.upper(), "SE", "GAIN", "95 %", "SAMPLES"
     most = max(point.samples for point in result.points)
     raced = any(point.samples != most for point in result.points)
     form = _format(result)

@@ -17,10 +17,10 @@ from .output import echo, print_json, progress
 @options.force
 @options.json
 def unpatch(model, output, original, force, as_json):
-    """Give back the original of a steered MODEL, with what other tools did to it since.
+    """Give back the original of a steered MODEL.
 
-    MODEL is a file, or - for standard input. --output defaults to X.onnx beside X.ct.onnx, and to
-    standard output for -.
+    What other tools did to MODEL since it was steered stays. MODEL is a file, or - for standard
+    input. --output defaults to X.onnx beside X.ct.onnx, and to standard output for -.
     """
     from .. import api
     from ..model import files

@@ -1,6 +1,6 @@
 """Walking a model: its graph, subgraphs and model-local functions."""
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,9 +37,9 @@ class Scope:
     under the names of inputs are constants.
 
     `types` maps a tensor's name to the set of its TensorProto element types: several where calls of
-    a function differ, and unknown ones are missing. `shapes` maps it to its dimensions, each a
-    number, a symbol or None; to None where calls differ. Names of `parent` are looked up in it, as
-    copies of them would take quadratic time.
+    a function differ, and none for a sequence; unknown ones are missing. `shapes` maps it to its
+    dimensions, each a number, a symbol or None; to None where calls differ. Names of `parent` are
+    looked up in it, as copies of them would take quadratic time.
     """
 
     path: str
@@ -164,6 +164,18 @@ def reads(node: NodeProto) -> set[str]:
     for subgraph in _subgraphs(node):
         names |= _captured(subgraph)
     return names
+
+
+def readers(scope: Scope) -> Counter[str]:
+    """How many nodes, and outputs of the scope, read each tensor."""
+    graph = scope.graph
+    if isinstance(graph, FunctionProto):
+        counts = Counter(graph.output)
+    else:
+        counts = Counter(value.name for value in graph.output)
+    for node in graph.node:
+        counts.update(reads(node))
+    return counts
 
 
 def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:

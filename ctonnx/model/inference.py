@@ -176,6 +176,8 @@ def _inferred(model: ModelProto) -> list[Scope]:
             kind = value.type.tensor_type
             if kind.elem_type:
                 scope.types[value.name] = {kind.elem_type}
+            elif value.type.HasField("sequence_type"):
+                scope.types[value.name] = set()
             if kind.HasField("shape"):
                 scope.shapes[value.name] = [_dimension(dim) for dim in kind.shape.dim]
     return result

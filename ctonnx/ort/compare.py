@@ -32,7 +32,7 @@ _ROUNDING = 0.1
 _UNITS = 16
 
 # How many times its difference, or its rounding, an output must change with the inputs.
-_TELLING = 4
+TELLING = 4
 
 # Significant bits, the hidden one included, and the exponent of the smallest normal number.
 _PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
@@ -238,7 +238,7 @@ def _doubt(result, expected, actual, response, inside, strict) -> str | None:
     if not moves:
         return "it is the same for other inputs"
     blurred = max(scale * 2.0 ** -_PRECISION[kind], result.max_abs * strict)
-    if moves <= _TELLING * blurred:
+    if moves <= TELLING * blurred:
         return f"inputs that differ by 5 % change it by {moves:.1e}, rounding by {blurred:.1e}"
     return None
 

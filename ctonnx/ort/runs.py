@@ -38,11 +38,14 @@ _RANGES = ((1.0, 0.0), (0.25, 0.5), (50.0, 128.0), (10.0, 0.0), (0.1, 0.0))
 
 # The change of the inputs that an output must show, and how much of it, as parts of the largest
 # value: noise of 5 % on all weights changes it by more.
-_TWENTIETH = 0.05
-_MOVES = 5e-3
+TWENTIETH = 0.05
+MOVES = 5e-3
 
 # Sigmoids and softmaxes are rounded to about 1e-7: larger outputs tell more.
-_LARGE = 1e-4
+LARGE = 1e-4
+
+# What counts as no change: in a saturated softmax numbers of 1e-30 change.
+_STILL = 1e-9
 
 _NUDGES = 4
 
@@ -209,7 +212,8 @@ def read_arrays(path: str | PathLike) -> Arrays:
         ) from None
 
 
-_Run = Callable[[Arrays], Arrays]
+# From inputs to outputs.
+Compute = Callable[[Arrays], Arrays]
 
 
 class Trial:
@@ -221,14 +225,15 @@ class Trial:
         fixed: names of inputs that stay as they are.
     """
 
-    def __init__(self, run: _Run, inputs: Arrays, fixed: Collection[str] = ()):
-        self.inputs = inputs
-        self._run, self._free = run, sorted(inputs.keys() - set(fixed))
+    def __init__(self, run: Compute, inputs: Arrays, fixed: Collection[str] = ()):
+        self.run, self.inputs = run, inputs
+        self._free = sorted(inputs.keys() - set(fixed))
+        self.floats = {n: inputs[n] for n in self._free if inputs[n].dtype.kind == "f"}
         self._nudged: dict[float, Arrays] = {}
 
     @cached_property
     def outputs(self) -> Arrays:
-        return self._run(self.inputs)
+        return self.run(self.inputs)
 
     def response(self) -> Response:
         return Response(self.moves, self.nudged)
@@ -238,25 +243,55 @@ class Trial:
         """What a change of the inputs by a twentieth of their largest value changes of each output
         at most. One of integers counts by a twentieth; what is no floating-point number need but
         change, if only with other inputs altogether."""
-        moves = dict.fromkeys(self.outputs, 0.0)
+        moves = {n: max(changes, default=0.0) for n, changes in self._changes.items()}
 
-        def measure(outputs, weight, floats):
+        def measure(outputs, floats):
             for name, before in self.outputs.items():
-                if floats or not _is_floating(before):
-                    change = weight * _change(before, outputs.get(name))
-                    moves[name] = max(moves[name], change)
+                if floats or not is_floating(before):
+                    other = TWENTIETH * change(before, outputs.get(name))
+                    moves[name] = max(moves[name], other)
 
-        for outputs in self._nudges(_TWENTIETH):
-            measure(outputs, 1.0, True)
         integers = [n for n in self._free if self.inputs[n].dtype.kind in "iub"]
-        rest = [] if all(map(_is_floating, self.outputs.values())) else self._free
+        rest = [] if all(map(is_floating, self.outputs.values())) else self._free
         for names, floats in (integers, True), (rest, False):
             rng = np.random.default_rng(0)
             others = {name: _other(rng, self.inputs[name]) for name in names}
             with suppress(ModelError):  # They may be sizes or indices.
                 if others:
-                    measure(self._run({**self.inputs, **others}), _TWENTIETH, floats)
+                    measure(self.run({**self.inputs, **others}), floats)
         return moves
+
+    @cached_property
+    def stepwise(self) -> set[str]:
+        """The outputs that some change of the floating-point inputs by a twentieth leaves as they
+        are; without those of integers, if there are others."""
+        floats = {name for name, value in self.outputs.items() if is_floating(value)}
+        return {
+            name
+            for name, changes in self._changes.items()
+            if min(changes, default=np.inf) <= _STILL * scale(self.outputs[name])
+            and name in (floats or self.outputs)
+        }
+
+    @cached_property
+    def _changes(self) -> dict[str, list[float]]:
+        """What each change of the floating-point inputs by a twentieth changes of each output."""
+        nudged = list(self._nudges(TWENTIETH))
+        return {
+            name: [change(before, after.get(name)) for after in nudged]
+            for name, before in self.outputs.items()
+        }
+
+    def draw(self, seed: int) -> Arrays:
+        """Inputs with other random floats, of each range in turn but the smallest, where the
+        rounding of biases would count."""
+        *ranges, _ = _RANGES
+        rng, (spread, offset) = np.random.default_rng(seed), ranges[seed % len(ranges)]
+        drawn = {
+            name: np.asarray(rng.normal(size=value.shape) * spread + offset, value.dtype)
+            for name, value in self.floats.items()
+        }
+        return {**self.inputs, **drawn}
 
     def nudged(self, relative: float) -> Arrays:
         """The largest change of each element of the outputs where the inputs change by `relative`,
@@ -267,27 +302,26 @@ class Trial:
             for outputs in self._nudges(relative / 10):
                 for name, before in self.outputs.items():
                     after = outputs.get(name)
-                    if _is_floating(before) and after is not None and after.shape == before.shape:
-                        change = 10 * _difference(before, after)
-                        changes[name] = np.maximum(changes.get(name, 0.0), change)
+                    if is_floating(before) and after is not None and after.shape == before.shape:
+                        larger = 10 * _difference(before, after)
+                        changes[name] = np.maximum(changes.get(name, 0.0), larger)
             self._nudged[relative] = changes
         return self._nudged[relative]
 
     def _nudges(self, relative: float) -> Iterator[Arrays]:
         """The outputs for inputs that differ by a part of their largest value, in several ways."""
-        floats = {n: self.inputs[n] for n in self._free if self.inputs[n].dtype.kind == "f"}
-        for way in range(_NUDGES if floats else 0):
+        for way in range(_NUDGES if self.floats else 0):
             rng = np.random.default_rng(way)
-            nudged = {name: _nudge(rng, value, relative, way) for name, value in floats.items()}
+            nudged = {n: _nudge(rng, value, relative, way) for n, value in self.floats.items()}
             with suppress(ModelError):
-                yield self._run({**self.inputs, **nudged})
+                yield self.run({**self.inputs, **nudged})
 
     def telling(self) -> list[bool]:
         """Whether each output changes with the inputs by enough: of a floating-point type, where
         there is one."""
-        floats = [n for n, v in self.outputs.items() if _is_floating(v)] or list(self.outputs)
-        scales = {n: _scale(self.outputs[n]) for n in floats}
-        return [scales[n] > _LARGE and self.moves[n] > _MOVES * scales[n] for n in floats]
+        floats = [n for n, v in self.outputs.items() if is_floating(v)] or list(self.outputs)
+        scales = {n: scale(self.outputs[n]) for n in floats}
+        return [scales[n] > LARGE and self.moves[n] > MOVES * scales[n] for n in floats]
 
 
 def random_inputs(
@@ -313,7 +347,7 @@ def random_trial(
     shapes: Mapping[str, Sequence[int]] | None = None,
     given: Mapping[str, np.ndarray] | None = None,
     wanted: Callable[[Iterable[bool]], bool] = all,
-    source: _Run | None = None,
+    source: Compute | None = None,
 ) -> Trial:
     """A run on inputs as `random_inputs` gives them.
 
@@ -428,27 +462,27 @@ def _other(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
 
 def _nudge(rng: np.random.Generator, array: np.ndarray, relative: float, way: int) -> np.ndarray:
     """An input that differs by a part of its largest value: scaled, shifted or at random."""
-    largest = _scale(array)
+    largest = scale(array)
     by = array if way == 0 else largest if way == 1 else largest * rng.uniform(-1, 1, array.shape)
     return np.asarray(array + relative * by, array.dtype)
 
 
-def _is_floating(array: np.ndarray) -> bool:
+def is_floating(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
-def _scale(array: np.ndarray) -> float:
-    if not _is_floating(array):
+def scale(array: np.ndarray) -> float:
+    if not is_floating(array):
         return 1.0
     values = np.abs(array.astype(np.float64))
     return float(values[np.isfinite(values)].max(initial=0.0))
 
 
-def _change(before: np.ndarray, after: np.ndarray | None) -> float:
+def change(before: np.ndarray, after: np.ndarray | None) -> float:
     """The largest change of an output; infinity for another shape, or in what is no float."""
     if after is None or after.shape != before.shape:
         return np.inf
-    if not _is_floating(before):
+    if not is_floating(before):
         return 0.0 if np.array_equal(before, after) else np.inf
     return float(_difference(before, after).max(initial=0.0))
 

@@ -1,15 +1,14 @@
 """Finding activations: which nodes are activations, which are steered, and why others are not."""
 
 import ast
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import FunctionProto, NodeProto, TensorProto, numpy_helper
+from onnx import NodeProto, TensorProto, numpy_helper
 
 from .. import ctu
-from ..model.graph import DEFAULT_DOMAINS, Scope, node_label, reads
+from ..model.graph import DEFAULT_DOMAINS, Scope, node_label, readers
 from . import activations, records
 
 # Characters of the scopes that PyTorch's exporter writes to a node.
@@ -117,7 +116,7 @@ class _Pair:
 def _pairs(scope: Scope, producers: Mapping[str, NodeProto]) -> dict[int, _Pair]:
     """The pairs of nodes that make up a Clip, by the id of the second."""
     pairs, members = {}, set()
-    readers = None
+    counts = None
     for node in scope.graph.node:
         if node.op_type not in ("Max", "Min", "Clip", "Relu") or id(node) in members:
             continue
@@ -129,9 +128,9 @@ def _pairs(scope: Scope, producers: Mapping[str, NodeProto]) -> dict[int, _Pair]
             steering = activations.as_clip(bounding, node, scope)
             if steering is None or not scope.types.get(name, set()) <= set(ctu.FLOATING):
                 continue
-            if readers is None:
-                readers = _readers(scope)
-            alone = readers[name] == 1
+            if counts is None:
+                counts = readers(scope)
+            alone = counts[name] == 1
             fused = bounding is not first
             if fused and not alone:
                 continue  # X is no tensor of its own.
@@ -150,18 +149,6 @@ def _keeps_shape(node: NodeProto, x: str, scope: Scope) -> bool:
     """Whether a node that bounds x by a constant surely gives the shape of x."""
     bounds = node.input if node.op_type in ("Max", "Min") else ()
     return all(activations.keeps_shape(scope, x, bound) for bound in bounds if bound != x)
-
-
-def _readers(scope: Scope) -> Counter[str]:
-    """How many nodes, and outputs of the scope, read each tensor."""
-    graph = scope.graph
-    if isinstance(graph, FunctionProto):
-        counts = Counter(graph.output)
-    else:
-        counts = Counter(value.name for value in graph.output)
-    for node in graph.node:
-        counts.update(reads(node))
-    return counts
 
 
 def _activation(node, op, scope, status, **fields) -> Activation:

@@ -10,7 +10,7 @@ import json
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
-from onnx import ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from ..errors import ModelError
 from ..model.graph import keep, node_label
@@ -27,6 +27,9 @@ _LOWERED = "ctonnx.lowered"
 
 # What the weights were calibrated on.
 _CALIBRATION = "ctonnx.calibration"
+
+# Marks what takes an element for the body of a SequenceMap, in its Loop, with the input's place.
+_ELEMENT = "ctonnx.element"
 
 # The labels of a head that `ctonnx probe` has put in: no record of steering.
 _CLASSES = "ctonnx.classes"
@@ -163,6 +166,14 @@ def record_op_type(node: NodeProto) -> None:
     _add(node, _ORIGINAL, _encode(NodeProto(op_type=node.op_type)))
 
 
+def record_sequence_map(node: NodeProto, body: GraphProto) -> None:
+    """Record what a SequenceMap has and the Loop in its place has not."""
+    before = NodeProto(op_type=node.op_type, input=node.input)
+    values = GraphProto(input=body.input, output=body.output)
+    before.attribute.append(helper.make_attribute("body", values))
+    _add(node, _ORIGINAL, _encode(before))
+
+
 def original_node(node: NodeProto) -> NodeProto:
     """What the record of a node holds: the node as it was, with the names of that time.
 
@@ -207,6 +218,16 @@ def lowered_op(node: NodeProto) -> str | None:
 def has_record(proto: ModelProto | NodeProto) -> bool:
     """Whether the metadata of a model or node tell of steering."""
     return any(map(_is_record, proto.metadata_props))
+
+
+def mark_element(node: NodeProto, place: int) -> None:
+    """Mark a node as what gives the body of a SequenceMap its input at `place`."""
+    _add(node, _ELEMENT, str(place))
+
+
+def element_place(node: NodeProto) -> str | None:
+    """The place given to `mark_element`, as text; None for any other node."""
+    return get(node, _ELEMENT)
 
 
 # --- entries

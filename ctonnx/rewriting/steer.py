@@ -29,6 +29,7 @@ from . import activations, params, records, weights
 from .find import Activation, Site
 from .lower import to_primitives
 from .parameters import NewParameters, pass_into_functions
+from .sequences import to_loops
 from .steered import SteeredModel
 
 LOWERINGS = ("portable", "op", "primitives")
@@ -132,8 +133,6 @@ def steer(
     _insert_activations(sites)
     _note_quantized(model, sites, report)
     _note_opset(opset, sites, with_function, lowering, report)
-    if lowering == "portable":
-        _note_sequence_map(model, report)
     pass_into_functions(model, parameters.names)
     _import_domain(model, before)
     _add_functions(model, sites, opset, with_function, sloped)
@@ -141,6 +140,7 @@ def steer(
     metadata.set_original(before)
     if lowering == "primitives":
         to_primitives(model)
+    _loop_sequence_maps(model, parameters, report)
     metadata.update(
         version=__version__,
         beta=_in_common([value.beta for value in values]),
@@ -523,19 +523,17 @@ def _note_opset(
         )
 
 
-def _note_sequence_map(model: ModelProto, report: Report) -> None:
-    """Note CTUs that run with the op library only: ONNX Runtime loses the names inside a function
-    that is called in SequenceMap, and then refuses the file."""
-    count = sum(
-        ctu.is_ctu(inner)
-        for scope in scopes(model)
-        for node in scope.graph.node
-        if node.op_type == "SequenceMap"
-        for attribute in node.attribute
-        for inner in attribute.g.node
-    )
-    if count:
+def _loop_sequence_maps(model: ModelProto, parameters: NewParameters, report: Report) -> None:
+    """Let ONNX Runtime load the functions that are called inside SequenceMap."""
+    made, left = to_loops(model, parameters.names, parameters.fresh_name)
+    if made:
         report.notes.append(
-            f"{count} inside SequenceMap, where ONNX Runtime cannot load the fallback "
-            "(microsoft/onnxruntime#22100): load the op library, or lower to primitives"
+            f"wrote {made} SequenceMap as the Loop that it stands for: ONNX Runtime cannot load "
+            "functions inside SequenceMap (microsoft/onnxruntime#22100)"
+        )
+    if left:
+        report.notes.append(
+            f"{left} SequenceMap hold functions, which ONNX Runtime cannot load there "
+            "(microsoft/onnxruntime#22100), and types that are unknown, so that they stay: inline "
+            "the original's functions with onnx.inliner first"
         )

@@ -31,6 +31,7 @@ from . import activations, records
 from .leftovers import GONE, Nodes, drop_gone, restore_inputs
 from .parameters import BETA_SLOT
 from .renamed import give_back_names
+from .sequences import from_loops, is_loop
 
 _GO_BACK = "go back to the original"
 
@@ -59,7 +60,7 @@ def unsteer(model: ModelProto) -> None:
         give_back_names(before, whatever_they_do=True)
         for scope in scopes(before):
             _stand_in([node for node in scope.graph.node if ctu.is_ctu(node)])
-        if _fault(before) is None:
+        if undo.looped or _fault(before) is None:
             raise ModelError(f"cannot undo: the result is invalid ({fault}): {_GO_BACK}")
     if result.ir_version != model.ir_version:
         model.ir_version = result.ir_version
@@ -129,7 +130,7 @@ class _Undo:
 
     `dropped` are the names of the parameters removed. `touched` tells whether CTUs read other
     tensors, or of other types, than steering gave them. Where they do not, even what is invalid
-    goes back as it was.
+    goes back as it was. `looped` tells whether SequenceMaps had become Loops.
     """
 
     def __init__(self, model: ModelProto):
@@ -137,7 +138,7 @@ class _Undo:
         self._scopes = [scope for scope in scopes(model) if not scope.is_ours]
         self._nodes = Nodes(self._scopes)
         self._tensors: dict[int, set[str]] = {}
-        self.touched = False
+        self.touched = self.looped = False
         self.dropped: set[str] = set()
 
     def run(self) -> None:
@@ -151,6 +152,7 @@ class _Undo:
         _stand_in([site.node for site in sites])
         keep(self._model.functions, lambda function: not ctu.is_ctu(function))
         typed_scopes(self._model, self._scopes)
+        self.looped = from_loops(self._scopes, self.touched)
 
         reads = self._nodes.reads()
         hosts = {
@@ -190,13 +192,15 @@ class _Undo:
                     yield _Site(scope, node, before, node.op_type, list(node.input))
 
     def _recorded(self) -> list[tuple[Scope, NodeProto, NodeProto]]:
-        """The nodes that are no CTUs but have a record, and their records."""
-        return [
+        """The nodes that are no CTUs but have a record, and their records; without the Loops that
+        were SequenceMaps."""
+        recorded = [
             (scope, node, records.original_node(node))
             for scope in self._scopes
             for node in scope.graph.node
             if records.is_recorded(node) and not ctu.is_ctu(node)
         ]
+        return [one for one in recorded if not is_loop(one[2])]
 
     def _value(self, scope: Scope, name: str) -> float | None:
         """The number that `name` is, where that is a scalar constant in all calls."""
