@@ -368,6 +368,18 @@ def test_nodes_in_any_order(watched):
     assert distance(model, calibrated, axes, {"x": IMAGES}) < CLOSE
 
 
+def test_only_whole_batches_of_a_fixed_size_count():
+    """A batch that is filled up would count its last row several times."""
+    body = LAYERS["conv with bias"][0]
+    fixed = network(body, "float[8,3,8,8] x")
+    for samples in (12, 16):
+        data = ctonnx.Calibration(IMAGES[:20], samples=samples)
+        record = SteeredModel(ctonnx.patch(fixed, 0.5, calibration=data)).metadata.calibration
+        assert record["samples"] == 16
+    with pytest.raises(UsageError, match="takes batches of 8, and the calibration data hold 5 sa"):
+        ctonnx.patch(fixed, 0.5, calibration=IMAGES[:5])
+
+
 LEFT = {
     "a weight shared by layers in a row": (
         f"{STEM} b = Conv (r, six) s = Relu (b) c = Conv (s, six) t = Relu (c) z = Conv (t, next) "
@@ -851,6 +863,18 @@ def test_mistakes(name, digits, run):
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not Path("digits.ct.onnx").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("0 written")])
+def test_a_full_temporary_folder(error, monkeypatch, tmp_path):
+    def save(*_, **__):
+        raise error
+
+    monkeypatch.setattr(np, "save", save)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UsageError, match="(?i)cannot be written to: no space left on device: set"):
+        ctonnx.patch(network(LAYERS["gemm"][0]), 0.5, calibration=IMAGES)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_layers(tmp_path, run):

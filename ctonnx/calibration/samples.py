@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from .. import user_code
-from ..data.batches import Input, array_bytes, padded
+from ..data.batches import Input, array_bytes
 from ..data.images import Transform
 from ..data.open import DataOptions, is_factory, open_source
 from ..errors import InputFileError, UsageError
@@ -124,14 +124,24 @@ class Calibration:
         """Yield batches of samples, and how many they are."""
         options = DataOptions(None, self.batch_size, self.images, self.skip_broken)
         source, rest = open_source(self.data, inputs, options, seed=self.seed), self.samples
+        # Rows that only fill a batch would count as samples.
+        size = max((i.shape[0] or 0 for i in inputs if i.shape), default=0)
+        rest += -rest % max(size, 1)
+        found = held = 0
         for i in itertools.count():
             batch = source.batch(i)
             if batch is None or not rest:
-                return
+                break
             batch = batch.head(rest)
             rest -= len(batch)
-            if len(batch):
-                yield padded(batch, inputs), len(batch)
+            held += len(batch)
+            if len(batch) and len(batch) >= size:
+                found += len(batch)
+                yield {each.name: batch.inputs[each.name] for each in inputs}, len(batch)
+        if held and not found:
+            raise UsageError(
+                f"the model takes batches of {size}, and the calibration data hold {held} samples"
+            )
 
     def _sets(self, inputs: Sequence[Input]) -> Iterator[tuple[Arrays, int]]:
         """Yield sets of inputs as they are, and how many samples each holds."""
