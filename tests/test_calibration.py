@@ -507,6 +507,15 @@ def test_the_branch_that_the_samples_take_is_calibrated(level, taken, watched):
     )
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [(np.float32(1), "'x' holds one number"), ([[1.0, 2.0], [3.0]], "given for 'x' is no array")],
+)
+def test_a_set_of_inputs_without_samples_is_refused(x, message):
+    with pytest.raises(UsageError, match=message):
+        ctonnx.patch(branched(), 0.5, calibration={"x": x, "level": 1.0})
+
+
 def test_branches_that_differ_by_sample_are_left_alone(watched):
     model = branched()
 

@@ -152,7 +152,9 @@ class Calibration:
             missing = [i.name for i in inputs if i.name not in arrays]
             if missing:
                 raise UsageError(f"the calibration data lack the input {missing[0]!r}")
-            fed = {i.name: cast(repr(i.name), np.asarray(arrays[i.name]), i.dtype) for i in inputs}
+            fed = {i.name: _array(arrays[i.name], i) for i in inputs}
+            if rows is not None and not fed[rows].ndim:
+                raise UsageError(f"{rows!r} holds one number: give it a row per sample")
             yield fed, 1 if rows is None else len(fed[rows])
 
     def _given(self) -> Iterator[Any]:
@@ -171,6 +173,14 @@ class Calibration:
                 "the model's inputs have no row per sample: give an .npz file with a set of them, "
                 "or PKG:FACTORY, which gives dicts"
             )
+
+
+def _array(values: Any, of: Input) -> np.ndarray:
+    """What is given for an input, as an array of its dtype."""
+    try:
+        return cast(repr(of.name), np.asarray(values), of.dtype)
+    except ValueError:
+        raise UsageError(f"what is given for {of.name!r} is no array") from None
 
 
 def _have_rows(inputs: Sequence[Input]) -> bool:
