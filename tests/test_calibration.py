@@ -330,6 +330,56 @@ def test_a_shared_weight_gets_one_correction_from_all_uses(watched):
         np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-3)
 
 
+def test_a_bias_that_something_else_reads_stays():
+    """Both uses of the weight have a bias, one of which an Add reads too."""
+    body = (
+        SHARED.replace("Conv (r, six)", "Conv (r, six, bias)")
+        .replace(
+            "t = Relu (e)",
+            ("g = GlobalAveragePool (e) f = Flatten (g) h = Add (f, bias) t = Relu (e)"),
+        )
+        .replace("Conv (s, six)", "Conv (s, six, bias2)")
+    )
+    model = network(body + " v = Relu (h)", weights=WEIGHTS | {"bias2": 2 * WEIGHTS["bias"]})
+    calibrated = ctonnx.patch(model, 0.4, calibration=IMAGES)
+    after = {t.name: numpy_helper.to_array(t) for t in calibrated.graph.initializer}
+    assert ["f", "bias"] in [list(node.input) for node in calibrated.graph.node]
+    np.testing.assert_array_equal(after["bias"], WEIGHTS["bias"])
+
+
+def test_one_constant_as_scale_and_shift(watched):
+    model = network(
+        f"{STEM} z = BatchNormalization (a, bias, bias, bias, six_var) y = Relu (z)".replace(
+            "(a,", "(r,"
+        ),
+        weights=WEIGHTS | {"six_var": np.ones(6, np.float32)},
+    )
+    assert_restored(model, IMAGES, watched, layers=["n2"])
+
+
+def test_nodes_in_any_order(watched):
+    model = network(LAYERS["branches that join"][0], weights=WEIGHTS | MORE)
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    calibrated = ctonnx.patch(model, 0.3, calibration=IMAGES)
+    axes = axes_of(watched.last)
+    assert len(axes) == 3
+    assert distance(model, calibrated, axes, {"x": IMAGES}) < CLOSE
+
+
+def test_only_whole_batches_of_a_fixed_size_count():
+    """A batch that is filled up would count its last row several times."""
+    body = LAYERS["conv with bias"][0]
+    fixed = network(body, "float[8,3,8,8] x")
+    for samples in (12, 16):
+        data = ctonnx.Calibration(IMAGES[:20], samples=samples)
+        record = SteeredModel(ctonnx.patch(fixed, 0.5, calibration=data)).metadata.calibration
+        assert record["samples"] == 16
+    with pytest.raises(UsageError, match="takes batches of 8, and the calibration data hold 5 sa"):
+        ctonnx.patch(fixed, 0.5, calibration=IMAGES[:5])
+
+
 LEFT = {
     "a weight shared by layers in a row": (
         f"{STEM} b = Conv (r, six) s = Relu (b) c = Conv (s, six) t = Relu (c) z = Conv (t, next) "
@@ -360,12 +410,33 @@ LEFT = {
         "c = Cast <to: int = 1> (b) d = Conv (r, next) z = Add (c, d) y = Relu (z)",
         "it is quantized",
     ),
+    "a weight that is transposed elsewhere": (
+        f"{STEM} g = GlobalAveragePool (r) f = Flatten (g) b = Gemm (f, square) m = Abs (f) "
+        "s = Relu (m) c = Gemm <transB: int = 1> (s, square) d = Add (b, c) y = Relu (d)",
+        "its weight is shared by nodes of several kinds",
+    ),
+    "a weight of other groups elsewhere": (
+        f"{STEM} z = ConvTranspose <group: int = 3> (r, up_grouped) s = Abs (r) t = Relu (s) "
+        "b = ConvTranspose (t, up_grouped) d = Concat <axis: int = 1> (z, b) y = Relu (d)",
+        "its weight is shared by nodes of several kinds",
+    ),
+    "a bias that counts otherwise elsewhere": (
+        f"{STEM} g = GlobalAveragePool (r) f = Flatten (g) b = Gemm (f, square, bias) m = Abs (f) "
+        "s = Relu (m) c = Gemm <beta: float = 2.0> (s, square, bias) d = Add (b, c) y = Relu (d)",
+        "its weight is shared by nodes of several kinds",
+    ),
+    "a batch norm in training": (
+        f"{STEM} b = Conv (r, next) z, m, v = BatchNormalization <training_mode: int = 1> "
+        "(b, scale, shift, mean, var) y = Relu (z)",
+        "it sets mean and variance itself",
+    ),
     "a bias by row": (
         f"{STEM} z = Conv (r, next) {POOL} h = Gemm (f, fc, rows) y = Relu (h)",
         "its bias differs by row",
     ),
 }
 LEFT_WEIGHTS = MORE | {
+    "square": normal(6, 6),
     "step": np.float32(0.1),
     "zero": np.uint8(0),
     "int_weight": np.random.default_rng(0).integers(0, 3, (8, 6, 3, 3)).astype(np.uint8),
@@ -434,6 +505,15 @@ def test_the_branch_that_the_samples_take_is_calibrated(level, taken, watched):
         outputs_of(calibrated, ["z"], other)[0],
         outputs_of(ctonnx.patch(model, 0.1), ["z"], other)[0],
     )
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [(np.float32(1), "'x' holds one number"), ([[1.0, 2.0], [3.0]], "given for 'x' is no array")],
+)
+def test_a_set_of_inputs_without_samples_is_refused(x, message):
+    with pytest.raises(UsageError, match=message):
+        ctonnx.patch(branched(), 0.5, calibration={"x": x, "level": 1.0})
 
 
 def test_branches_that_differ_by_sample_are_left_alone(watched):
@@ -792,6 +872,18 @@ def test_mistakes(name, digits, run):
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not Path("digits.ct.onnx").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("0 written")])
+def test_a_full_temporary_folder(error, monkeypatch, tmp_path):
+    def save(*_, **__):
+        raise error
+
+    monkeypatch.setattr(np, "save", save)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UsageError, match=r"cannot be written to: [Nn]o space left on device: set"):
+        ctonnx.patch(network(LAYERS["gemm"][0]), 0.5, calibration=IMAGES)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_layers(tmp_path, run):

@@ -79,6 +79,11 @@ class Constants:
             return "its weight is of another element type than float, double and float16"
         if node.op_type == "MatMul" and len(tensors[0].dims) != 2:
             return "its weight is no matrix"
+        if node.op_type == "BatchNormalization":
+            if any(len(tensor.dims) != 1 for tensor in tensors):
+                return "its parameters are not one per channel"
+            if any(a.name == "training_mode" and a.i for a in node.attribute):
+                return "it sets mean and variance itself, as in training"
         bias = node.input[2] if len(node.input) > 2 else ""
         if node.op_type != "BatchNormalization" and bias and self.find(scope, bias) is None:
             return "its bias is no constant"

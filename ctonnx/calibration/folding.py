@@ -1,5 +1,6 @@
 """Folding corrections into the weights of a model, or making inputs of them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -18,23 +19,28 @@ from .moments import Correction
 class _Changes:
     """The changes of the constants of one layer, which its uses may share."""
 
-    def __init__(self, folding: "Folding", uses: int):
-        self._folding, self._uses = folding, uses
-        self._names: dict[int, str | None] = {}
+    def __init__(self, folding: "Folding", layer: Layer):
+        self._folding = folding
+        self._names: dict[tuple[int, bool], str | None] = {}
+        self._reads = Counter(
+            self._key(use, is_bias) for use in layer.uses for is_bias in (False, True)
+        )
 
     def __call__(
-        self,
-        scope: Scope,
-        node: NodeProto,
-        place: int,
-        function: Callable[[np.ndarray], np.ndarray],
+        self, use: Use, function: Callable[[np.ndarray], np.ndarray], is_bias: bool = False
     ) -> None:
-        """Change the constant that is an input of a node."""
-        key = id(self._folding.constants.find(scope, node.input[place]))
+        """Change the constant that is the weight of a use, or its bias."""
+        key, (node, place) = self._key(use, is_bias), use.bias if is_bias else use.weight
         if key not in self._names:
-            name = node.input[place]
-            self._names[key] = self._folding.replace(scope, name, self._uses, function)
+            name, reads = node.input[place], self._reads[key]
+            self._names[key] = self._folding.replace(use.scope, name, reads, function)
         node.input[place] = self._names[key] or node.input[place]
+
+    def _key(self, use: Use, is_bias: bool) -> tuple[int, bool]:
+        # One constant may be both scale and shift of a BatchNormalization.
+        node, place = use.bias if is_bias else use.weight
+        name = node.input[place] if place < len(node.input) else ""
+        return id(self._folding.constants.find(use.scope, name)), is_bias
 
 
 class Folding:
@@ -60,14 +66,14 @@ class Folding:
         Formula: with y = W x + b, scale · y + shift = (scale · W) x + (scale · b + shift).
         """
         scale, shift = correction.scale, correction.shift
-        change = _Changes(self, len(layer.uses))
+        change = _Changes(self, layer)
         for use in layer.uses:
             node = use.node
             if node.op_type == "BatchNormalization":
-                change(use.scope, node, 1, lambda array: scale * array)
-                change(use.scope, node, 2, lambda array: scale * array + shift)
+                change(use, lambda array: scale * array)
+                change(use, lambda array: scale * array + shift, is_bias=True)
                 continue
-            change(use.scope, node, 1, partial(scaled, node, scale=scale))
+            change(use, partial(scaled, node, scale=scale))
             if node.op_type == "MatMul":
                 self._shift_product(use, change, scale, shift)
             else:
@@ -77,7 +83,7 @@ class Folding:
         """Give a node with a bias, or room for one, its corrected bias."""
         node, factor = use.node, bias_factor(use.node)
         if factor != 0 and len(node.input) > 2 and node.input[2]:
-            change(use.scope, node, 2, lambda array: scale * array + shift / factor)
+            change(use, lambda array: scale * array + shift / factor, is_bias=True)
             return
         if factor == 0:  # Its bias counts for nothing.
             _set_float(node, "beta", 1.0)
@@ -89,10 +95,9 @@ class Folding:
         self, use: Use, change: "_Changes", scale: np.ndarray, shift: np.ndarray
     ) -> None:
         """Correct the Add behind a MatMul, or add one."""
-        node, add = use.node, use.adder
-        if add is not None:
-            place = 1 if add.input[0] == node.output[0] else 0
-            change(use.scope, add, place, lambda array: scale * array + shift)
+        node = use.node
+        if use.adder is not None:
+            change(use, lambda array: scale * array + shift, is_bias=True)
             return
         inner = self._fresh(f"{node.output[0]}_product")
         name = self._added("bias", use, shift)
@@ -102,10 +107,10 @@ class Folding:
         insert_behind(use.scope.graph, node, added)
 
     def replace(
-        self, scope: Scope, name: str, uses: int, function: Callable[[np.ndarray], np.ndarray]
+        self, scope: Scope, name: str, reads: int, function: Callable[[np.ndarray], np.ndarray]
     ) -> str | None:
-        """Change a constant: in place where it keeps its shape and no more nodes than `uses` read
-        it, else as a new initializer.
+        """Change a constant: in place where it keeps its shape and no more than `reads` inputs of
+        nodes read it, else as a new initializer.
 
         Returns:
             the name of the new one.
@@ -114,7 +119,7 @@ class Folding:
         assert tensor is not None
         array = numpy_helper.to_array(tensor, self._folder)
         result = function(array.astype(np.float64)).astype(array.dtype)
-        if self.constants.readers(tensor) > uses or result.shape != array.shape:
+        if self.constants.readers(tensor) > reads or result.shape != array.shape:
             return self._new(name, result)
         tensor.CopyFrom(numpy_helper.from_array(result, tensor.name))
         self.changed.append(tensor.name or name)

@@ -15,7 +15,7 @@ from ..model.flow import Flow, reached_by_values
 from ..model.graph import Scope, node_label
 from .constants import Constants
 from .flat import Flat
-from .linear import axis_of, is_layer
+from .linear import axis_of, is_layer, kind
 
 # Linear layers in forms that are left alone, and why.
 _QUANTIZED = "it is quantized"
@@ -67,6 +67,18 @@ class Use:
     def tail(self) -> NodeProto:
         """The node whose output is corrected."""
         return self.adder or self.node
+
+    @property
+    def weight(self) -> tuple[NodeProto, int]:
+        """The node that reads the weight, and the place of that among its inputs."""
+        return self.node, 1
+
+    @property
+    def bias(self) -> tuple[NodeProto, int]:
+        """The node that reads the bias, if there is one, and the place among its inputs."""
+        if self.adder is None:
+            return self.node, 2
+        return self.adder, 1 if self.adder.input[0] == self.node.output[0] else 0
 
 
 @dataclass(eq=False)
@@ -129,7 +141,7 @@ def find_layers(
 def _reason_to_split(layer: Layer, constants: Constants) -> str | None:
     """Why one correction does not serve all that reads a layer's weight, or None."""
     use = layer.uses[0]
-    if len({(each.node.op_type, each.adder is None) for each in layer.uses}) > 1:
+    if len({(each.adder is None, *kind(each.node)) for each in layer.uses}) > 1:
         return "its weight is shared by nodes of several kinds"
     if layer.op != "BatchNormalization":
         weight = constants.find(use.scope, use.node.input[1])

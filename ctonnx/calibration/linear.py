@@ -29,14 +29,27 @@ def scaled(node: NodeProto, weight: np.ndarray, scale: np.ndarray) -> np.ndarray
     if node.op_type == "Conv":
         return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
     if node.op_type == "ConvTranspose":
-        groups = attribute(node, "group", 1, AttributeProto.INT)
+        groups = _groups(node)
         inner, outer = weight.shape[0] // groups, weight.shape[1]
         split = weight.reshape(groups, inner, outer, -1) * scale.reshape(groups, 1, outer, 1)
         return split.reshape(weight.shape)
-    by_row = node.op_type == "Gemm" and attribute(node, "transB", 0, AttributeProto.INT)
-    return weight * (scale[:, None] if by_row else scale)
+    return weight * (scale[:, None] if _is_transposed(node) else scale)
 
 
 def bias_factor(node: NodeProto) -> float:
     """The number that a layer multiplies its bias by."""
     return attribute(node, "beta", 1.0) if node.op_type == "Gemm" else 1.0
+
+
+def kind(node: NodeProto) -> tuple:
+    """What nodes have in common that can share a corrected weight and bias."""
+    groups = _groups(node) if node.op_type == "ConvTranspose" else 1
+    return node.op_type, groups, _is_transposed(node), bias_factor(node)
+
+
+def _groups(node: NodeProto) -> int:
+    return attribute(node, "group", 1, AttributeProto.INT)
+
+
+def _is_transposed(node: NodeProto) -> bool:
+    return node.op_type == "Gemm" and bool(attribute(node, "transB", 0, AttributeProto.INT))

@@ -49,6 +49,8 @@ class Part:
     def __init__(self, model: ModelProto, folder: str | None, providers: Sequence | None):
         threads = min(_MOST_THREADS, os.cpu_count() or 1)
         options = session_options(library.has_library(), threads)
+        # The parts would keep, together, the memory of all their tensors.
+        options.enable_cpu_mem_arena = False
         # The threads of a part that does not run would keep those of the others from running.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         data = model.SerializeToString()

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from .. import user_code
-from ..data.batches import Input, array_bytes, padded
+from ..data.batches import Input, array_bytes
 from ..data.images import Transform
 from ..data.open import DataOptions, is_factory, open_source
 from ..errors import InputFileError, UsageError
@@ -124,14 +124,24 @@ class Calibration:
         """Yield batches of samples, and how many they are."""
         options = DataOptions(None, self.batch_size, self.images, self.skip_broken)
         source, rest = open_source(self.data, inputs, options, seed=self.seed), self.samples
+        # Rows that only fill a batch would count as samples.
+        size = max((i.shape[0] or 0 for i in inputs if i.shape), default=0)
+        rest += -rest % max(size, 1)
+        found = held = 0
         for i in itertools.count():
             batch = source.batch(i)
             if batch is None or not rest:
-                return
+                break
             batch = batch.head(rest)
             rest -= len(batch)
-            if len(batch):
-                yield padded(batch, inputs), len(batch)
+            held += len(batch)
+            if len(batch) and len(batch) >= size:
+                found += len(batch)
+                yield {each.name: batch.inputs[each.name] for each in inputs}, len(batch)
+        if held and not found:
+            raise UsageError(
+                f"the model takes batches of {size}, and the calibration data hold {held} samples"
+            )
 
     def _sets(self, inputs: Sequence[Input]) -> Iterator[tuple[Arrays, int]]:
         """Yield sets of inputs as they are, and how many samples each holds."""
@@ -142,7 +152,9 @@ class Calibration:
             missing = [i.name for i in inputs if i.name not in arrays]
             if missing:
                 raise UsageError(f"the calibration data lack the input {missing[0]!r}")
-            fed = {i.name: cast(repr(i.name), np.asarray(arrays[i.name]), i.dtype) for i in inputs}
+            fed = {i.name: _array(arrays[i.name], i) for i in inputs}
+            if rows is not None and not fed[rows].ndim:
+                raise UsageError(f"{rows!r} holds one number: give it a row per sample")
             yield fed, 1 if rows is None else len(fed[rows])
 
     def _given(self) -> Iterator[Any]:
@@ -161,6 +173,14 @@ class Calibration:
                 "the model's inputs have no row per sample: give an .npz file with a set of them, "
                 "or PKG:FACTORY, which gives dicts"
             )
+
+
+def _array(values: Any, of: Input) -> np.ndarray:
+    """What is given for an input, as an array of its dtype."""
+    try:
+        return cast(repr(of.name), np.asarray(values), of.dtype)
+    except ValueError:
+        raise UsageError(f"what is given for {of.name!r} is no array") from None
 
 
 def _have_rows(inputs: Sequence[Input]) -> bool:

@@ -37,8 +37,10 @@ class Store:
         try:
             np.save(path, array, allow_pickle=False)
         except OSError as error:
+            # NumPy's own has no number of the system's.
+            reason = error.strerror or "no space left on device"
             raise UsageError(
-                f"{path.parent}: cannot be written to: {error.strerror}: set TMPDIR to a folder "
+                f"{path.parent}: cannot be written to: {reason}: set TMPDIR to a folder "
                 "with more space, or take fewer samples"
             ) from None
 
