@@ -6,12 +6,12 @@ from typing import Any
 
 from onnx import ModelProto
 
-from .calibration.calibrate import calibrate_steered, check_calibration, inline_layers
+from .calibration.calibrate import check_calibration, steer_calibrated
 from .errors import UsageError
 from .model import files
 from .rewriting.find import Activation
 from .rewriting.params import read as read_params
-from .rewriting.steer import Selection, steer
+from .rewriting.steer import Selection
 from .rewriting.steered import SteeredModel
 
 
@@ -77,20 +77,18 @@ def patch(
 
     samples = None if calibration is None else check_calibration(calibration, beta_as)
 
-    def change(proto, digest, folder):
-        if samples is not None:
-            inline_layers(proto)
-        report = steer(
+    def change(proto: ModelProto, origin: Callable[[], files.Origin]) -> None:
+        steer_calibrated(
             proto,
-            beta,
-            coeff,
+            samples,
+            files.Origin() if samples is None else origin(),
+            beta=beta,
+            coeff=coeff,
             params=values,
             beta_as=beta_as,
             lowering=lowering,
             selection=Selection(ops, include, exclude),
         )
-        if samples is not None:
-            calibrate_steered(proto, report.beta_names, samples, digest, folder)
 
     return _edit(model, change, output, steered_path, force)
 
@@ -129,7 +127,7 @@ def unpatch(
 
     Raises:
         UsageError: an existing output, or a path that suggests none; the model is calibrated and
-            there is no `original`, or that is another model.
+            there is no `original`, or that is not its original.
         NothingToDo: the model is not steered.
         ModelError: the model cannot be read, its record of the original is missing or damaged, or
             other tools have changed it so that the original cannot be had.
@@ -138,33 +136,32 @@ def unpatch(
         return _edit(model, _unsteer, output, original_path, force)
     wanted = _recorded_original(model)
     if not isinstance(model, (str, Path)):
-        with files.Transaction(original, original, force=True, dry_run=True) as edit:
-            _check_original(original, edit.digest, wanted)
+        _check_original(original, files.origin(original).digest, wanted)
         return files.load(original)
     with files.Transaction(original, output or original_path(model), force) as edit:
-        _check_original(original, edit.digest, wanted)
-        edit.as_it_is = True
+        _check_original(original, edit.origin().digest, wanted)
+        edit.copies_file = True
     return edit.output
 
 
-def _unsteer(proto: ModelProto, *_: Any) -> None:
+def _unsteer(proto: ModelProto, _: Any) -> None:
     SteeredModel(proto).unsteer()
 
 
 def _recorded_original(model: Any) -> str:
     """The digest of the original of a calibrated model."""
-    steered = SteeredModel(_to_proto(model))
-    record = steered.metadata.calibration
+    record = SteeredModel(_to_proto(model)).metadata.calibration
     if record is None:
-        raise UsageError("original goes with a calibrated model: this one holds its own weights")
-    if not isinstance(record.get("original"), str):
-        raise UsageError("the model does not record its original, so none can be told to be it")
-    return record["original"]
+        raise UsageError("the model is not calibrated: leave out original")
+    digest = record.get("original")
+    if not isinstance(digest, str):
+        raise UsageError("the model's record names no original: it cannot be undone")
+    return digest
 
 
-def _check_original(path: str | Path, digest: str, wanted: str) -> None:
+def _check_original(path: str | Path, digest: str | None, wanted: str) -> None:
     if digest != wanted:
-        raise UsageError(f"{path}: is not what the model was made of: its digest is another")
+        raise UsageError(f"{path}: is not the original of the model: their digests differ")
 
 
 def steered_path(model: str | Path) -> str | Path:
@@ -187,7 +184,7 @@ def original_path(model: str | Path) -> str | Path:
 
 def _edit(
     model: Any,
-    change: Callable[[ModelProto, str, Path | None], None],
+    change: Callable[[ModelProto, Callable[[], files.Origin]], None],
     output: str | Path | None,
     default_output: Callable[[str | Path], str | Path],
     force: bool,
@@ -195,17 +192,16 @@ def _edit(
     """Apply `change` to a copy of `model`, and return that in the kind of `model`.
 
     Args:
-        change: called with the copy, what tells the model from others, and the folder of its
-            external data.
+        change: called with the copy, and a function that gives where the model comes from.
     """
     if isinstance(model, (str, Path)):
         with files.Transaction(model, output or default_output, force) as edit:
-            change(edit.model, edit.digest, folder_of(model))
+            change(edit.model, edit.origin)
         return edit.output
     if output is not None:
         raise UsageError("output goes with a path: save the model that is returned instead")
     proto = _to_proto(model)
-    change(proto, files.digest(proto.SerializeToString(deterministic=True)), None)
+    change(proto, lambda: files.Origin(files.digest(proto)))
     if isinstance(model, ModelProto):
         return proto
     import onnx_graphsurgeon
@@ -228,11 +224,6 @@ def _to_proto(model: Any) -> ModelProto:
     raise UsageError(
         f"expected a path, a ModelProto or a graphsurgeon Graph, got {type(model).__name__}"
     )
-
-
-def folder_of(model: str | Path) -> Path | None:
-    """The folder of the external data of a model's file; None for `-`."""
-    return None if model == files.STDIO else Path(model).parent
 
 
 def _is_graph(model: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A model whose β are inputs and whose branches, where the data always take the same, are inlined.
+"""A model whose β is an input and whose branches, where the data always take the same, are inlined.
 
 The statistics of a layer are those of a tensor in the main graph, so that the model can be cut
 there. The flat model is only run: what is corrected are the tensors of the model itself.
@@ -8,8 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
-from ..model.graph import Scope, keep, scopes
+from ..model.graph import Scope, scopes
 from ..model.names import FreshNames
+from ..model.order import sort_nodes
+from ..rewriting.parameters import make_inputs
+from .linear import is_layer
 
 # Marks a node of the flat model with the place of its original in the walk of the model.
 _PLACE = "ctonnx.place"
@@ -21,23 +24,22 @@ Conditions = Callable[[ModelProto, Sequence[str]], dict[str, bool]]
 class Flat:
     """A flat copy of a model.
 
-    Attributes:
-        model: the copy, a ModelProto, whose `betas` are inputs that must be fed.
-
     Args:
         model: the ModelProto. It is not changed.
         inside: its scopes.
-        betas: the names of the initializers and inputs that hold β.
-        is_wanted: whether a node is one for which branches are inlined.
+        parameters: the names of the initializers and inputs that hold β, and c where it changes.
         conditions: called with the copy and names of conditions.
+
+    Attributes:
+        model: the copy, a ModelProto in running order, whose `parameters` are inputs that must be
+            fed.
     """
 
     def __init__(
         self,
         model: ModelProto,
         inside: Sequence[Scope],
-        betas: Collection[str],
-        is_wanted: Callable[[NodeProto], bool],
+        parameters: Collection[str],
         conditions: Conditions,
     ):
         self._places = [
@@ -45,11 +47,12 @@ class Flat:
         ]
         self.model = ModelProto()
         self.model.CopyFrom(model)
-        self._is_wanted = is_wanted
         copies = [n for s in scopes(self.model) if not s.is_ours for n in s.graph.node]
         for place, node in enumerate(copies):
             node.metadata_props.add(key=_PLACE, value=str(place))
-        _make_inputs(self.model.graph, betas)
+        sort_nodes(self.model)
+        # Of any shape: a parameter per channel may be compared with one for all.
+        make_inputs(self.model.graph, parameters, shape=None)
         self._fresh = FreshNames(self.model)
         self._stuck: set[str] = set()
         while self._inline(conditions):
@@ -82,7 +85,7 @@ class Flat:
         return int(marks[0]) if marks else -1
 
     def _inline(self, conditions: Conditions) -> bool:
-        """Inline the branches of each If that holds what is wanted; false where there is none."""
+        """Inline the branches of each If that holds a linear layer; false where there is none."""
         graph = self.model.graph
         nodes = [
             node
@@ -113,7 +116,7 @@ class Flat:
     def _holds(self, node: NodeProto) -> bool:
         graphs = [a.g for a in node.attribute if a.HasField("g")]
         return any(
-            self._is_wanted(inner) or self._holds(inner) for graph in graphs for inner in graph.node
+            is_layer(inner) or self._holds(inner) for graph in graphs for inner in graph.node
         )
 
     def _branch(self, node: NodeProto, name: str) -> list[NodeProto]:
@@ -135,18 +138,6 @@ class Flat:
             if outer
         ]
         return [*branch.node, *ends]
-
-
-def _make_inputs(graph: GraphProto, betas: Collection[str]) -> None:
-    """Make inputs that must be fed of the initializers `betas`."""
-    tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name in betas}
-    keep(graph.initializer, lambda tensor: tensor.name not in tensors)
-    keep(graph.input, lambda value: value.name not in tensors)
-    # Of any shape: a parameter per channel may be compared with one for all.
-    graph.input.extend(
-        helper.make_tensor_value_info(name, tensor.data_type, None)
-        for name, tensor in tensors.items()
-    )
 
 
 def _rename(graph: GraphProto, names: dict[str, str]) -> None:

@@ -1,18 +1,43 @@
 """Folding corrections into the weights of a model, or making inputs of them."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
+from ..model.graph import Scope
 from ..model.names import FreshNames, node_names
 from ..rewriting.parameters import add_initializer
 from .constants import Constants
 from .layers import Layer, Use
+from .linear import bias_factor, scaled
 from .moments import Correction
 
 
-class Folder:
+class _Changes:
+    """The changes of the constants of one layer, which its uses may share."""
+
+    def __init__(self, folding: "Folding", uses: int):
+        self._folding, self._uses = folding, uses
+        self._names: dict[int, str | None] = {}
+
+    def __call__(
+        self,
+        scope: Scope,
+        node: NodeProto,
+        place: int,
+        function: Callable[[np.ndarray], np.ndarray],
+    ) -> None:
+        """Change the constant that is an input of a node."""
+        key = id(self._folding.constants.find(scope, node.input[place]))
+        if key not in self._names:
+            name = node.input[place]
+            self._names[key] = self._folding.replace(scope, name, self._uses, function)
+        node.input[place] = self._names[key] or node.input[place]
+
+
+class Folding:
     """Folds corrections into a model, in place.
 
     Args:
@@ -24,9 +49,8 @@ class Folder:
         changed: the names of the tensors that were changed or added, by the layers' order.
     """
 
-    def __init__(self, model: ModelProto, constants: Constants, folder: str | None):
-        self._graph, self._constants = model.graph, constants
-        self._folder = "" if folder is None else folder
+    def __init__(self, model: ModelProto, constants: Constants, folder: str):
+        self._graph, self.constants, self._folder = model.graph, constants, folder
         self._fresh, self._fresh_node = FreshNames(model), FreshNames(model, node_names)
         self.changed: list[str] = []
 
@@ -35,78 +59,69 @@ class Folder:
 
         Formula: with y = W x + b, scale · y + shift = (scale · W) x + (scale · b + shift).
         """
-        self._done: dict[int, str] = {}
-        self._uses = len(layer.uses)
+        scale, shift = correction.scale, correction.shift
+        change = _Changes(self, len(layer.uses))
         for use in layer.uses:
-            self._fold_use(use, correction.scale, correction.shift)
+            node = use.node
+            if node.op_type == "BatchNormalization":
+                change(use.scope, node, 1, lambda array: scale * array)
+                change(use.scope, node, 2, lambda array: scale * array + shift)
+                continue
+            change(use.scope, node, 1, partial(scaled, node, scale=scale))
+            if node.op_type == "MatMul":
+                self._shift_product(use, change, scale, shift)
+            else:
+                self._shift(use, change, scale, shift)
 
-    def _fold_use(self, use: Use, scale: np.ndarray, shift: np.ndarray) -> None:
-        node = use.node
-        if node.op_type == "BatchNormalization":
-            self._change(use, 1, lambda array: scale * array)
-            self._change(use, 2, lambda array: scale * array + shift)
-            return
-        self._change(use, 1, lambda array: _scaled(node, array, scale))
-        if node.op_type == "MatMul":
-            self._shift_product(use, scale, shift)
-            return
-        weight = _attributes(node).get("beta", 1.0) if node.op_type == "Gemm" else 1.0
-        if weight == 0:
-            _set_float(node, "beta", 1.0)
-        self._shift(use, scale, shift, weight)
-
-    def _shift(self, use: Use, scale: np.ndarray, shift: np.ndarray, weight: float) -> None:
+    def _shift(self, use: Use, change: "_Changes", scale: np.ndarray, shift: np.ndarray) -> None:
         """Give a node with a bias, or room for one, its corrected bias."""
-        node = use.node
-        if weight != 0 and len(node.input) > 2 and node.input[2]:
-            self._change(use, 2, lambda array: scale * array + shift / weight)
+        node, factor = use.node, bias_factor(use.node)
+        if factor != 0 and len(node.input) > 2 and node.input[2]:
+            change(use.scope, node, 2, lambda array: scale * array + shift / factor)
             return
+        if factor == 0:  # Its bias counts for nothing.
+            _set_float(node, "beta", 1.0)
+            factor = 1.0
         del node.input[2:]
-        node.input.append(self._added("bias", use, shift / (weight or 1.0)))
+        node.input.append(self._added("bias", use, shift / factor))
 
-    def _shift_product(self, use: Use, scale: np.ndarray, shift: np.ndarray) -> None:
+    def _shift_product(
+        self, use: Use, change: "_Changes", scale: np.ndarray, shift: np.ndarray
+    ) -> None:
         """Correct the Add behind a MatMul, or add one."""
         node, add = use.node, use.adder
         if add is not None:
             place = 1 if add.input[0] == node.output[0] else 0
-            self._change(use, place, lambda array: scale * array + shift, add)
+            change(use.scope, add, place, lambda array: scale * array + shift)
             return
         inner = self._fresh(f"{node.output[0]}_product")
         name = self._added("bias", use, shift)
         output, node.output[0] = node.output[0], inner
         label = self._fresh_node(f"{node.name}_bias") if node.name else ""
-        insert_behind(
-            use.scope.graph, node, helper.make_node("Add", [inner, name], [output], label)
-        )
+        added = helper.make_node("Add", [inner, name], [output], label)
+        insert_behind(use.scope.graph, node, added)
 
-    def _change(
-        self,
-        use: Use,
-        place: int,
-        function: Callable[[np.ndarray], np.ndarray],
-        node: NodeProto | None = None,
-    ) -> None:
-        """Change the constant that is an input of a node: in place where nothing else reads it."""
-        node = node or use.node
-        tensor = self._constants.find(use.scope, node.input[place])
+    def replace(
+        self, scope: Scope, name: str, uses: int, function: Callable[[np.ndarray], np.ndarray]
+    ) -> str | None:
+        """Change a constant: in place where it keeps its shape and no more nodes than `uses` read
+        it, else as a new initializer.
+
+        Returns:
+            the name of the new one.
+        """
+        tensor = self.constants.find(scope, name)
         assert tensor is not None
-        if id(tensor) in self._done:
-            if self._done[id(tensor)]:
-                node.input[place] = self._done[id(tensor)]
-            return
         array = numpy_helper.to_array(tensor, self._folder)
         result = function(array.astype(np.float64)).astype(array.dtype)
-        alone = self._constants.readers(tensor) <= self._uses
-        if alone and result.shape == array.shape:
-            name = tensor.name
-            tensor.CopyFrom(numpy_helper.from_array(result, name))
-            self._done[id(tensor)] = ""
-            self.changed.append(name or node.input[place])
-        else:
-            self._done[id(tensor)] = node.input[place] = self._new(node.input[place], result)
+        if self.constants.readers(tensor) > uses or result.shape != array.shape:
+            return self._new(name, result)
+        tensor.CopyFrom(numpy_helper.from_array(result, tensor.name))
+        self.changed.append(tensor.name or name)
+        return None
 
     def _added(self, base: str, use: Use, array: np.ndarray) -> str:
-        dtype = self._constants.dtype(use.scope, use.node)
+        dtype = self.constants.dtype(use.scope, use.node)
         return self._new(f"{use.node.input[1]}_{base}", array.astype(dtype))
 
     def _new(self, base: str, array: np.ndarray) -> str:
@@ -118,11 +133,11 @@ class Folder:
 
 def add_inputs(
     model: ModelProto, layers: Iterable[Layer], constants: Constants
-) -> dict[int, tuple[str, str]]:
+) -> dict[Layer, tuple[str, str]]:
     """Make inputs of the corrections of layers, in place: two, for scale and shift, of each.
 
     Returns:
-        the names of both inputs by the id of the layer.
+        the names of both inputs by layer.
     """
     fresh, fresh_node = FreshNames(model), FreshNames(model, node_names)
     names = {}
@@ -130,7 +145,7 @@ def add_inputs(
         use = layer.uses[0]
         dtype = helper.np_dtype_to_tensor_dtype(constants.dtype(use.scope, use.node))
         pair = fresh("correction_scale"), fresh("correction_shift")
-        names[id(layer)] = pair
+        names[layer] = pair
         for name in pair:
             value = helper.make_tensor_value_info(name, dtype, None)
             model.graph.input.append(value)
@@ -153,24 +168,6 @@ def insert_behind(graph: GraphProto | FunctionProto, node: NodeProto, *added: No
     place = next(i for i, each in enumerate(graph.node) if each is node)
     for offset, new in enumerate(added, start=1):
         graph.node.insert(place + offset, new)
-
-
-def _scaled(node: NodeProto, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """A weight whose output channels are scaled."""
-    attributes = _attributes(node)
-    if node.op_type == "Conv":
-        return weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-    if node.op_type == "ConvTranspose":
-        groups = attributes.get("group", 1)
-        inner, outer = weight.shape[0] // groups, weight.shape[1]
-        split = weight.reshape(groups, inner, outer, -1) * scale.reshape(groups, 1, outer, 1)
-        return split.reshape(weight.shape)
-    by_row = node.op_type == "Gemm" and attributes.get("transB", 0)
-    return weight * (scale[:, None] if by_row else scale)
-
-
-def _attributes(node: NodeProto) -> dict:
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _set_float(node: NodeProto, name: str, value: float) -> None:

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from onnx import GraphProto, NodeProto
 
 from ..model.flow import Flow, reached_by_values
-from ..model.graph import DEFAULT_DOMAINS, Scope, node_label
+from ..model.graph import Scope, node_label
 from .constants import Constants
 from .flat import Flat
-
-LINEAR = ("BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul")
+from .linear import axis_of, is_layer
 
 # Linear layers in forms that are left alone, and why.
 _QUANTIZED = "it is quantized"
@@ -85,7 +84,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Left:
+class Skipped:
     """A linear layer that steering reaches and that is left alone, and the reason."""
 
     name: str
@@ -94,37 +93,37 @@ class Left:
 
 
 def find_layers(
-    flat: Flat, constants: Constants, betas: Collection[str]
-) -> tuple[list[Layer], list[Left]]:
+    flat: Flat, constants: Constants, parameters: Collection[str]
+) -> tuple[list[Layer], list[Skipped]]:
     """The layers to correct, and those that are left alone.
 
     Args:
-        flat: the model, flat, whose inputs hold β.
+        flat: the model, flat.
         constants: the model's constants.
-        betas: the names of the inputs that hold β.
+        parameters: the names of the inputs that hold β, and c where it changes.
     """
-    finder = _Finder(flat, constants, betas)
+    finder = _Finder(flat, constants, parameters)
     layers: dict[tuple, Layer] = {}
-    left = [*finder.left()]
+    skipped = [*finder.hidden()]
     for node in finder.flow.nodes:
         if not finder.is_reached(node):
             continue
         reason = finder.reason_against(node)
         if reason is not None:
-            left.append(Left(node_label(node), node.op_type, reason))
+            skipped.append(Skipped(node_label(node), node.op_type, reason))
             continue
         use = finder.use(node)
         if use is None:
             continue
         key = constants.identity(use.scope, use.node)
-        layer = layers.setdefault(key, Layer(node_label(node), node.op_type, _axis(node)))
+        layer = layers.setdefault(key, Layer(node_label(node), node.op_type, axis_of(node)))
         layer.uses.append(use)
     for key, layer in list(layers.items()):
         reason = _reason_to_split(layer, constants)
         if reason is not None:
-            left.append(Left(layer.name, layer.op, reason))
+            skipped.append(Skipped(layer.name, layer.op, reason))
             del layers[key]
-    return list(layers.values()), left
+    return list(layers.values()), skipped
 
 
 def _reason_to_split(layer: Layer, constants: Constants) -> str | None:
@@ -139,80 +138,80 @@ def _reason_to_split(layer: Layer, constants: Constants) -> str | None:
     return None
 
 
-def level_layers(graph: GraphProto, layers: list[Layer]) -> tuple[dict[str, int], list[Left]]:
+def level_layers(graph: GraphProto, layers: list[Layer]) -> tuple[dict[str, int], list[Skipped]]:
     """Give every layer its level, and drop from `layers` those whose uses depend on each other.
 
     Returns:
         the level from which on a tensor is final, by name, and the layers dropped.
     """
-    flow, left = Flow(graph), []
+    flow, skipped = Flow(graph), []
     while True:
         for layer in layers:
             layer.level = 0
-        of = {use.output: layer for layer in layers for use in layer.uses}
-        ready, changed = {}, True
+        layer_of = {use.output: layer for layer in layers for use in layer.uses}
+        final_from, changed = {}, True
         while changed and all(layer.level <= len(layers) for layer in layers):
-            ready, changed = _pass(flow, of)
+            final_from, changed = _raise_levels(flow, layer_of)
         circular = [layer for layer in layers if layer.level > len(layers)]
         if not circular:
-            return ready, left
+            return final_from, skipped
         worst = max(circular, key=lambda layer: len(layer.uses))
         layers.remove(worst)
         reason = "its weight is shared by uses that depend on each other"
-        left.append(Left(worst.name, worst.op, reason))
+        skipped.append(Skipped(worst.name, worst.op, reason))
 
 
-def _pass(flow: Flow, of: dict[str, Layer]) -> tuple[dict[str, int], bool]:
+def _raise_levels(flow: Flow, layer_of: dict[str, Layer]) -> tuple[dict[str, int], bool]:
     """One pass over the nodes; whether a level has risen."""
-    ready, changed = {}, False
+    final_from, changed = {}, False
     for node, names in zip(flow.nodes, flow.reads, strict=True):
-        level = max((ready.get(name, 0) for name in names), default=0)
+        level = max((final_from.get(name, 0) for name in names), default=0)
         for name in node.output:
-            layer = of.get(name)
+            layer = layer_of.get(name)
             if layer is not None:
                 changed |= level > layer.level
                 layer.level = max(level, layer.level)
-                ready[name] = layer.level + 1
+                final_from[name] = layer.level + 1
             else:
-                ready[name] = level
-    return ready, changed
+                final_from[name] = level
+    return final_from, changed
 
 
 class _Finder:
     """What is known of a flat graph's nodes: `flow` is its data flow."""
 
-    def __init__(self, flat: Flat, constants: Constants, betas: Collection[str]):
+    def __init__(self, flat: Flat, constants: Constants, parameters: Collection[str]):
         graph = flat.model.graph
         self._flat, self._constants = flat, constants
         self.flow = Flow(graph)
-        self._reached = reached_by_values(graph, betas)
-        self._moved = reached_by_values(graph, betas, _NORMALIZING)
+        self._reached = reached_by_values(graph, parameters)
+        self._moved = reached_by_values(graph, parameters, _NORMALIZING)
         self._readers = defaultdict(list)
         for node, names in zip(self.flow.nodes, self.flow.reads, strict=True):
             for name in names:
                 self._readers[name].append(node)
         self._outputs = {value.name for value in graph.output}
-        self._leading = self._lead_on(betas)
+        self._leading = self._leading_tensors(parameters)
 
-    def _lead_on(self, betas: Collection[str]) -> set[str]:
+    def _leading_tensors(self, parameters: Collection[str]) -> set[str]:
         """The names of the tensors that a linear layer or a steered activation depends on."""
-        free = self.flow.constants.union(betas)
+        free = self.flow.constants.union(parameters)
         for node, names in zip(self.flow.nodes, self.flow.reads, strict=True):
             if names and names <= free:
                 free.update(filter(None, node.output))
-        parameters = (free - self.flow.constants) | set(betas)
+        steering = (free - self.flow.constants) | set(parameters)
         leading = set()
         for node, names in zip(reversed(self.flow.nodes), reversed(self.flow.reads), strict=True):
-            steered = bool(names & parameters) and not names <= free
+            steered = bool(names & steering) and not names <= free
             if is_layer(node) or steered or not leading.isdisjoint(node.output):
                 leading |= names
         return leading
 
-    def left(self) -> Iterator[Left]:
+    def hidden(self) -> Iterator[Skipped]:
         """The linear layers that are not among the flat graph's nodes."""
         for scope, node in self._flat.hidden():
             if is_layer(node):
-                yield Left(node_label(node), node.op_type, self._flat.reason(scope))
+                yield Skipped(node_label(node), node.op_type, self._flat.reason(scope))
 
     def is_reached(self, node: NodeProto) -> bool:
         """Whether a node is a linear layer whose input steering changes."""
@@ -256,12 +255,3 @@ class _Finder:
         """The op types of the nodes that read a node's output; none if it is an output itself."""
         name = node.output[0]
         return [] if name in self._outputs else [n.op_type for n in self._readers[name]]
-
-
-def is_layer(node: NodeProto) -> bool:
-    """Whether a node is a linear layer."""
-    return node.op_type in LINEAR and node.domain in DEFAULT_DOMAINS
-
-
-def _axis(node: NodeProto) -> int:
-    return -1 if node.op_type == "MatMul" else 1

@@ -7,8 +7,8 @@ import numpy as np
 # Elements that are in memory as float64 at once.
 _BLOCK = 1 << 20
 
-# Channels whose deviation is below this part of the layer's are as good as constant, and no scale
-# restores it. Those of other channels change by no more than the bound.
+# A channel whose deviation is below this part of the layer's is as good as constant, and no scale
+# restores it. The scale of the others stays between 1 / _BOUND and _BOUND.
 _CONSTANT = 1e-3
 _BOUND = 100.0
 
@@ -86,7 +86,14 @@ class Correction:
 
 
 def correction(wanted: Moments, present: Moments, axis: int) -> Correction:
-    """The Correction that gives a layer's output the `wanted` mean and variance per channel."""
+    """The Correction that gives a layer's output the `wanted` mean and variance per channel.
+
+    Formula: scale = d_wanted / d_present and shift = m_wanted - scale · m_present, with each
+    channel's mean m and standard deviation d.
+
+    Args:
+        axis: that of the channels.
+    """
     before, after = present.deviation, wanted.deviation
     least = _CONSTANT * np.sqrt((before**2).mean()) if before.size else 0.0
     ratio = np.divide(after, before, out=np.ones_like(after), where=before > least)

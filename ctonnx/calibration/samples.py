@@ -3,18 +3,18 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from .. import user_code
 from ..data.batches import Input, array_bytes, padded
 from ..data.images import Transform
-from ..data.open import DataOptions, open_source
+from ..data.open import DataOptions, is_factory, open_source
 from ..errors import InputFileError, UsageError
 from ..model.values import cast
 from ..ort.runs import read_arrays
@@ -24,20 +24,25 @@ Arrays = dict[str, np.ndarray]
 
 
 class Samples:
-    """Samples in files of a temporary folder, in batches.
+    """Samples in temporary files, in batches, which go when the context is left.
 
     Attributes:
         names: the names of the inputs that they feed.
         batches: the number of batches.
         count: the number of samples.
-        digest: what tells them from others.
     """
 
     def __init__(self) -> None:
-        self._folder = TemporaryDirectory(prefix="ctonnx-")
-        self._store, self._hash = Store(self._folder.name), hashlib.sha256()
+        self._files, self._store, self._hash = ExitStack(), Store(), hashlib.sha256()
         self.names: set[str] = set()
         self.batches = self.count = 0
+
+    def __enter__(self) -> Self:
+        self._files.enter_context(self._store)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._files.close()
 
     def add(self, arrays: Arrays, count: int) -> None:
         """Add a batch of `count` samples.
@@ -54,12 +59,13 @@ class Samples:
         self.batches += 1
         self.count += count
 
-    def get(self, batch: int, name: str) -> np.ndarray:
-        """The array of a batch for an input."""
-        return self._store.get(batch, name)
+    def arrays(self, batch: int, names: Collection[str]) -> Arrays:
+        """The arrays of a batch for those inputs `names` that they feed."""
+        return {name: self._store.get(batch, name) for name in self.names.intersection(names)}
 
     @property
     def digest(self) -> str:
+        """What tells the samples from others."""
         return self._hash.hexdigest()[:16]
 
 
@@ -72,19 +78,28 @@ class Calibration:
             no row per sample, an .npz file or dict with one set of inputs, or a factory of them.
         samples: how many are taken, at random; of an iterable that cannot be indexed, the first.
         seed: of the choice.
-        labels, batch_size, images, skip_broken: as for `ctonnx.sweep`.
+        batch_size, images, skip_broken: as for `ctonnx.sweep`.
+
+    Raises:
+        UsageError: there are fewer than two samples, or the seed is negative.
     """
 
     data: Any
     samples: int = 128
     seed: int = 0
-    labels: str | os.PathLike | None = None
     batch_size: int | None = None
     images: Transform | None = None
     skip_broken: bool = False
 
-    def read(self, inputs: Sequence[Input]) -> Samples:
-        """Read the samples.
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise UsageError(f"calibration needs at least 2 samples, got {self.samples}")
+        if self.seed < 0:
+            raise UsageError(f"the seed of a calibration must be 0 or more, got {self.seed}")
+
+    @contextmanager
+    def read(self, inputs: Sequence[Input]) -> Iterator[Samples]:
+        """A context of the Samples.
 
         Args:
             inputs: the model's inputs that data feed.
@@ -94,22 +109,20 @@ class Calibration:
                 fit the model.
             InputFileError: the data cannot be read.
         """
-        if self.samples < 2:
-            raise UsageError(f"calibration needs at least 2 samples, got {self.samples}")
-        samples = Samples()
-        for arrays, count in self._rows(inputs) if _have_rows(inputs) else self._sets(inputs):
-            samples.add(arrays, count)
-            if samples.count >= self.samples:
-                break
-        if not samples.count:
-            raise InputFileError("the calibration data hold no sample that can be read")
-        if samples.count < 2:
-            raise UsageError("the calibration data hold one sample: at least 2 are needed")
-        return samples
+        with Samples() as samples:
+            for arrays, count in self._rows(inputs) if _have_rows(inputs) else self._sets(inputs):
+                samples.add(arrays, count)
+                if samples.count >= self.samples:
+                    break
+            if not samples.count:
+                raise InputFileError("the calibration data hold no sample that can be read")
+            if samples.count < 2:
+                raise UsageError("the calibration data hold one sample: at least 2 are needed")
+            yield samples
 
     def _rows(self, inputs: Sequence[Input]) -> Iterator[tuple[Arrays, int]]:
         """Yield batches of samples, and how many they are."""
-        options = DataOptions(self.labels, self.batch_size, self.images, self.skip_broken)
+        options = DataOptions(None, self.batch_size, self.images, self.skip_broken)
         source, rest = open_source(self.data, inputs, options, seed=self.seed), self.samples
         for i in itertools.count():
             batch = source.batch(i)
@@ -138,8 +151,8 @@ class Calibration:
             yield data
         elif isinstance(data, str | os.PathLike) and Path(data).suffix.lower() == ".npz":
             yield read_arrays(data)
-        elif callable(data) or (isinstance(data, str) and ":" in data):
-            factory = user_code.function_named(data) if isinstance(data, str) else data
+        elif callable(data) or is_factory(data):
+            factory: Any = user_code.function_named(data) if isinstance(data, str) else data
             iterator = user_code.call(iter, str(data), user_code.call(factory, str(data)))
             while (item := user_code.call(next, str(data), iterator, None)) is not None:
                 yield item[0] if isinstance(item, tuple | list) and len(item) == 2 else item

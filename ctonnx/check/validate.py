@@ -132,7 +132,7 @@ def validate(
     _check_records(path, steered)
     notes = []
     if against is not None or module is not None:
-        steered.check_uncalibrated("they are compared with a float64 run alone")
+        steered.check_uncalibrated("leave out against and torch, to compare with a float64 run")
     if against is not None:
         expected = OriginalRun(Path(against), steered)
     elif module is not None:

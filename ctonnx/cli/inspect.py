@@ -46,7 +46,7 @@ def inspect(model, as_json):
     record = steered.metadata.calibration
     if record is not None:
         numbers = (record.get(name, "?") for name in ("layers", "samples", "data"))
-        echo(None, "calibrated: {} layers on {} samples, digest {}".format(*numbers))
+        echo(None, "calibrated: {} layers on {} samples of digest {}".format(*numbers))
 
 
 def rows(activations: Iterable[Any]) -> Iterator[tuple[str, ...]]:

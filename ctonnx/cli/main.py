@@ -49,8 +49,9 @@ for _command in (
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and its exit code."""
     # As on Ctrl-C, nothing half-done is left behind.
-    for number in signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for name in "SIGTERM", "SIGHUP":  # Windows has no SIGHUP.
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
     for stream in sys.stdout, sys.stderr:
         # A name may hold what the terminal's encoding lacks.
         if isinstance(stream, TextIOWrapper):

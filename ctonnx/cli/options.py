@@ -5,6 +5,7 @@ from functools import wraps
 from os.path import realpath
 
 import click
+from click.core import ParameterSource
 
 
 def names(context: click.Context, option: click.Parameter, value: str | None) -> list | None:
@@ -33,10 +34,15 @@ def sizes(option: str, text: str, symbols: bool = False) -> list:
 
 def check_outputs(outputs: dict, inputs: dict) -> None:
     """Refuse an output, option -> path, that is another output or one of the inputs."""
-    seen = {realpath(path): name for name, path in inputs.items()}
+    seen = {realpath(path): name for name, path in inputs.items() if path != "-"}
     for name, path in outputs.items():
         if path not in (None, "-") and seen.setdefault(realpath(path), name) != name:
             raise click.UsageError(f"{name} and {seen[realpath(path)]} name one file")
+
+
+def data_of(calibration) -> str:
+    """The DATA of --calibrate, "-" where there is none."""
+    return "-" if calibration is None else calibration.data
 
 
 def group(*options: Callable) -> Callable:
@@ -76,7 +82,7 @@ providers = click.option(
     help="ONNX Runtime's execution providers.  [default: all that are there but TensorRT's]",
 )
 
-calibration = group(
+_calibration = group(
     click.option(
         "--calibrate",
         "calibration_data",
@@ -101,23 +107,24 @@ def calibrating(command: Callable) -> Callable:
     """Give a command the options of calibration, packed into its argument `calibration`: a
     ctonnx.Calibration, or None. The options of `feeding` say how its data become batches."""
 
-    @calibration
+    @_calibration
     @wraps(command)
-    def packed(calibration_data, calibrate_samples, calibrate_seed, **options):
+    def packed(calibration_data, calibrate_samples, calibrate_seed, feeding, **options):
         calibration = None
-        if calibration_data is not None:
+        if calibration_data is None:
+            _refuse_given("--calibrate", "calibrate_samples", "calibrate_seed")
+        else:
             from ..calibration.samples import Calibration
 
-            feeding = options.get("feeding") or {}
-            labels = options.get("labels")
             calibration = Calibration(
-                calibration_data, calibrate_samples, calibrate_seed, labels, **feeding
+                calibration_data, calibrate_samples, calibrate_seed, **feeding
             )
-        return command(calibration=calibration, **options)
+        return command(calibration=calibration, feeding=feeding, **options)
 
     return packed
 
 
+_IMAGE_OPTIONS = "preset", "resize", "crop", "mean", "std", "skip_broken"
 _feeding = group(
     click.option("--batch", "batch_size", type=int, help="Samples per run.  [default: 32]"),
     click.option(
@@ -143,6 +150,15 @@ _feeding = group(
 )
 
 
+def _refuse_given(option: str, *parameters: str) -> None:
+    """Refuse parameters that are given on the command line, as `option` is not."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name))
+        if parameter.name in parameters and given is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} goes with {option}")
+
+
 def feeding(command: Callable) -> Callable:
     """Give a command the options on how data become batches, packed into its argument `feeding`:
     keyword arguments of `ctonnx.sweep` and `ctonnx.probe`."""
@@ -153,6 +169,20 @@ def feeding(command: Callable) -> Callable:
         transform = _transform(preset, resize=resize, crop=crop, mean=mean, std=std)
         feeding = {"batch_size": batch_size, "images": transform, "skip_broken": skip_broken}
         return command(feeding=feeding, **options)
+
+    return packed
+
+
+def fed_by_calibration(command: Callable) -> Callable:
+    """Give a command that reads no other data the options of calibration and of `feeding`."""
+
+    @feeding
+    @calibrating
+    @wraps(command)
+    def packed(calibration, feeding, **options):
+        if calibration is None:
+            _refuse_given("--calibrate", "batch_size", *_IMAGE_OPTIONS)
+        return command(calibration=calibration, **options)
 
     return packed
 

@@ -58,11 +58,10 @@ from .output import counts, echo, print_json, progress, say, say_report
     help="Before writing, compare it with the original at beta 1, and kernel with fallback.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
-@options.feeding
-@options.calibrating
+@options.fed_by_calibration
 @options.force
 @options.json
-def patch(model, output, params_file, by_order, dry_run, as_json, feeding, **choices):
+def patch(model, output, params_file, by_order, dry_run, as_json, **choices):
     """Steer MODEL: write a copy with CT units for activations.
 
     MODEL is a file, or - for standard input. --output defaults to X.ct.onnx beside X.onnx, and to
@@ -78,6 +77,9 @@ def patch(model, output, params_file, by_order, dry_run, as_json, feeding, **cho
     params_given = None if params_file is None else params.read(params_file, by_order)
     if dry_run and choices["check"]:
         raise click.UsageError("--check runs what is written: it does not go with --dry-run")
+    options.check_outputs(
+        {"--output": output}, {"--calibrate": options.data_of(choices["calibration"])}
+    )
     over_itself = output not in (None, "-") and realpath(output) == realpath(model)
     if over_itself and choices["lowering"] == "primitives":
         raise click.UsageError("primitives cannot be undone: write to another file than MODEL")
@@ -101,42 +103,38 @@ def patch(model, output, params_file, by_order, dry_run, as_json, feeding, **cho
 def _steer(model, output, params, dry_run, **choices):
     """Steer a model and write it; gives the Report, the comparisons of --check and the output."""
     from .. import api
-    from ..calibration import calibrate
+    from ..calibration.calibrate import check_calibration, steer_calibrated
     from ..check import validate
     from ..model import files
-    from ..rewriting.steer import Selection, steer
+    from ..rewriting.steer import Selection
 
     beta, lowering, force = choices["beta"], choices["lowering"], choices["force"]
     calibration = choices["calibration"]
     if calibration is not None:
-        calibrate.check_calibration(calibration, choices["beta_as"])
+        check_calibration(calibration, choices["beta_as"])
     path = api.steered_path if output is None else output
     checks = {}
+
+    def check(report):
+        if choices["check"]:
+            checks.update(validate.check_steered(model, edit.stage(), report, beta, lowering))
+
     with files.Transaction(model, path, force or dry_run, progress(), dry_run) as edit:
-        if calibration is not None:
-            calibrate.inline_layers(edit.model)
-        report = steer(
+        report = steer_calibrated(
             edit.model,
-            beta,
-            choices["coeff"],
+            calibration,
+            files.Origin() if calibration is None else edit.origin(),
+            check,
+            progress("calibrating"),
+            beta=beta,
+            coeff=choices["coeff"],
             params=params,
             beta_as=choices["beta_as"],
             lowering=lowering,
             selection=Selection(choices["ops"], choices["include"], choices["exclude"]),
         )
-        if choices["check"]:
-            checks = validate.check_steered(model, edit.stage(), report, beta, lowering)
-        if calibration is not None:
-            report.notes += calibrate.calibrate_steered(
-                edit.model,
-                report.beta_names,
-                calibration,
-                edit.digest,
-                api.folder_of(model),
-                progress("calibrating"),
-            )
-            if choices["check"]:
-                edit.stage()
+        if checks and calibration is not None:
+            edit.stage()
     return report, checks, edit.output
 
 

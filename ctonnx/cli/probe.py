@@ -60,6 +60,7 @@ def probe(model, output, points, as_json, feeding, **choices):
         results.check_format(points)
         files.check_output(points, choices["force"])
     inputs = {"MODEL": model, "--train": choices["train"], "--test": choices["test"]}
+    inputs["--calibrate"] = options.data_of(choices["calibration"])
     options.check_outputs({"--output": output, "--points": points}, inputs)
     if not library.has_library():
         say("the op library is not installed: the model runs as its fallback")

@@ -10,33 +10,32 @@ from .output import echo, print_json, progress, say
 @options.model
 @click.option("--beta", type=float, required=True, help="The new beta, in [0, 1].")
 @options.output
-@options.feeding
-@options.calibrating
+@options.fed_by_calibration
 @options.force
 @options.json
-def set_(model, beta, output, force, as_json, feeding, calibration):
+def set_(model, beta, output, force, as_json, calibration):
     """Change the beta of a steered MODEL.
 
     MODEL is a file, or - for standard input. --output defaults to MODEL itself. A calibrated MODEL
-    is calibrated again, with --calibrate, to the statistics that it has on these samples.
+    needs --calibrate again, which restores the statistics that it has on DATA.
     """
-    from ..api import folder_of
-    from ..calibration import calibrate
+    from ..calibration.calibrate import set_calibrated
     from ..model import files
     from ..rewriting.steered import SteeredModel
 
     path = model if output is None else output
+    options.check_outputs({"--output": path}, {"--calibrate": options.data_of(calibration)})
     with files.Transaction(model, path, force or output is None, progress()) as edit:
-        steered = SteeredModel(edit.model)
-        if calibration is not None:
-            before, digest = calibrate.wanted_feeds(steered), calibrate.digest_of_original(steered)
-        count = steered.set(beta, recalibrates=calibration is not None)
-        if calibration is not None:
-            notes = calibrate.calibrate(
-                steered, calibration, before, digest, folder_of(model), progress("calibrating")
+        steered, notes = SteeredModel(edit.model), []
+        if calibration is None:
+            steered.check_uncalibrated("give --calibrate, or steer its original")
+            count = steered.set(beta)
+        else:
+            count, notes = set_calibrated(
+                steered, calibration, edit.origin(), beta, progress("calibrating")
             )
-            for note in notes:
-                say(note)
+    for note in notes:
+        say(note)
     if steered.renamed:
         say(f"the CTUs have their name back, in place of {', '.join(sorted(steered.renamed))}")
     if count > 1:

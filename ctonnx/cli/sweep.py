@@ -129,6 +129,7 @@ def sweep(model, drawing, save_best, beta_as, as_json, feeding, **choices):
 
 def _check(model, drawing, save_best, beta_as, **choices):
     """Refuse, before anything runs, options that do not go together and outputs in the way."""
+    from ..calibration.calibrate import check_calibration
     from ..measure import plot
     from ..model import files
     from ..ort import library
@@ -140,14 +141,15 @@ def _check(model, drawing, save_best, beta_as, **choices):
         raise click.UsageError("--resume goes with -o: progress is kept beside the output")
     if beta_as is not None and save_best is None:
         raise click.UsageError("--beta-as goes with --save-best: it is how that is written")
-    if choices["calibration"] is not None and beta_as == "input":
-        raise click.UsageError("--calibrate gives weights for one beta: it cannot be an input")
+    if choices["calibration"] is not None:
+        check_calibration(choices["calibration"], beta_as or "initializer")
     if drawing is not None:
         plot.check_drawing(picture)
     for path in filter(None, (save_best, picture)):
         files.check_output(path, choices["force"])
     outputs = {"--output": output, "--save-best": save_best, "--plot": drawing}
-    options.check_outputs(outputs, {"--data": choices["dataset"]})
+    inputs = {"--data": choices["dataset"], "--calibrate": options.data_of(choices["calibration"])}
+    options.check_outputs(outputs, inputs)
     if not library.has_library():
         say("the op library is not installed: the model runs as its fallback")
 
@@ -205,7 +207,7 @@ def verdict(result: "Sweep") -> str:
     value = f"{best.value:{form}} on {best.samples} samples"
     kind = "best beta"
     if result.tolerance is not None:
-        kind = f"smallest beta within {result.tolerance:g} of the original:"
+        kind = f"smallest beta within {result.tolerance:g} of the original is"
     line = f"{kind} {best.beta:g}{coeff}: {result.metric} {value}"
     if best is result.original:
         line += ", the original"

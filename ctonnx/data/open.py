@@ -59,7 +59,7 @@ def open_source(
     if not isinstance(options.labels, str | os.PathLike | None):
         raise UsageError("labels must be a name or a path: give arrays as (inputs, labels)")
     batching = Batching(inputs, _batch_size(options.batch_size, inputs), seed)
-    if callable(data) or (isinstance(data, str) and not os.path.exists(data) and ":" in data):
+    if callable(data) or is_factory(data):
         _refuse("a factory", "labels", options.labels is not None)
         _refuse("a factory", "batch", options.batch_size is not None)
         _refuse_image_options("a factory", options)
@@ -69,6 +69,11 @@ def open_source(
     _refuse("arrays", "labels", options.labels is not None)
     _refuse_image_options("arrays", options)
     return _open_arrays(data, batching)
+
+
+def is_factory(data: Any) -> bool:
+    """Whether data are the name of a factory, "PKG:FACTORY"."""
+    return isinstance(data, str) and not os.path.exists(data) and ":" in data
 
 
 def _open_path(path: Path, batching: Batching, options: DataOptions) -> Source:

@@ -1,6 +1,5 @@
 """Running one model at many points (β, c) over batches: one session, whose β and c are inputs."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -12,8 +11,6 @@ import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from .. import ctu
-from ..calibration.calibrate import Calibrator, inline_layers, notes_on
-from ..calibration.samples import Calibration
 from ..data.batches import Batch, Input, array_bytes, digest, padded
 from ..data.source import Source, stamp
 from ..errors import ModelError, UsageError
@@ -131,35 +128,18 @@ class Steerable:
         return beside(self.data, self.folder)
 
 
-@dataclass(frozen=True)
-class Calibrating:
-    """How a model is calibrated at each of the `points` that it is measured at, on `providers`;
-    `progress` is called with the number of steps."""
-
-    calibration: Calibration
-    points: Sequence[BetaCoeff]
-    providers: Sequence | None = None
-    progress: Callable[[int | None], AbstractContextManager] | None = None
-
-
-def prepare(
-    model: str | Path | ModelProto,
-    sweep_coeff: bool = False,
-    calibrating: Calibrating | None = None,
-) -> Steerable:
+def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steerable:
     """Make a Steerable of a model, which is steered first if it is not yet.
 
     Args:
         model: a path or a ModelProto. It is not changed.
         sweep_coeff: make c an input too.
-        calibrating: how to calibrate it; not at all where None.
 
     Raises:
         NothingToDo: there is no activation to steer.
         ModelError: the model cannot be read.
         UsageError: it is neither of these, or its inputs or outputs are not arrays with a row per
             sample; or it is calibrated already.
-        InputFileError: the calibration data cannot be read.
     """
     proto = files.own(model)
     folder, external = None, {}
@@ -169,10 +149,8 @@ def prepare(
             folder = str(Path(model).parent.absolute())
     notes = []
     steered = SteeredModel(proto)
-    steered.check_uncalibrated("take its original")
+    steered.check_uncalibrated("take its original instead")
     if not steered.is_steered:
-        if calibrating is not None:
-            inline_layers(proto)
         report = steer(proto, 1.0, beta_as="required-input")
         count = f"{len(report.replaced)} activations, {len(report.skipped)} skipped"
         notes.append(f"steered on the fly: {count}")
@@ -190,9 +168,6 @@ def prepare(
     if not fed:
         raise UsageError("the model takes no input: there is nothing to sweep over")
     measurable = _measurable(proto.graph.output)
-    corrections = {}
-    if calibrating is not None:
-        corrections = _calibrate(proto, betas, coeffs, calibrating, folder, notes)
     return Steerable(
         data=proto.SerializeToString(deterministic=True),
         folder=folder,
@@ -209,45 +184,14 @@ def prepare(
         coeffs=sorted(coeffs),
         external=sorted(map(str, external.values())),
         notes=notes,
-        corrections=corrections,
     )
 
 
-def _calibrate(
-    proto: ModelProto,
-    betas: set[str],
-    coeffs: set[str],
-    calibrating: Calibrating,
-    folder: str | None,
-    notes: list[str],
-) -> dict[BetaCoeff, dict[str, np.ndarray]]:
-    """Make inputs of a model's corrections, in place, and find what to feed at each point."""
-    start = time.monotonic()
-    ones = _parameters(betas, coeffs, (1.0, None))
-    calibrator = Calibrator(
-        proto, betas | coeffs, ones, calibrating.calibration, folder, calibrating.providers
-    )
-    calibrator.add_inputs(proto)
-    corrections = {}
-    progress = calibrating.progress
-    steps = calibrator.steps(len(calibrating.points))
-    with progress(steps) if progress else nullcontext() as bar:
-        step = (lambda: bar.update(1)) if bar else (lambda: None)
-        for point in calibrating.points:
-            found = calibrator.corrections(_parameters(betas, coeffs, point), step)
-            corrections[point] = calibrator.feeds(found)
-    seconds = time.monotonic() - start
-    notes += notes_on(calibrator, f" at {len(corrections)} points in {seconds:.2g} s")
-    return corrections
-
-
-def _parameters(
-    betas: Iterable[str], coeffs: Iterable[str], point: BetaCoeff
-) -> dict[str, np.ndarray]:
-    """What to feed for β and c at a point."""
+def parameters_at(steerable: Steerable, point: BetaCoeff) -> dict[str, np.ndarray]:
+    """What to feed for β and c at a point: name -> float32 array without dimensions."""
     beta, coeff = point
-    values = dict.fromkeys(betas, beta)
-    values |= dict.fromkeys(coeffs, ctu.COEFF if coeff is None else coeff)
+    values = dict.fromkeys(steerable.betas, beta)
+    values |= dict.fromkeys(steerable.coeffs, ctu.COEFF if coeff is None else coeff)
     return {name: np.array(value, np.float32) for name, value in values.items()}
 
 
@@ -366,7 +310,7 @@ class Runner:
         binding = self._bound(values, names)
         for point in points:
             # ONNX Runtime does not copy bound inputs: keep them alive until the run is done.
-            fed = _parameters(self._model.betas, self._model.coeffs, point)
+            fed = parameters_at(self._model, point)
             if self._model.corrections:
                 fed |= self._model.corrections[point]
             for name in self._input_names.intersection(fed):

@@ -22,9 +22,9 @@ from ..errors import UsageError, check_choice
 from ..model import files
 from ..ort.runs import CPU
 from . import intervals, racing
+from .calibrating import calibrated
 from .engine import (
     BetaCoeff,
-    Calibrating,
     Job,
     Measured,
     Runner,
@@ -181,11 +181,8 @@ def sweep(
         options.check()
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
     chosen_metric = metric_named(metric)
-    calibrating = None
-    if calibration is not None:
-        samples = check_calibration(calibration)
-        calibrating = Calibrating(samples, points, providers, progress)
-    steerable = prepare(model, coeffs is not None, calibrating)
+    samples = None if calibration is None else check_calibration(calibration)
+    steerable = prepare(model, coeffs is not None)
     if engine == "ray":  # Its workers may be in another folder.
         dataset, labels = _absolute(dataset), _absolute(labels)
     open_data = partial(
@@ -209,6 +206,9 @@ def sweep(
     steerable.chosen = choose_output(steerable, chosen_metric, source, runner, output_name)
     ending = steerable.endings[steerable.output]
     chosen_metric = replace(chosen_metric, kind=ending.kind)
+    if samples is not None:
+        steerable = calibrated(steerable, samples, points, providers, progress)
+        runner = cache(partial(Runner, steerable, providers))
     notes = [*steerable.notes, *source.notes, *_class_notes(dataset, source, steerable)]
     notes += notes_on_output(steerable, chosen_metric)
     job = Job(steerable, open_data, chosen_metric, points, providers)
@@ -388,9 +388,8 @@ def save_best(
     beta, coeff = result.best.beta, result.best.coeff
     samples = None if calibration is None else check_calibration(calibration, beta_as)
     with files.Transaction(model, path, force) as edit:
-        steer_or_set_calibrated(
-            edit.model, beta, coeff, samples, edit.digest, Path(model).parent, beta_as
-        )
+        origin = files.Origin() if samples is None else edit.origin()
+        steer_or_set_calibrated(edit.model, samples, origin, beta, coeff, beta_as)
     return edit.output
 
 

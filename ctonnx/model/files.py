@@ -1,6 +1,5 @@
 """Reading and writing model files: nothing half-written, no weights loaded that are not needed."""
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -10,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto
@@ -27,6 +26,11 @@ _LARGEST = 2**31 - 1
 _TOO_LARGE = "larger than the 2 GiB that a model can be: keep its weights in external data"
 
 _CHUNK = 8 << 20
+
+try:
+    import fcntl
+except ImportError:  # Windows has none.
+    fcntl = None
 
 # The ioctl of Linux by which a file shares the blocks of another one.
 _FICLONE = 0x40049409
@@ -88,9 +92,26 @@ def _parsed(path: str | os.PathLike, data: bytes) -> ModelProto:
     return model
 
 
-def digest(data: bytes) -> str:
-    """What tells the bytes of a model from others."""
-    return hashlib.sha256(data).hexdigest()
+class Origin(NamedTuple):
+    """Where a model comes from: its `digest`, and the `folder` of its external data; None where
+    there is none."""
+
+    digest: str | None = None
+    folder: Path | None = None
+
+
+def digest(model: ModelProto) -> str:
+    """What tells a model from others, however its file is written."""
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
+def origin(path: str | os.PathLike) -> Origin:
+    """The Origin of the model in a file.
+
+    Raises:
+        ModelError: as `load`.
+    """
+    return Origin(digest(_parsed(path, _bytes_of(path))), Path(path).parent)
 
 
 def own(model: str | os.PathLike | ModelProto) -> ModelProto:
@@ -137,8 +158,7 @@ class Transaction:
     data: when the block or the writing fails, nothing is left behind and nothing that was there has
     changed.
 
-    `digest` tells the file at `path` from others. Where `as_it_is` is set, its bytes are written,
-    whatever has become of the model.
+    Where `copies_file` is set, the bytes at `path` are written, whatever has become of the model.
 
     `model` is the ModelProto at `path`, to change in place. Its nodes keep their order, right or
     not, and what is external stays so, though single numbers can be read in the block. `output` is
@@ -174,11 +194,10 @@ class Transaction:
         self._files = ExitStack()
         self._data: dict[str, Path] | None = None
         self._staged: tuple[Path, Path] | None = None  # folder of the data, model
-        self.as_it_is = False
+        self.copies_file = False
 
     def __enter__(self) -> Self:
-        data = _bytes_of(self._path)
-        self.model, self.digest = _parsed(self._path, data), digest(data)
+        self.model = _parsed(self._path, _bytes_of(self._path))
         if self._path != STDIO:
             read_scalars(self.model, Path(self._path).parent, restorable=True)
         return self
@@ -187,6 +206,10 @@ class Transaction:
         with self._files:
             if kind is None:
                 self._finish()
+
+    def origin(self) -> Origin:
+        """Where the model comes from, to ask before it changes."""
+        return Origin(digest(self.model)) if self._path == STDIO else origin(self._path)
 
     def stage(self) -> Path:
         """Write the model, as it is now, under a temporary name beside its data.
@@ -236,7 +259,7 @@ class Transaction:
             self._rename(folder, temporary)
 
     def _serialized(self) -> bytes:
-        if self.as_it_is:
+        if self.copies_file:
             return _bytes_of(self._path)
         what = "the result" if self.output == STDIO else self.output
         return _serialized(self.model, what)
@@ -391,10 +414,11 @@ def _copy(source, target, advance):
     Each way goes on where the one before failed. The last one raises what is wrong with the files.
     """
     with open(source, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
-        with suppress(OSError):
-            fcntl.ioctl(writer, _FICLONE, reader.fileno())
-            advance(reader.seek(0, os.SEEK_END))
-        with suppress(OSError):
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.ioctl(writer, _FICLONE, reader.fileno())
+                advance(reader.seek(0, os.SEEK_END))
+        with suppress(OSError, AttributeError):  # macOS and Windows have no copy_file_range.
             while count := os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):
                 advance(count)
         while chunk := reader.read(_CHUNK):

@@ -1,6 +1,7 @@
 """The op library: finding it, registering it, and opening plain ONNX Runtime sessions."""
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -19,7 +20,9 @@ MIN_ONNXRUNTIME = (1, 18)
 CUDA_PROVIDERS = ("CUDAExecutionProvider", "CudaPluginExecutionProvider")
 TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
-_LIBRARY = "libctonnx_ops.so"
+_LIBRARY = {"darwin": "libctonnx_ops.dylib", "win32": "ctonnx_ops.dll"}.get(
+    sys.platform, "libctonnx_ops.so"
+)
 _REGISTERED = "ctonnx.registered"
 
 

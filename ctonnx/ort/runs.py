@@ -1,6 +1,7 @@
 """Running models in order to compare them: ONNX Runtime on one thread, and inputs to feed."""
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -104,14 +105,14 @@ class Model:
         return arrays(zip(names, outputs, strict=True))
 
 
-def session_options(library: bool) -> Any:
-    """The onnxruntime.SessionOptions for one thread and no messages.
+def session_options(library: bool, threads: int = 1) -> Any:
+    """The onnxruntime.SessionOptions for some threads and no messages.
 
     Args:
         library: whether to register the op library.
     """
     options = import_onnxruntime().SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if library:
         register(options)
@@ -145,14 +146,19 @@ def beside(data: bytes, folder: str | PathLike) -> Iterator[Path]:
     Raises:
         UsageError: the folder cannot be written to.
     """
+    path = None
     try:
-        stream = tempfile.NamedTemporaryFile(dir=folder, prefix=".ctonnx-", suffix=".onnx")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from None
-    with stream:
-        stream.write(data)
-        stream.flush()
-        yield Path(stream.name)
+        try:
+            descriptor, path = tempfile.mkstemp(".onnx", ".ctonnx-", folder)
+            with open(descriptor, "wb") as stream:
+                stream.write(data)
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot be written to: {error.strerror}") from None
+        # Closed, as Windows opens no file a second time.
+        yield Path(path)
+    finally:
+        if path is not None:
+            os.unlink(path)
 
 
 def load_inputs(

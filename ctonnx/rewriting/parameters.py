@@ -1,13 +1,13 @@
 """The initializers and inputs that hold beta, c and operands: adding and finding them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from .. import ctu
 from ..errors import UsageError
-from ..model.graph import Scope, functions_of, key_of, node_label, scopes
+from ..model.graph import Scope, functions_of, keep, key_of, node_label, scopes
 from ..model.names import FreshNames, node_names
 from . import records
 
@@ -23,6 +23,18 @@ def scalar(name: str, value: float, dtype: int = TensorProto.FLOAT) -> TensorPro
 def scalar_input(name: str) -> ValueInfoProto:
     """The ValueInfoProto of a float32 input without dimensions."""
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, [])
+
+
+def make_inputs(graph: GraphProto, names: Iterable[str], shape: Sequence[int] | None = ()) -> None:
+    """Make inputs that must be fed of the initializers and inputs `names`: of their element type,
+    float32 where an input is required already, and of a shape, or of any where None."""
+    types = dict.fromkeys(names, TensorProto.FLOAT)
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.name in types}
+    keep(graph.initializer, lambda tensor: tensor.name not in types)
+    keep(graph.input, lambda value: value.name not in types)
+    graph.input.extend(
+        helper.make_tensor_value_info(name, types[name], shape) for name in sorted(types)
+    )
 
 
 def add_initializer(graph: GraphProto, tensor: TensorProto) -> None:

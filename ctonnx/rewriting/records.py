@@ -63,12 +63,19 @@ class Metadata:
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """What is recorded of the calibration; None where there was none, or that is damaged."""
+        """What is recorded of the calibration; None where there was none.
+
+        Raises:
+            ModelError: the record is damaged.
+        """
+        text = get(self._model, _CALIBRATION)
         try:
-            found = json.loads(get(self._model, _CALIBRATION) or "null")
-        except ValueError:
-            return None
-        return found if isinstance(found, dict) else None
+            found = None if text is None else json.loads(text)
+            if not isinstance(found, dict | None):
+                raise ValueError
+        except (ValueError, RecursionError):
+            raise ModelError(f"the record {_CALIBRATION} in the model is damaged") from None
+        return found
 
     @calibration.setter
     def calibration(self, record: dict[str, Any]) -> None:

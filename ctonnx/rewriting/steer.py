@@ -164,6 +164,7 @@ def steer_or_set(
     """
     steered = SteeredModel(model)
     if steered.is_steered:
+        steered.check_uncalibrated("take its original instead")
         steered.set(beta, coeff, beta_as)
     else:
         steer(model, beta, ctu.COEFF if coeff is None else coeff, beta_as=beta_as)

@@ -13,7 +13,7 @@ from ..model.graph import Scope, check_names, keep, scopes
 from ..model.inference import typed_scopes
 from .find import Activation, Site, decimal, survey
 from .lower import holds_unit
-from .parameters import Parameters, add_initializer, fill, scalar, scalar_input
+from .parameters import Parameters, add_initializer, fill, make_inputs, scalar, scalar_input
 from .records import Metadata, has_record, lowered_op
 from .renamed import are_left, give_back_names
 from .undo import unsteer
@@ -39,8 +39,8 @@ _INLINED = "the model was steered, and another tool inlined its CTUs: this may b
 class SteeredModel:
     """A ModelProto and its activations, steered or not. The graph is walked once, when needed.
 
-    `proto` is the model itself, which `set`, `override` and `unsteer` change; anything else that
-    changes it calls for a new SteeredModel. `metadata` is a typed view of its `ctonnx.*` keys.
+    `proto` is the model itself, which `set`, `override` and `unsteer` change; after anything else
+    that changes it call `forget`. `metadata` is a typed view of its `ctonnx.*` keys.
     CTUs that another tool has renamed get their name back; `renamed` are the names they had.
 
     Args:
@@ -57,7 +57,7 @@ class SteeredModel:
         check_names(proto, self._scopes)
         self.renamed = give_back_names(proto)
         if self.renamed:  # The scopes are those of before.
-            self._forget()
+            self.forget()
         self.metadata = Metadata(proto)
         self._betas = betas
 
@@ -130,13 +130,7 @@ class SteeredModel:
         if self.metadata.calibration is not None:
             raise UsageError(_CALIBRATED + remedy)
 
-    def set(
-        self,
-        beta: float,
-        coeff: float | None = None,
-        beta_as: str | None = None,
-        recalibrates: bool = False,
-    ) -> int:
+    def set(self, beta: float, coeff: float | None = None, beta_as: str | None = None) -> int:
         """Give all activations one beta, and one c where it is given.
 
         Args:
@@ -144,15 +138,14 @@ class SteeredModel:
             beta_as: None keeps beta where it is, an optional input with a new default. With
                 "initializer" one initializer holds beta afterwards, with "input" one optional
                 input, whatever held it before.
-            recalibrates: whether the caller calibrates the model afterwards.
 
         Returns:
             how many initializers and inputs held a beta: several where activations had parameters
             of their own.
 
         Raises:
-            UsageError: beta or c is not in [0, 1]; beta is a required input and is to stay one; the
-                model is calibrated; or the parameters cannot change for all CTUs and nothing else.
+            UsageError: beta or c is not in [0, 1]; beta is a required input and is to stay one; or
+                the parameters cannot change for all CTUs and nothing else.
             NothingToDo: the model holds no CTU, and no input for beta that may become another.
         """
         beta = ctu.check_unit_interval("beta", beta)
@@ -160,8 +153,6 @@ class SteeredModel:
             coeff = ctu.check_unit_interval("coeff", coeff)
         if beta_as is None:
             self._check_ctus()
-        if not recalibrates:
-            self.check_uncalibrated("calibrate it again, with --calibrate, or steer its original")
         betas, coeffs = self.changeable(coeff is not None)
         if beta_as is None and self.parameters.required:
             raise UsageError(
@@ -174,7 +165,7 @@ class SteeredModel:
             self._make_initializers(coeffs)
             fill(self.proto, coeffs, coeff)
         self._record(beta, coeff if coeffs else None)
-        self._forget()
+        self.forget()
         return len(betas)
 
     def override(self, beta: float) -> dict[str, np.ndarray]:
@@ -188,16 +179,13 @@ class SteeredModel:
         """
         fill(self.proto, self.betas(), beta)
         feeds = dict.fromkeys(self.parameters.inputs, np.array(beta, np.float32))
-        self._forget()
+        self.forget()
         return feeds
 
     def require_inputs(self, names: Names) -> None:
         """Make scalar inputs that must be fed of the parameters `names`."""
-        graph = self.proto.graph
-        keep(graph.initializer, lambda tensor: tensor.name not in names)
-        keep(graph.input, lambda value: value.name not in names)
-        graph.input.extend(map(scalar_input, sorted(names)))
-        self._forget()
+        make_inputs(self.proto.graph, names)
+        self.forget()
 
     def betas(self) -> Names:
         """The names of the initializers and inputs that hold a beta.
@@ -236,15 +224,21 @@ class SteeredModel:
             UsageError: the model is calibrated.
             ModelError: as `undo.unsteer`; the model is unchanged.
         """
-        self.check_uncalibrated("name the original, with --original")
+        record = self.metadata.calibration
+        known = record is None or record.get("original")
+        self.check_uncalibrated(
+            "name its original, with --original" if known else "its original is not recorded"
+        )
         if not are_left(self.proto):
             self._check_ctus()
         unsteer(self.proto)
-        self._forget()
+        self.forget()
 
-    def refresh(self) -> None:
-        """Read the model again, which others have changed."""
-        self._forget()
+    def forget(self) -> None:
+        """Drop what was read of the model before it changed."""
+        for name, member in vars(type(self)).items():
+            if isinstance(member, cached_property):
+                self.__dict__.pop(name, None)
 
     @cached_property
     def _scopes(self) -> list[Scope]:
@@ -323,9 +317,3 @@ class SteeredModel:
             self.metadata.update(beta=repr(beta))
         if coeff is not None:
             self.metadata.update(coeff=repr(coeff))
-
-    def _forget(self) -> None:
-        """Drop what was read of the model before it changed."""
-        for name, member in vars(type(self)).items():
-            if isinstance(member, cached_property):
-                self.__dict__.pop(name, None)

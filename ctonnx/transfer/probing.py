@@ -28,6 +28,7 @@ from ..data.images import Transform
 from ..data.open import DataOptions, open_source
 from ..errors import UsageError
 from ..measure import engine, intervals
+from ..measure.calibrating import calibrated
 from ..measure.sweeping import grid
 from ..model import files
 from ..model.order import sort_nodes
@@ -37,9 +38,6 @@ from .features import FeatureReader, FeatureSet, groups_of, open_reader
 from .fit import Fits, Task, define_task, fit_heads
 from .heads import HeadSite, replace_head
 from .result import Probe, WrittenModel, measure_accuracy, notes_on, result_of
-
-# Called with the number of steps: a context of an object with `update(steps)`, or of None.
-Progress = Callable[[int | None], AbstractContextManager[Any]]
 
 
 def probe(
@@ -62,7 +60,7 @@ def probe(
     providers: Sequence | None = None,
     output: str | os.PathLike | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: files.Progress | None = None,
 ) -> Probe:
     """Fit a linear head on a model's features at every β, and give the model the best.
 
@@ -110,18 +108,17 @@ def probe(
     _require_packages()
 
     samples = None if calibration is None else check_calibration(calibration)
-    calibrating = None
-    if samples is not None:
-        points = [(beta, coeff) for beta in betas]
-        calibrating = engine.Calibrating(samples, points, providers, progress)
-    steerable = engine.prepare(model, coeff is not None, calibrating)
+    steerable = engine.prepare(model, coeff is not None)
     steerable.chosen = steerable.named_output(output_name)
-    reader = open_reader(model, steerable, features, coeff, providers)
     options = DataOptions(labels, batch_size, images, skip_broken)
     sources = [
         open_source(train, steerable.inputs, options),
         open_source(test, steerable.inputs, replace(options, labels=test_labels or labels)),
     ]
+    if samples is not None:
+        points = [(beta, coeff) for beta in betas]
+        steerable = calibrated(steerable, samples, points, providers, progress)
+    reader = open_reader(model, steerable, features, coeff, providers)
     sets = [reader.read_original(source) for source in sources]
     task = define_task(sets[0].labels, sets[1].labels, seeds, validation)
     site, shape, dtype = reader.site, _common_shape(sets, reader.site), sets[0].dtype
@@ -131,7 +128,8 @@ def probe(
         notes = replace_head(proto, site, fits.head, task.classes, dtype, flatten=len(shape) > 1)
         # With another head it has no file that is its original.
         folder = None if isinstance(model, ModelProto) else Path(model).parent
-        steer_or_set_calibrated(proto, fits.best, coeff, samples, None, folder)
+        origin = files.Origin(None, folder)
+        steer_or_set_calibrated(proto, samples, origin, fits.best, coeff)
         return notes
 
     def measure(opened: Path | bytes) -> tuple[float, list[str]]:
@@ -204,7 +202,7 @@ def _fit_all(
     sets: Sequence[FeatureSet],
     task: Task,
     betas: Sequence[float],
-    progress: Progress | None,
+    progress: files.Progress | None,
 ) -> Fits:
     """Fit heads at every β, from 1 down.
 
