@@ -24,9 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ctonnx
-from ctonnx.calibration.calibrate import Calibrator
-from ctonnx.calibration.samples import Calibration
-from ctonnx.data.batches import Input
+from ctonnx.calibration.calibrator import Calibrator
 from ctonnx.rewriting.steered import SteeredModel
 
 HERE = Path(__file__).resolve().parent
@@ -122,6 +120,18 @@ def parameters(beta, coeff):
     return {"beta": np.array(beta, np.float32), "coeff": np.array(coeff, np.float32)}
 
 
+class Samples:
+    """What a Calibrator runs a model on: images that may change."""
+
+    batches = 1
+
+    def __init__(self, images):
+        self.images = images
+
+    def arrays(self, _, names):
+        return {"image": self.images} if "image" in names else {}
+
+
 def add_corrections(model):
     """Make inputs of a steered model's corrections, in place, and compute these.
 
@@ -132,16 +142,15 @@ def add_corrections(model):
         what data.json holds of them.
     """
     original, sharp = parameters(1, 0.5), training_digits()
-    image = Input.of(model.graph.input[0])
-    calibrator = Calibrator(model, set(original), original, Calibration(sharp))
-    found = {}
+    samples, found = Samples(sharp), {}
+    calibrator = Calibrator(model, original, samples)
     # The first corrections fix the statistics that all others restore.
     for kind, images in {"sharp": sharp, "blurred": blurred(sharp)}.items():
-        calibrator.samples = Calibration(images).read([image])
+        samples.images = images
         points = [parameters(beta, coeff) for beta in BETAS for coeff in COEFFS]
         found[kind] = [calibrator.corrections(point) for point in points]
-    calibrator.add_inputs(model)
-    feeds = {kind: [calibrator.feeds(each) for each in all_] for kind, all_ in found.items()}
+    inputs = calibrator.add_inputs()
+    feeds = {kind: [inputs.feeds(each) for each in all_] for kind, all_ in found.items()}
     shapes = {name: array.shape for name, array in feeds["sharp"][0].items()}
     for value in model.graph.input:
         if value.name in shapes:
