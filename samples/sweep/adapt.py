@@ -1,7 +1,7 @@
 """What recalibration and β each gain on shifted digits.
 
-`python adapt.py` writes table.md and prints it. β is chosen on the first 1,000 digits, the first 128 of which also
-give the statistics, without labels; every accuracy is that on the other 1,000.
+`python adapt.py` writes table.md and prints it. β is chosen on the first 1,000 digits, of which the
+first 128 also give the statistics, without labels; every accuracy is that on the other 1,000.
 """
 
 import argparse
@@ -99,7 +99,9 @@ def gain(right, other):
 
 def rows():
     """The table's lines."""
-    yield "| digits | statistics restored | original | at β = 1 | best β | there | gain | β's part |"
+    yield (
+        "| digits | statistics restored | original | at β = 1 | best β | there | gain | β's part |"
+    )
     yield "|-|-|-|-|-|-|-|-|"
     clean = digits("clean")[0][:SAMPLES]
     for shift in "blurred", "noisy", "rotated":

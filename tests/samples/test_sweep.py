@@ -56,5 +56,3 @@ def test_a_restored_layer_has_the_statistics_wanted(adapt):
     found = adapt.statistics(model, shifted, adapt.layers(model))
     for one, other in zip(wanted, found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
-
-
