@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import inspect, patch, unpatch
+    from .api import inspect, patch, set, unpatch
     from .calibration.samples import Calibration
+    from .check.validate import validate
     from .errors import (
         CheckFailed,
         CtonnxError,
@@ -42,8 +43,10 @@ __all__ = [
     "probe",
     "register",
     "session",
+    "set",
     "sweep",
     "unpatch",
+    "validate",
 ]
 
 # Loaded on first use, as `ctonnx --help` must not wait for onnx.
@@ -56,8 +59,10 @@ _HOMES = {
     "probe": "transfer.probing",
     "register": "ort.library",
     "session": "ort.session",
+    "set": "api",
     "sweep": "measure.sweeping",
     "unpatch": "api",
+    "validate": "check.validate",
 }
 
 

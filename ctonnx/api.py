@@ -6,7 +6,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from .calibration.calibrate import check_calibration, steer_calibrated
+from .calibration.calibrate import check_calibration, set_calibrated, steer_calibrated
 from .errors import UsageError
 from .model import files
 from .rewriting.find import Activation
@@ -103,6 +103,45 @@ def inspect(model: Any) -> list[Activation]:
         ModelError: the model cannot be read.
     """
     return SteeredModel(_to_proto(model)).activations
+
+
+def set(
+    model: Any,
+    beta: float,
+    coeff: float | None = None,
+    *,
+    calibration: Any = None,
+    output: str | Path | None = None,
+    force: bool = False,
+) -> Any:
+    """Give all activations of a steered model another β, and another c where it is given.
+
+    Args:
+        model: a path, an onnx.ModelProto or an onnx_graphsurgeon.Graph. It is not changed, but for
+            a path without `output`.
+        beta, coeff: in [0, 1].
+        calibration: as for `patch`. A calibrated model needs it, and gets the statistics back that
+            it has on these data.
+        output: for a path, where to write; the path itself where None.
+        force: overwrite `output`.
+
+    Returns:
+        The model with that β, of the kind of `model`; for a path, the Path written.
+
+    Raises:
+        UsageError: a wrong argument, an existing output; the model is calibrated and there is no
+            `calibration`; β is an input that must be fed, or cannot change for all activations and
+            nothing else; or calibration data that do not fit the model.
+        NothingToDo: the model is not steered.
+        InputFileError: calibration data cannot be read.
+        ModelError: the model cannot be read.
+    """
+    samples = None if calibration is None else check_calibration(calibration)
+
+    def change(proto: ModelProto, origin: Callable[[], files.Origin]) -> None:
+        set_calibrated(SteeredModel(proto), samples, origin, beta, coeff)
+
+    return _edit(model, change, output, lambda path: path, force or output is None)
 
 
 def unpatch(

@@ -31,8 +31,10 @@ PUBLIC = [
     "probe",
     "register",
     "session",
+    "set",
     "sweep",
     "unpatch",
+    "validate",
 ]
 
 
@@ -226,3 +228,27 @@ def test_the_library_never_imports_torch():
         for name in ctonnx.__all__: getattr(ctonnx, name)
         assert "torch" not in sys.modules"""
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_set(tmp_path):
+    path = ctonnx.patch(DIGITS / "digits.onnx", 0.8, output=tmp_path / "m.onnx")
+    expected = ctonnx.patch(onnx.load(DIGITS / "digits.onnx"), 0.6, 0.3)
+    assert ctonnx.set(onnx.load(path), 0.6, 0.3) == expected
+    other = ctonnx.set(path, 0.6, 0.3, output=tmp_path / "n.onnx")
+    assert onnx.load(other) == expected != onnx.load(path)
+    assert ctonnx.set(path, 0.6, 0.3) == path
+    assert onnx.load(path) == expected
+    with pytest.raises(ctonnx.UsageError, match="exists already"):
+        ctonnx.set(path, 0.5, output=other)
+    with pytest.raises(ctonnx.NothingToDo):
+        ctonnx.set(DIGITS / "digits.onnx", 0.5, output=tmp_path / "o.onnx")
+    data = DIGITS / "digits_test.npz"
+    calibrated = ctonnx.set(path, 0.5, calibration=data)
+    with pytest.raises(ctonnx.UsageError, match="the model is calibrated"):
+        ctonnx.set(calibrated, 0.4)
+
+
+def test_validate(tmp_path):
+    path = ctonnx.patch(DIGITS / "digits.onnx", 0.8, output=tmp_path / "m.onnx")
+    assert ctonnx.validate(path).ok
+    assert ctonnx.validate(path, against=DIGITS / "digits.onnx").ok

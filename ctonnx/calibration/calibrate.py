@@ -70,25 +70,30 @@ def steer_calibrated(
 
 def set_calibrated(
     steered: SteeredModel,
-    calibration: Calibration,
-    origin: files.Origin,
+    calibration: Calibration | None,
+    origin: Callable[[], files.Origin],
     beta: float,
+    coeff: float | None = None,
     progress: files.Progress | None = None,
 ) -> tuple[int, list[str]]:
-    """Give a steered model another β, in place, and calibrate it: to the statistics of the
-    original, or to those that it has now where it is calibrated.
+    """Give a steered model another β, and c, in place, and calibrate it where there is a
+    `calibration`: to the statistics of the original, or to those that it has now where it is
+    calibrated.
 
     Returns:
         what `SteeredModel.set` and `calibrate` return.
 
     Raises:
-        As these.
+        As these; UsageError: the model is calibrated, and there is no `calibration`.
     """
+    if calibration is None:
+        steered.check_uncalibrated("calibrate it again, or steer its original")
+        return steered.set(beta, coeff), []
     calibrated = steered.metadata.calibration is not None
     wanted = values_of(steered) if calibrated else ones(steered)
-    origin = origin._replace(digest=digest_of_original(steered))
-    count = steered.set(beta)
-    return count, calibrate(steered, calibration, wanted, origin, progress)
+    source = origin()._replace(digest=digest_of_original(steered))
+    count = steered.set(beta, coeff)
+    return count, calibrate(steered, calibration, wanted, source, progress)
 
 
 def steer_or_set_calibrated(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import wraps
 from os.path import realpath
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -40,7 +41,7 @@ def check_outputs(outputs: dict, inputs: dict) -> None:
             raise click.UsageError(f"{name} and {seen[realpath(path)]} name one file")
 
 
-def data_of(calibration) -> str:
+def data_of(calibration: Any) -> Any:
     """The DATA of --calibrate, "-" where there is none."""
     return "-" if calibration is None else calibration.data
 

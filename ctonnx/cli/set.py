@@ -9,11 +9,12 @@ from .output import echo, print_json, progress, say
 @click.command("set")
 @options.model
 @click.option("--beta", type=float, required=True, help="The new beta, in [0, 1].")
+@click.option("--coeff", type=float, help="The paper's c, in [0, 1].  [default: as it is]")
 @options.output
 @options.fed_by_calibration
 @options.force
 @options.json
-def set_(model, beta, output, force, as_json, calibration):
+def set_(model, beta, coeff, output, force, as_json, calibration):
     """Change the beta of a steered MODEL.
 
     MODEL is a file, or - for standard input. --output defaults to MODEL itself. A calibrated MODEL
@@ -26,14 +27,10 @@ def set_(model, beta, output, force, as_json, calibration):
     path = model if output is None else output
     options.check_outputs({"--output": path}, {"--calibrate": options.data_of(calibration)})
     with files.Transaction(model, path, force or output is None, progress()) as edit:
-        steered, notes = SteeredModel(edit.model), []
-        if calibration is None:
-            steered.check_uncalibrated("give --calibrate, or steer its original")
-            count = steered.set(beta)
-        else:
-            count, notes = set_calibrated(
-                steered, calibration, edit.origin(), beta, progress("calibrating")
-            )
+        steered = SteeredModel(edit.model)
+        count, notes = set_calibrated(
+            steered, calibration, edit.origin, beta, coeff, progress("calibrating")
+        )
     for note in notes:
         say(note)
     if steered.renamed:
