@@ -450,10 +450,10 @@ def draw(rows, path):
                     axis.plot(betas, [row[name] for row in own], line, color=colour, lw=1)
         axis.set(title=TITLES.get(threat, threat), xlabel="β", ylim=(0, 1))
         axis.grid(alpha=0.3)
-    axes[1].plot([], [], "k--", lw=1, label="Square alone")
-    axes[1].plot([], [], "k:", lw=1, label="other network's alone")
+    axes[0].plot([], [], "k--", lw=1, label="Square alone")
+    axes[0].plot([], [], "k:", lw=1, label="other network's alone")
     axes[0].set_ylabel("accuracy")
-    axes[1].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
