@@ -143,5 +143,5 @@ def test_every_block_is_fenced(source):
 
 def test_the_method_has_its_formulas_and_picture():
     page = PAGES[SITE / "method.html"]
-    assert len(page.find_all("math")) == 3
+    assert len(page.find_all("math")) == 5
     assert page.find("img", src="ctu.svg")

@@ -4,6 +4,7 @@ The page's tests need playwright and Chromium, which the nox session `playground
 the environment they fail where Chromium is missing.
 """
 
+import base64
 import functools
 import hashlib
 import io
@@ -237,17 +238,101 @@ def test_the_page_is_installed_and_the_scripts_around_it_are_not():
 
 
 def original(name):
-    """The ReLU network of a model of the page, by `unpatch`."""
+    """The ReLU network of a model of the page: that of samples/digits, or by `unpatch`."""
+    if name == "digits":
+        return onnx.load(DIGITS / "digits.onnx")
     model = ctonnx.unpatch(onnx.load(SAMPLE / f"{name}.onnx"))
     assert {node.op_type for node in model.graph.node}.isdisjoint(ctu.OPS)
-    assert [value.name for value in model.graph.input] in (["x"], ["image"])
+    assert [value.name for value in model.graph.input] == ["x"]
     return model
 
 
 def test_the_models_are_steered_and_undone():
     for name in ("spiral", "regression"):
         assert "Relu" in {node.op_type for node in original(name).graph.node}
-    assert original("digits") == onnx.load(DIGITS / "digits.onnx")
+    undone = ctonnx.unpatch(onnx.load(SAMPLE / "digits.onnx")).graph
+    assert undone.initializer == original("digits").graph.initializer
+    ops = [node.op_type for node in undone.node if not node.name.startswith("correct_")]
+    assert ops == [node.op_type for node in original("digits").graph.node]
+
+
+# --- the corrections of the digits' network
+
+
+@pytest.fixture(scope="module")
+def corrections():
+    return json.loads((SAMPLE / "data.json").read_text())["digits"]["corrections"]
+
+
+def corrected(corrections, kind, beta, coeff):
+    """What the page feeds at a point of the grid; with `kind` None what changes nothing."""
+    fed = {"beta": np.array(beta, "f4"), "coeff": np.array(coeff, "f4")}
+    if kind is None:
+        pairs = enumerate(corrections["inputs"])
+        return fed | {name: np.full(shape, 1 - i % 2, "f4") for i, (name, shape) in pairs}
+    betas, coeffs = corrections["betas"], corrections["coeffs"]
+    values = np.frombuffer(base64.b64decode(corrections[kind]), "<f4")
+    values = values.reshape(len(betas), len(coeffs), -1)[betas.index(beta), coeffs.index(coeff)]
+    ends = np.cumsum([np.prod(shape) for _, shape in corrections["inputs"]])
+    parts = np.split(values, ends[:-1])
+    assert ends[-1] == len(values)
+    inputs = corrections["inputs"]
+    return fed | {n: part.reshape(s) for (n, s), part in zip(inputs, parts, strict=True)}
+
+
+def blurred(images):
+    """The images, blurred by the page's matrix."""
+    data = json.loads((SAMPLE / "data.json").read_text())["digits"]
+    matrix = np.array(data["blur"], "f4")
+    return matrix @ images @ matrix.T
+
+
+def right(fed, images, labels):
+    """How many digits the page's network reads right."""
+    reader = ctonnx.session(SAMPLE / "digits.onnx")
+    return int((reader.run(None, {"image": images, **fed})[0].argmax(1) == labels).sum())
+
+
+def test_corrections_keep_the_digits_right(corrections):
+    test = np.load(DIGITS / "digits_test.npz")
+    for beta, least in {1.0: 539, 0.9: 535, 0.8: 533, 0.7: 528, 0.6: 508, 0.5: 470}.items():
+        fed = corrected(corrections, "sharp", beta, 0.5)
+        count = right(fed, test["image"], test["label"])
+        assert count >= least, beta
+        plain = corrected(corrections, None, beta, 0.5)
+        assert beta > 0.8 or count > right(plain, test["image"], test["label"])
+        for name, shape in corrections["inputs"] if beta == 1 else ():
+            np.testing.assert_allclose(fed[name], plain[name], atol=1e-4)
+            assert fed[name].shape == tuple(shape)
+
+
+def test_corrections_of_blurred_digits_raise_their_number_right(corrections):
+    test = np.load(DIGITS / "digits_test.npz")
+    images = blurred(test["image"])
+    before = right(corrected(corrections, None, 1.0, 0.5), images, test["label"])
+    assert before < 200
+    for beta in (1.0, 0.8):
+        fed = corrected(corrections, "blurred", beta, 0.5)
+        assert right(fed, images, test["label"]) > 490
+        # It takes corrections of blurred digits.
+        fed = corrected(corrections, "sharp", beta, 0.5)
+        assert right(fed, images, test["label"]) < 200
+
+
+def test_the_corrections_are_those_of_calibration(corrections):
+    datasets = pytest.importorskip("sklearn.datasets")
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    images = (pixels / 16).astype("f4").reshape(-1, 1, 8, 8)
+    training = train_test_split(images, test_size=0.3, stratify=labels, random_state=0)[0][:128]
+    test = np.load(DIGITS / "digits_test.npz")["image"]
+    for beta, coeff in ((0.7, 0.5), (0.5, 1.0)):
+        folded = ctonnx.patch(original("digits"), beta, coeff, calibration=training)
+        (expected,) = ctonnx.session(folded).run(None, {"image": test})
+        fed = corrected(corrections, "sharp", beta, coeff)
+        (found,) = ctonnx.session(SAMPLE / "digits.onnx").run(None, {"image": test, **fed})
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 # --- the page, in a browser
@@ -418,7 +503,7 @@ def test_the_boundary_is_drawn_where_the_scores_change_sign(visit):
     assert len(lines[0] & lines[1]) < 0.7 * len(lines[0])
 
 
-def test_the_values_are_those_of_onnxruntime(visit):
+def test_the_values_are_those_of_onnxruntime(visit, corrections):
     """All values on the grid agree, and at beta 1 those of the ReLU networks."""
     page = visit()
     grid = inputs(page, "spiral").reshape(-1, 2)[:10000]
@@ -427,31 +512,88 @@ def test_the_values_are_those_of_onnxruntime(visit):
     ink = np.array(page.evaluate("() => Array.from(playground.digits.ink)"), "f4")
     feeds = {"spiral": grid, "regression": line, "digits": ink.reshape(1, 1, 8, 8) / 16}
 
-    def assert_same(sessions, given):
-        for name, x in feeds.items():
-            first = sessions[name].get_inputs()[0].name
-            (expected,) = sessions[name].run(None, {first: x, **given})
+    def assert_same(sessions, given, kind=None, x_of=feeds):
+        for name, x in x_of.items():
+            first, *others = [each.name for each in sessions[name].get_inputs()]
+            fed = corrected(corrections, kind, **given) if given else {}
+            fed = {each: fed[each] for each in others}
+            (expected,) = sessions[name].run(None, {first: x, **fed})
             np.testing.assert_allclose(values(page, name), expected.ravel(), **TOLERANCE)
 
     assert_same({name: session(original(name)) for name in feeds}, {})
     steered = {name: ctonnx.session(SAMPLE / f"{name}.onnx") for name in feeds}
     for beta, coeff in ((0.85, 0.5), (0.5, 0.5), (0.7, 0.0), (0.7, 1.0)):
         move(page, beta=beta, coeff=coeff)
-        assert_same(steered, {"beta": np.array(beta, "f4"), "coeff": np.array(coeff, "f4")})
+        assert_same(steered, {"beta": beta, "coeff": coeff})
+    only = {"digits": feeds["digits"]}
+    for name, kind in {"recalibrated": "sharp", "blurred": "blurred"}.items():
+        page.click(f"#{name}")
+        settled(page)
+        if name == "blurred":
+            only = {"digits": blurred(feeds["digits"])}
+        for beta, coeff in ((0.7, 0.5), (0.5, 0.25)):
+            move(page, beta=beta, coeff=coeff)
+            assert_same(steered, {"beta": beta, "coeff": coeff}, kind, only)
 
 
-def test_what_the_page_says_is_what_the_networks_do(visit):
+def test_corrections_between_points_of_the_grid(visit, corrections):
+    page = visit()
+    page.click("#recalibrated")
+    move(page, beta=0.65, coeff=0.4)
+    ink = np.array(page.evaluate("() => Array.from(playground.digits.ink)"), "f4")
+    weights = {(0.6, 0.25): 0.2, (0.6, 0.5): 0.3, (0.7, 0.25): 0.2, (0.7, 0.5): 0.3}
+    corners = {at: corrected(corrections, "sharp", *at) for at in weights}
+    fed = {
+        name: sum(weight * corners[at][name] for at, weight in weights.items()).astype("f4")
+        for name, _ in corrections["inputs"]
+    }
+    fed |= {"image": ink.reshape(1, 1, 8, 8) / 16}
+    fed |= {"beta": np.array(0.65, "f4"), "coeff": np.array(0.4, "f4")}
+    (expected,) = ctonnx.session(SAMPLE / "digits.onnx").run(None, fed)
+    np.testing.assert_allclose(values(page, "digits"), expected.ravel(), **TOLERANCE)
+
+
+def test_the_switches_change_what_is_read(visit):
+    page = visit()
+    sharp = picture(page, "drawing")
+
+    def shown():
+        settled(page)
+        page.wait_for_selector("text=by the original)")
+        page.wait_for_selector("#held-figures:not(:empty)")
+        words = page.inner_text("#held-figures").split()
+        return int(words[0]), int(words[-4].lstrip("(")), picture(page, "drawing")
+
+    move(page, beta=0.7)
+    plain, before, image = shown()
+    page.click("#recalibrated")
+    recalibrated, again, same = shown()
+    assert before == again == 539
+    assert recalibrated > plain + 50
+    assert image == same == sharp
+    page.click("#blurred")
+    corrected_blurred, before, image = shown()
+    assert before < 200 < 450 < corrected_blurred
+    assert image != sharp
+    page.click("#recalibrated")
+    assert shown()[0] < 200
+    page.click("#reset")
+    assert shown() == (539, 539, sharp)
+
+
+def test_what_the_page_says_is_what_the_networks_do(visit, corrections):
     page = visit()
     data = json.loads((SAMPLE / "data.json").read_text())
     test = np.load(DIGITS / "digits_test.npz")
     sessions = {n: ctonnx.session(SAMPLE / f"{n}.onnx") for n in ("spiral", "regression", "digits")}
     for beta in (1.0, 0.6):
         move(page, beta=beta)
-        given = {"beta": np.array(beta, "f4"), "coeff": np.array(0.5, "f4")}
+        given = corrected(corrections, None, beta, 0.5)
 
         def output(name, x, given=given):
-            first = sessions[name].get_inputs()[0].name
-            return sessions[name].run(None, {first: np.asarray(x, "f4"), **given})[0]
+            first, *others = [each.name for each in sessions[name].get_inputs()]
+            fed = {each: given[each] for each in others}
+            return sessions[name].run(None, {first: np.asarray(x, "f4"), **fed})[0]
 
         points = data["spiral"]["held_points"]
         right = (output("spiral", points)[:, 0] > 0) == data["spiral"]["held_arms"]
@@ -462,7 +604,7 @@ def test_what_the_page_says_is_what_the_networks_do(visit):
         count = (output("digits", test["image"]).argmax(1) == test["label"]).sum()
         # The count appears later; until then that of another beta is gone.
         assert beta == 1.0 or "539 of" not in page.inner_text("#held-figures")
-        page.wait_for_selector(f"text={count} of 540 new digits read right (539 at")
+        page.wait_for_selector(f"text={count} of 540 new digits read right (539 by")
         assert f"β {beta:.3f}, c 0.50" in page.inner_text("#summary")
 
 
@@ -520,6 +662,8 @@ def test_the_keyboard_alone_reaches_and_moves_everything(visit):
         "drawing",
         "clear",
         *"0123456789",
+        "recalibrated",
+        "blurred",
         "Curvature Tuning",
     ]
     page.focus("#beta")

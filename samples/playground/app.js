@@ -7,6 +7,7 @@ import { Spiral } from "./spiral.js";
 
 const element = (id) => document.getElementById(id);
 const sliders = { beta: element("beta"), coeff: element("coeff") };
+const switches = { recalibrated: element("recalibrated"), blurred: element("blurred") };
 const status = element("status");
 
 const views = {};
@@ -15,9 +16,15 @@ let done = 0; // and what of it is drawn.
 let since = null; // When the first input came that is not drawn yet.
 let busy = false;
 let quiet;
+const originals = {}; // How many digits the original reads right, by whether they are blurred.
 
 function parameters() {
-  return { beta: sliders.beta.valueAsNumber, coeff: sliders.coeff.valueAsNumber };
+  return {
+    beta: sliders.beta.valueAsNumber,
+    coeff: sliders.coeff.valueAsNumber,
+    recalibrated: switches.recalibrated.checked,
+    blurred: switches.blurred.checked,
+  };
 }
 
 // Ask for a frame: as many inputs as come until it is drawn share it.
@@ -68,7 +75,7 @@ function showParameters({ beta, coeff }) {
 // How many digits are read right at other parameters is not to stand beside these.
 function forgetCount(now) {
   const { counted } = views.digits;
-  if (counted?.beta === now.beta && counted?.coeff === now.coeff) return;
+  if (counted && Object.keys(now).every((name) => counted[name] === now[name])) return;
   views.digits.counted = null;
   element("held-figures").textContent = "";
 }
@@ -80,12 +87,16 @@ async function settle(now) {
   const number = wanted;
   const stale = () => number !== wanted;
   if (views.digits.counted) return;
-  const before = (views.digits.before ??= await views.digits.countRight(ORIGINAL, stale));
+  const { blurred } = now;
+  const before = (originals[blurred] ??= await views.digits.countRight(
+    { ...ORIGINAL, blurred },
+    stale,
+  ));
   const right = before === null ? null : await views.digits.countRight(now, stale);
   if (right === null) return;
   views.digits.counted = now;
-  element("held-figures").textContent =
-    `${right} of ${views.digits.labels.length} new digits read right (${before} at β\u00a0=\u00a01)`;
+  const what = `${views.digits.labels.length} new ${blurred ? "blurred digits" : "digits"}`;
+  element("held-figures").textContent = `${right} of ${what} read right (${before} by the original)`;
 }
 
 function fail(error) {
@@ -106,10 +117,13 @@ async function start() {
   since = null;
   change();
 
-  for (const slider of Object.values(sliders)) slider.addEventListener("input", change);
+  for (const control of Object.values({ ...sliders, ...switches })) {
+    control.addEventListener("input", change);
+  }
   element("reset").addEventListener("click", (event) => {
     sliders.beta.value = ORIGINAL.beta;
     sliders.coeff.value = ORIGINAL.coeff;
+    for (const each of Object.values(switches)) each.checked = false;
     change(event);
   });
   const resized = new ResizeObserver(() => change());

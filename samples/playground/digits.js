@@ -1,6 +1,7 @@
 // The reader of 8 by 8 digits: a drawing, and how likely it is each digit.
 
 import { color, percent, prepare } from "./canvas.js";
+import { Corrections } from "./corrections.js";
 import { Model, ORIGINAL } from "./model.js";
 
 const SIDE = 8;
@@ -23,6 +24,8 @@ export class Digits {
     this.figures = document.getElementById("digits-figures");
     this.pixels = Uint8Array.from(atob(data.pixels), (letter) => letter.charCodeAt(0));
     this.labels = data.labels;
+    this.blur = data.blur;
+    this.corrections = new Corrections(data.corrections);
     this.ink = new Float32Array(PIXELS);
     this.cursor = null; // Of the keyboard, the pixel's number.
     this.taken = Array(10).fill(0);
@@ -130,14 +133,20 @@ export class Digits {
     this.changed();
   }
 
-  async #logits(pixels, parameters) {
-    const scaled = Float32Array.from(pixels, (v) => v / FULL);
-    return this.model.run(scaled, [pixels.length / PIXELS, 1, SIDE, SIDE], parameters);
+  // The logits of digits with the ink `pixels`, which are blurred first if they are to be.
+  async #logits(pixels, { blurred, recalibrated, ...parameters }) {
+    const seen = blurred ? blur(pixels, this.blur) : pixels;
+    const scaled = Float32Array.from(seen, (v) => v / FULL);
+    const kind = recalibrated ? (blurred ? "blurred" : "sharp") : null;
+    const more = this.corrections.feeds(parameters, kind);
+    return this.model.run(scaled, [pixels.length / PIXELS, 1, SIDE, SIDE], parameters, more);
   }
 
   async compute(parameters) {
+    const { blurred } = parameters;
+    this.seen = blurred ? blur(this.ink, this.blur) : this.ink;
     this.values = await this.#logits(this.ink, parameters);
-    this.original = await this.#logits(this.ink, ORIGINAL);
+    this.original = await this.#logits(this.ink, { ...ORIGINAL, blurred });
   }
 
   draw() {
@@ -145,7 +154,7 @@ export class Digits {
     const cell = width / SIDE;
     context.fillStyle = color("ink");
     const edge = (i) => Math.round(i * cell); // Between pixels of the screen there would be seams.
-    this.ink.forEach((v, k) => {
+    this.seen.forEach((v, k) => {
       const [x, y] = [k % SIDE, (k / SIDE) | 0];
       context.globalAlpha = v / FULL;
       context.fillRect(edge(x), edge(y), edge(x + 1) - edge(x), edge(y + 1) - edge(y));
@@ -168,7 +177,7 @@ export class Digits {
     });
     this.figures.textContent = this.ink.some(Boolean)
       ? `Reads ${read}, ${percent(now[read], 0)} sure ` +
-        `(${readBefore}, ${percent(before[readBefore], 0)} at β\u00a0=\u00a01)`
+        `(${readBefore}, ${percent(before[readBefore], 0)} by the original)`
       : "Draw a digit, or take an example";
     this.summary = `Digit: ${this.figures.textContent}.`;
   }
@@ -189,6 +198,28 @@ export class Digits {
     }
     return right;
   }
+}
+
+// Images of 8 by 8, one after another, each blurred along both axes by a matrix of 8 by 8.
+function blur(images, matrix) {
+  const result = new Float32Array(images.length);
+  for (let first = 0; first < images.length; first += PIXELS) {
+    const image = images.subarray(first, first + PIXELS);
+    const at = (row, column) => image[row * SIDE + column];
+    const across = product((row, k) => matrix[row][k], at);
+    result.set(product((row, k) => across[row * SIDE + k], (k, column) => matrix[column][k]), first);
+  }
+  return result;
+}
+
+// The product of two matrices of 8 by 8, given as functions of row and column.
+function product(left, right) {
+  return Float32Array.from({ length: PIXELS }, (_, place) => {
+    const [row, column] = [(place / SIDE) | 0, place % SIDE];
+    let sum = 0;
+    for (let k = 0; k < SIDE; k++) sum += left(row, k) * right(k, column);
+    return sum;
+  });
 }
 
 function softmax(logits) {

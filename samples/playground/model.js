@@ -19,24 +19,28 @@ export class Model {
     this.session = session;
   }
 
-  // The output, a Float32Array, for an input of the shape `dims` as a Float32Array.
-  run(data, dims, parameters) {
-    const result = last.then(() => this.#run(data, dims, parameters));
+  // The output, a Float32Array, for an input of the shape `dims` as a Float32Array. `more` are the
+  // model's other inputs but β and c: name -> [data, dims].
+  run(data, dims, parameters, more = {}) {
+    const result = last.then(() => this.#run(data, dims, parameters, more));
     last = result.catch(() => {});
     return result;
   }
 
-  async #run(data, dims, { beta, coeff }) {
-    const [input] = this.session.inputNames.filter((name) => name !== "beta" && name !== "coeff");
-    const number = (value) => new ort.Tensor("float32", Float32Array.of(value), []);
-    const results = await this.session.run({
-      [input]: new ort.Tensor("float32", data, dims),
-      beta: number(beta),
-      coeff: number(coeff),
-    });
+  async #run(data, dims, { beta, coeff }, more) {
+    const given = ["beta", "coeff", ...Object.keys(more)];
+    const [input] = this.session.inputNames.filter((name) => !given.includes(name));
+    const fed = {
+      ...more,
+      [input]: [data, dims],
+      beta: [Float32Array.of(beta), []],
+      coeff: [Float32Array.of(coeff), []],
+    };
+    const tensors = Object.entries(fed).map(([name, of]) => [name, new ort.Tensor("float32", ...of)]);
+    const results = await this.session.run(Object.fromEntries(tensors));
     return results[this.session.outputNames[0]].data;
   }
 }
 
 // What the pictures are compared with: at beta 1 c does not matter.
-export const ORIGINAL = { beta: 1, coeff: 0.5 };
+export const ORIGINAL = { beta: 1, coeff: 0.5, recalibrated: false };

@@ -2,8 +2,9 @@
 
 spiral.onnx classifies points of a plane, regression.onnx fits a noisy curve, digits.onnx is the
 model of samples/digits. All are steered, with beta and c (`coeff`) as inputs; `ctonnx unpatch`
-restores the original networks. data.json holds the points, the curve without noise and held-out
-digits. The script takes half a minute on one CPU core.
+restores the original networks. The corrections of recalibration are inputs of digits.onnx too.
+data.json holds the points, the curve without noise, held-out digits, and these corrections over a
+grid of beta and c. The script takes half a minute on one CPU core.
 """
 
 import argparse
@@ -15,14 +16,26 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from onnx import TensorProto, helper
+from scipy import ndimage
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional as F
 
 import ctonnx
+from ctonnx.calibration.calibrator import Calibrator
 from ctonnx.rewriting.steered import SteeredModel
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE.parent / "digits"
+
+# The grid between whose points the page interpolates corrections; the digits that these are from;
+# and the standard deviation of the blur, in pixels.
+BETAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+COEFFS = (0.0, 0.25, 0.5, 0.75, 1.0)
+CALIBRATION = 128
+BLUR = 0.7
 
 
 def network(inputs, width, depth):
@@ -91,6 +104,73 @@ def steered(model):
     return model
 
 
+def training_digits():
+    """Digits that the model of samples/digits was trained on, (128, 1, 8, 8), from 0 to 1."""
+    pixels, labels = load_digits(return_X_y=True)
+    images = (pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+    split = train_test_split(images, labels, test_size=0.3, stratify=labels, random_state=0)
+    return split[0][:CALIBRATION]
+
+
+def blurred(images):
+    return ndimage.gaussian_filter(images, BLUR, axes=(2, 3))
+
+
+def parameters(beta, coeff):
+    return {"beta": np.array(beta, np.float32), "coeff": np.array(coeff, np.float32)}
+
+
+class Samples:
+    """What a Calibrator runs a model on: images that may change."""
+
+    batches = 1
+
+    def __init__(self, images):
+        self.images = images
+
+    def arrays(self, _, names):
+        return {"image": self.images} if "image" in names else {}
+
+
+def add_corrections(model):
+    """Make inputs of a steered model's corrections, in place, and compute these.
+
+    They give each layer the statistics that the original has on sharp digits: on sharp digits, and
+    on blurred ones.
+
+    Returns:
+        what data.json holds of them.
+    """
+    original, sharp = parameters(1, 0.5), training_digits()
+    samples, found = Samples(sharp), {}
+    calibrator = Calibrator(model, original, samples)
+    # The first corrections fix the statistics that all others restore.
+    for kind, images in {"sharp": sharp, "blurred": blurred(sharp)}.items():
+        samples.images = images
+        points = [parameters(beta, coeff) for beta in BETAS for coeff in COEFFS]
+        found[kind] = [calibrator.corrections(point) for point in points]
+    inputs = calibrator.add_inputs()
+    feeds = {kind: [inputs.feeds(each) for each in all_] for kind, all_ in found.items()}
+    shapes = {name: array.shape for name, array in feeds["sharp"][0].items()}
+    for value in model.graph.input:
+        if value.name in shapes:
+            value.CopyFrom(
+                helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shapes[value.name])
+            )
+    onnx.checker.check_model(model, full_check=True)
+    return {
+        "inputs": list(shapes.items()),
+        "betas": BETAS,
+        "coeffs": COEFFS,
+        **{
+            kind: base64.b64encode(
+                b"".join(array.tobytes() for point in points for array in point.values())
+            ).decode()
+            for kind, points in feeds.items()
+        },
+    }
+
+
 def seeded():
     """A NumPy generator with a fixed seed; PyTorch is seeded too."""
     torch.manual_seed(0)
@@ -126,7 +206,9 @@ def main():
     train(fit, x[:, None], y, F.mse_loss, steps=3000)
     onnx.save(steered(exported(fit, 1)), out / "regression.onnx")
 
-    onnx.save(steered(onnx.load(DIGITS / "digits.onnx")), out / "digits.onnx")
+    reader = steered(onnx.load(DIGITS / "digits.onnx"))
+    corrections = add_corrections(reader)
+    onnx.save(reader, out / "digits.onnx")
     test = np.load(DIGITS / "digits_test.npz")
     pixels = np.rint(test["image"] * 16).astype(np.uint8)  # 0 to 16
 
@@ -146,6 +228,8 @@ def main():
         "digits": {
             "pixels": base64.b64encode(pixels.tobytes()).decode(),
             "labels": test["label"].tolist(),
+            "blur": rounded(ndimage.gaussian_filter1d(np.eye(8), BLUR, axis=0), 6),
+            "corrections": corrections,
         },
     }
     (out / "data.json").write_text(json.dumps(data, separators=(",", ":")) + "\n")

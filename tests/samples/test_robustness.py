@@ -1,6 +1,7 @@
 """A quick run of samples/robustness: the shape of the table, and properties of the numbers."""
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ROOT
 FOLDER = ROOT / "samples" / "robustness"
 COLUMNS = (
     "threat",
+    "kind",
     "half",
     "beta",
     "digits",
@@ -48,7 +50,7 @@ def read_rows(folder):
     with (folder / "results.csv").open() as file:
         records = list(csv.DictReader(file))
     assert tuple(records[0]) == COLUMNS
-    text = ("threat", "half", "masked")
+    text = ("threat", "kind", "half", "masked")
     return [{k: v if k in text or v == "" else float(v) for k, v in r.items()} for r in records]
 
 
@@ -69,11 +71,21 @@ def robustness():
 
 
 def test_every_threat_has_both_halves_at_every_beta(rows, robustness):
-    kinds = {"clean", "mixed", *robustness.CORRUPTIONS}
-    expected = {(t, h, b) for t in ATTACKED for h in ("choose", "report") for b in (0.8, 1)}
-    expected |= {(t, h, b) for t in kinds for h in ("choose", "report") for b in (0.8, 0.9, 1)}
-    assert {(r["threat"], r["half"], r["beta"]) for r in rows} == expected
+    kinds, halves = ("plain", "recalibrated"), ("choose", "report")
+    swept = ("clean", "mixed", *robustness.CORRUPTIONS)
+    expected = set(itertools.product(ATTACKED, kinds, halves, (0.8, 1)))
+    expected |= set(itertools.product(swept, kinds, halves, (0.8, 0.9, 1)))
+    assert {(r["threat"], r["kind"], r["half"], r["beta"]) for r in rows} == expected
     assert len(rows) == len(expected)
+
+
+def test_no_digit_is_both_reported_and_calibrated_on(robustness):
+    used = robustness.CALIBRATION
+    assert used.stop - used.start == 128
+    for budget in robustness.FULL, robustness.QUICK:
+        assert used.start >= budget.digits
+        reported = range(budget.corrupted // 2, budget.corrupted)
+        assert not set(range(used.start, used.stop)) & set(reported)
 
 
 def test_beta_1_is_the_original_network_to_the_last_digit(rows, robustness):
@@ -97,7 +109,7 @@ def test_beta_1_is_the_original_network_to_the_last_digit(rows, robustness):
             right(x[half], labels[half]), abs=1e-6
         )
         seen += 1
-    assert seen == 2 * (len(ATTACKED) + len(robustness.CORRUPTIONS) + 2)
+    assert seen == 4 * (len(ATTACKED) + len(robustness.CORRUPTIONS) + 2)
 
 
 def test_pytorch_and_onnx_runtime_agree_on_every_example(rows):
@@ -126,14 +138,14 @@ def test_the_table_and_the_figure_are_written(written, rows, robustness):
     assert (out / "table.md").read_text() == printed
     assert (out / "robustness.png").stat().st_size > 10_000
     summary = printed.split("\n\n")[0].splitlines()[2:]
-    assert len(summary) == 4 + len(robustness.CORRUPTIONS)
-    assert all(line.count("|") == 7 for line in summary)
+    assert len(summary) == 2 * (4 + len(robustness.CORRUPTIONS))
+    assert all(line.count("|") == 9 for line in summary)
 
 
 def test_an_attack_gives_the_same_examples_again(robustness):
     few = robustness.QUICK._replace(digits=8)
     for kind in "white-box", "square", "transfer":
-        job = (kind, "l2", "resnet", 0.8, few)
+        job = (kind, "l2", robustness.Variant("recalibrated", 0.8), few)
         np.testing.assert_array_equal(robustness.attack(job), robustness.attack(job))
 
 
@@ -152,12 +164,15 @@ def test_examples_outside_the_bound_are_refused(robustness, norm, moved):
 
 
 def test_the_beta_reported_is_chosen_on_the_other_half(robustness):
-    def row(half, beta, accuracy):
-        return {"threat": "l2", "half": half, "beta": beta, "accuracy": accuracy}
+    def row(half, beta, accuracy, kind="plain"):
+        numbers = {"beta": beta, "accuracy": accuracy}
+        return {"threat": "l2", "kind": kind, "half": half, **numbers}
 
     rows = [row("choose", 0.8, 0.5), row("choose", 0.9, 0.5), row("choose", 1.0, 0.4)]
     rows += [row("report", 0.8, 0.9), row("report", 0.9, 0.1), row("report", 1.0, 0.8)]
-    assert robustness.chosen(rows, "l2") == row("report", 0.9, 0.1)
+    other = [row("choose", 0.8, 0.9, "recalibrated"), row("report", 0.8, 0.7, "recalibrated")]
+    assert robustness.chosen(other + rows, "l2", "plain") == row("report", 0.9, 0.1)
+    assert robustness.chosen(other + rows, "l2", "recalibrated") == other[1]
 
 
 def test_corruptions_change_digits_and_give_valid_images(robustness):
@@ -183,11 +198,14 @@ def test_the_committed_table_matches_the_committed_results(robustness):
     assert table.split("\n\nWith ε")[0] == committed.split("\n\nWith ε")[0]
 
 
-def test_the_committed_network_is_the_one_that_the_weights_give(robustness):
-    network = robustness.Network()
+def test_the_networks_attacked_are_those_measured(robustness):
     images, labels = robustness.held_out(2000)
-    for beta in (1.0, 0.8):
-        right, differ = network.right(images, labels, beta)
+    accuracy = {}
+    for kind, beta in ("plain", 1.0), ("plain", 0.5), ("recalibrated", 0.5):
+        right, differ = robustness.Network(robustness.Variant(kind, beta)).right(images, labels)
         assert differ == 0
-        assert right.mean() > 0.97
+        accuracy[kind, beta] = right.mean()
+    assert accuracy["plain", 1.0] > 0.975
+    assert accuracy["recalibrated", 0.5] > accuracy["plain", 1.0] - 0.01
+    assert accuracy["plain", 0.5] < 0.9
     assert Path(robustness.MODEL).stat().st_size < 300_000
