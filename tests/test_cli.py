@@ -786,7 +786,7 @@ def test_a_bug_shows_its_traceback(run, monkeypatch):
 
 
 def test_interruption(run, monkeypatch):
-    from ctonnx.rewriting import steer as steering
+    from ctonnx.calibration import calibrate as steering
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
