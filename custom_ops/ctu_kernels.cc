@@ -53,49 +53,103 @@ Unit<P> read_unit(Read read) {
   return unit;
 }
 
-template <bool kSloped, class T, class A>
-void run_one(const T* x, T* y, size_t n, const Unit<A>& unit) {
-  using V = typename VectorFor<T>::type;
-  for_each_vector(x, y, n, [&](V v, size_t) { return ctu<kSloped>(v, unit); });
+// Calls kernel(Choice<true>()) or kernel(Choice<false>()).
+template <bool kValue>
+struct Choice {
+  static constexpr bool value = kValue;
+};
+template <class Kernel>
+void choose(bool value, Kernel kernel) {
+  value ? kernel(Choice<true>()) : kernel(Choice<false>());
 }
 
-template <bool kSloped, class Split, class T>
+template <class T, class A>
+void run_formula(const T* x, T* y, size_t n, const Unit<A>& unit, const Bounds<A>* bounds) {
+  using V = typename VectorFor<T>::type;
+  if (bounds != nullptr) {
+    const Bounds<A> own = *bounds;
+    return for_each_vector(x, y, n, [&](V v, size_t) { return bounded_ctu(v, own, unit); });
+  }
+  choose(unit.slope != 0, [&](auto sloped) {
+    for_each_vector(x, y, n, [&](V v, size_t) { return ctu<sloped.value>(v, unit); });
+  });
+}
+
+template <class Split, class T>
 void run_table(const T* x, T* y, size_t n, const Unit<float>& unit, const float* coefficients) {
   const Table<Split> table(coefficients);
   const float scale = unit.inv_s * Split::kScale;
+  choose(unit.slope != 0, [&](auto sloped) {
+    for_each_vector(x, y, n, [&](Floats v, size_t) {
+      Floats small = table.at(absolute(v) * scale + 1);
+      if (sloped.value) small += below_zero(v, unit.slope);
+      return larger(Floats{}, v) + small;  // NaN stays NaN
+    });
+  });
+}
+
+// Whether the bounds are so far apart that at each x the smaller of the two corrections is below
+// 2e-7. Halfway between them, both are about half * exp(-k * half) for c = 1.
+bool far_apart(const Unit<float>& unit, const Bounds<float>& bounds) {
+  const float half = bounds.hi / 2 - bounds.lo / 2;
+  return unit.k_hi * half >= 16 + half / 4;
+}
+
+template <class Split, class T>
+void run_bounded_table(const T* x, T* y, size_t n, const Unit<float>& unit,
+                       const float* coefficients, const Bounds<float>& bounds) {
+  const Table<Split> table(coefficients);
+  const float scale = unit.inv_s * Split::kScale;
+  const Floats lo = Floats{} + bounds.lo, hi = Floats{} + bounds.hi;
+  const float alpha = bounds.alpha, offset = bounds.offset;
+  if (far_apart(unit, bounds)) {
+    // The nearer bound alone. An infinite one is never nearer: the middle is infinite too.
+    const float middle = bounds.lo / 2 + bounds.hi / 2;
+      return for_each_vector(x, y, n, [&](Floats v, size_t) {
+      const Floats z = v * alpha + offset;
+      const Floats small = table.at(absolute(z - (z < middle ? lo : hi)) * scale + 1);
+      return smaller(hi, larger(lo, z)) + (z < middle ? small : -small);  // NaN stays NaN
+    });
+  }
   for_each_vector(x, y, n, [&](Floats v, size_t) {
-    Floats small = table.at(absolute(v) * scale + 1);
-    if (kSloped) small += below_zero(v, unit.slope);
-    return larger(Floats{}, v) + small;  // NaN stays NaN
+    const Floats z = v * alpha + offset;
+    const Floats at_lo = table.at(absolute(z - lo) * scale + 1);
+    const Floats at_hi = table.at(absolute(z - hi) * scale + 1);
+    return smaller(hi, larger(lo, z)) + (at_lo - at_hi);
   });
 }
 
 template <class T, class A>
-void run(const T* x, T* y, size_t n, Units<A> units, size_t index, const float* table) {
+void run(const T* x, T* y, size_t n, Units<A> units, size_t index, const float* table,
+         const Bounds<A>* bounds) {
   const Unit<A> unit =
       read_unit<A>([&](size_t field) { return units.data[field * units.stride + index]; });
-  const bool sloped = unit.slope != 0;
   if constexpr (sizeof(A) == sizeof(float)) {
+    if (table != nullptr && bounds != nullptr) {
+      return is_fine(unit) ? run_bounded_table<Fine>(x, y, n, unit, table, *bounds)
+                           : run_bounded_table<Coarse>(x, y, n, unit, table, *bounds);
+    }
     if (table != nullptr) {
-      if (is_fine(unit)) {
-        return sloped ? run_table<true, Fine>(x, y, n, unit, table)
-                      : run_table<false, Fine>(x, y, n, unit, table);
-      }
-      return sloped ? run_table<true, Coarse>(x, y, n, unit, table)
-                    : run_table<false, Coarse>(x, y, n, unit, table);
+      return is_fine(unit) ? run_table<Fine>(x, y, n, unit, table)
+                           : run_table<Coarse>(x, y, n, unit, table);
     }
   }
-  sloped ? run_one<true>(x, y, n, unit) : run_one<false>(x, y, n, unit);
+  run_formula(x, y, n, unit, bounds);
 }
 
 template <class T, class A>
-void run_each(const T* x, T* y, size_t n, Units<A> units, size_t first) {
+void run_each(const T* x, T* y, size_t n, Units<A> units, size_t first, const Bounds<A>* bounds) {
   using V = typename VectorFor<T>::type;
-  for_each_vector(x, y, n, [&](V v, size_t i) {
-    return ctu<true>(v, read_unit<V>([&](size_t field) {
+  const auto unit_at = [&](size_t i) {
+    return read_unit<V>([&](size_t field) {
       return load_units<V>(units.data + field * units.stride + first + i);
-    }));
-  });
+    });
+  };
+  if (bounds != nullptr) {
+    const Bounds<A> own = *bounds;
+    return for_each_vector(x, y, n, [&](V v, size_t i) { return bounded_ctu(v, own, unit_at(i)); });
+  }
+  for_each_vector(x, y, n, [&](V v, size_t i) { return ctu<true>(v, unit_at(i)); });
 }
 
 }  // namespace

@@ -20,6 +20,16 @@
 // max(1, |X|) instead.
 //
 //   X = NaN gives NaN, +inf gives +inf, -inf gives what the original gives (0 where a = 0).
+//
+// The ops with kinks elsewhere smooth a line that is bounded from below, above or both:
+//
+//   Y = min(max(Z, lo), hi) + k(Z - lo) - k(Z - hi)         Z = alpha * X + offset
+//   k(d) = s * r(|d| / s)
+//
+// Where a bound is absent it is infinite, and so is the distance to it, at which k is 0. Each kink
+// adds its error and that of Z - lo or Z - hi, so the errors may be twice those of the table, relative
+// to max(1, |Y|, |k(Z - lo)|, |k(Z - hi)|, |offset|): for a beta near 0 the two k are large
+// and cancel. NaN gives NaN, and infinities give the bounds.
 #pragma once
 
 #include <cfloat>
@@ -42,6 +52,15 @@
 #endif
 
 namespace ctonnx {
+
+// The line and the bounds of an op with kinks elsewhere.
+template <class P>
+struct Bounds {
+  P alpha, offset, lo, hi;
+};
+// What stands for those that an op does not have.
+constexpr Bounds<float> kUnbounded = {1, 0, -INFINITY, INFINITY};
+
 inline namespace CTONNX_LEVEL {
 
 // The code below is written once for F = float, double and vectors of them. LaneOf<F> is the
@@ -271,6 +290,23 @@ CTONNX_HOST_DEVICE inline F ctu(F x, const Unit<P>& unit) {
   return above_zero(x) + (small - unit.gate_term(ax));
 }
 
+template <class F, class P>
+CTONNX_HOST_DEVICE inline F clip(F z, const Bounds<P>& bounds) {  // NaN passes
+  const F lo = F{} + bounds.lo, hi = F{} + bounds.hi;
+  return z < lo ? lo : z > hi ? hi : z;
+}
+
+// An op with kinks elsewhere, for a Unit or a FastUnit of slope 0. The distance of an infinity to an
+// infinite bound is NaN, for which both terms are 0.
+template <class F, class P, class U>
+CTONNX_HOST_DEVICE inline F bounded_ctu(F x, const Bounds<P>& bounds, const U& unit) {
+  const F z = x * bounds.alpha + bounds.offset;
+  const F above_lo = absolute(z - bounds.lo), below_hi = absolute(z - bounds.hi);
+  const F at_lo = unit.log_term(above_lo) - unit.gate_term(above_lo);
+  const F at_hi = unit.log_term(below_hi) - unit.gate_term(below_hi);
+  return clip(z, bounds) + (at_lo - at_hi);
+}
+
 // ---- With the approximate functions of a GPU ---------------------------------------------------
 
 // Below this beta the errors of the approximate functions can add up to more than the contract
@@ -303,18 +339,28 @@ struct FastUnit {
     gate = sign * coeff * gap;
   }
 
+  // The terms of Unit. Beyond the limit both are 0. They are 0 for NaN too: above_zero and clip pass
+  // NaN on.
+  CTONNX_DEVICE float log_term(float ax) const {
+    const float u = ax * u_scale, term = log_scale * M::log2(1 + M::exp2(-u));
+    return u < kLimit ? term : 0;
+  }
+  CTONNX_DEVICE float gate_term(float ax) const {
+    const float v = ax * v_scale, term = ax * gate * M::reciprocal(1 + M::exp2(v));
+    return v < kLimit ? term : 0;
+  }
+
   CTONNX_DEVICE float operator()(float x) const {
-    // Beyond the limit both terms are 0. They are 0 for NaN too: above_zero passes NaN on.
-    constexpr float limit = 126;
-    const float ax = absolute(x), u = ax * u_scale, v = ax * v_scale;
-    const float log_term = log_scale * M::log2(1 + M::exp2(-u));
-    const float gate_term = ax * gate * M::reciprocal(1 + M::exp2(v));
-    float small = u < limit ? log_term : 0;
+    const float ax = absolute(x);
+    float small = log_term(ax);
     // fmaf: for slopes near 1 the rounding of the product would be most of the error. Slope 0 is a
     // case of its own as in below_zero.
     if (x < 0 && slope != 0) small = fmaf(x, slope, small);
-    return above_zero(x) + (small - (v < limit ? gate_term : 0));
+    return above_zero(x) + (small - gate_term(ax));
   }
+
+ private:
+  static constexpr float kLimit = 126;
 };
 
 }  // namespace CTONNX_LEVEL

@@ -60,6 +60,8 @@ struct Grid {
 // and never changes.
 template <class T>
 class Plan {
+  using A = typename Arithmetic<T>::type;
+
  public:
   Plan(const Grid<T>& grid, const Level& level)
       : level_(level), grid_(grid), form_(form_of(grid, level)) {
@@ -96,27 +98,26 @@ class Plan {
            grid.beta == grid_.beta && grid.coeff == grid_.coeff && grid.slope == grid_.slope;
   }
 
-  // y[i] = CTU(x[i]) for begin <= i < end. The grid begins at i = 0, with points of `inner`
-  // elements.
-  void run(const T* x, T* y, size_t begin, size_t end, size_t inner) const {
+  // y[i] = CTU(x[i]) for begin <= i < end, or with kinks elsewhere unless `bounds` is null. The grid
+  // begins at i = 0, with points of `inner` elements.
+  void run(const T* x, T* y, size_t begin, size_t end, size_t inner,
+           const Bounds<A>* bounds = nullptr) const {
     const Kernels<T>& kernels = level_.kernels(T());
     const Units<A> units = {units_.data(), stride_};
     for (size_t i = begin, next; i < end; i = next) {
       if (form_.copies > 0) {
         const size_t unit = i % period_;
         next = std::min(end, i + period_ - unit);
-        kernels.run_each(x + i, y + i, next - i, units, unit);
+        kernels.run_each(x + i, y + i, next - i, units, unit, bounds);
       } else {
         const size_t unit = i / inner % period_;
         next = std::min(end, (i / inner + 1) * inner);
-        kernels.run(x + i, y + i, next - i, units, unit, table_of_[unit]);
+        kernels.run(x + i, y + i, next - i, units, unit, table_of_[unit], bounds);
       }
     }
   }
 
  private:
-  using A = typename Arithmetic<T>::type;
-
   static constexpr size_t kShort = 32;       // shorter points would leave vectors half empty
   static constexpr size_t kMinPeriod = 256;  // see the constructor
 

@@ -466,7 +466,6 @@ def _add_functions(
         called = (ctu.types_of_kinks(opset, types) for types in dtypes.values())
         everywhere = units.union(*called) or set().union(*dtypes.values())
         model.functions.append(ctu.function(opset, everywhere, sloped))
-    # The other ops have no kernel: their functions run everywhere.
     for op, types in sorted(dtypes.items()):
         model.functions.append(ctu.kinked_function(op, opset, types, sloped))
 
