@@ -57,7 +57,12 @@ struct Kernels {
 
   // Element i with unit number first + i.
   void (*run_each)(const T* x, T* y, size_t n, Units<A> units, size_t first, const Bounds<A>* bounds);
+
+  // The same for every one of `rows` rows of `width` elements, a multiple of kWidth.
+  void (*run_rows)(const T* x, T* y, size_t rows, size_t width, Units<A> units, size_t first,
+                   const Bounds<A>* bounds);
 };
+constexpr size_t kWidth = 16;  // elements of the longest vector
 
 // The kernels compiled for one instruction set.
 struct Level {

@@ -137,19 +137,45 @@ void run(const T* x, T* y, size_t n, Units<A> units, size_t index, const float* 
   run_formula(x, y, n, unit, bounds);
 }
 
+// The units of a vector of elements, from number `first` on.
+template <class V, class A>
+Unit<V> units_at(const Units<A>& units, size_t first) {
+  return read_unit<V>(
+      [&](size_t field) { return load_units<V>(units.data + field * units.stride + first); });
+}
+
 template <class T, class A>
 void run_each(const T* x, T* y, size_t n, Units<A> units, size_t first, const Bounds<A>* bounds) {
   using V = typename VectorFor<T>::type;
-  const auto unit_at = [&](size_t i) {
-    return read_unit<V>([&](size_t field) {
-      return load_units<V>(units.data + field * units.stride + first + i);
-    });
-  };
   if (bounds != nullptr) {
     const Bounds<A> own = *bounds;
-    return for_each_vector(x, y, n, [&](V v, size_t i) { return bounded_ctu(v, own, unit_at(i)); });
+    return for_each_vector(x, y, n, [&](V v, size_t i) {
+      return bounded_ctu(v, own, units_at<V>(units, first + i));
+    });
   }
-  for_each_vector(x, y, n, [&](V v, size_t i) { return ctu<true>(v, unit_at(i)); });
+  for_each_vector(x, y, n, [&](V v, size_t i) {
+    return ctu<true>(v, units_at<V>(units, first + i));
+  });
+}
+
+// Down the rows, the units of a vector stay in registers.
+template <class T, class A>
+void run_rows(const T* x, T* y, size_t rows, size_t width, Units<A> units, size_t first,
+              const Bounds<A>* bounds) {
+  using V = typename VectorFor<T>::type;
+  static_assert(kWidth % kLanes<V> == 0, "a row is whole vectors");
+  const auto down = [&](size_t column, auto body) {
+    for (size_t i = column; i < rows * width; i += width) store(y + i, body(load(x + i)));
+  };
+  for (size_t column = 0; column < width; column += kLanes<V>) {
+    const Unit<V> unit = units_at<V>(units, first + column);
+    if (bounds != nullptr) {
+      const Bounds<A> own = *bounds;
+      down(column, [&](V v) { return bounded_ctu(v, own, unit); });
+    } else {
+      down(column, [&](V v) { return ctu<true>(v, unit); });
+    }
+  }
 }
 
 }  // namespace
@@ -163,10 +189,10 @@ const Level level = {
     kTableFloats,
     kTableFrom,
     make_table,
-    {run<float, float>, run_each<float, float>},
-    {run<Half, float>, run_each<Half, float>},
-    {run<BFloat16, float>, run_each<BFloat16, float>},
-    {run<double, double>, run_each<double, double>},
+    {run<float, float>, run_each<float, float>, run_rows<float, float>},
+    {run<Half, float>, run_each<Half, float>, run_rows<Half, float>},
+    {run<BFloat16, float>, run_each<BFloat16, float>, run_rows<BFloat16, float>},
+    {run<double, double>, run_each<double, double>, run_rows<double, double>},
 };
 
 }  // namespace CTONNX_LEVEL

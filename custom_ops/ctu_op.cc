@@ -214,11 +214,13 @@ void set_dims(const std::vector<int64_t>& x_dims, Grid<T>* grid) {
 template <class T>
 struct Inputs {
   const T* x;
-  std::vector<int64_t> dims;  // of X, and of Y
-  Grid<T> grid;               // along every dimension of X
+  std::vector<int64_t> dims;    // of X, and of Y
+  std::vector<int64_t> x_dims;  // as they lie in memory
+  Grid<T> grid;                 // along each of x_dims
   Bounds<const T*> bounds{};  // null for those that the op does not have
 
-  Inputs(ort::Api api, const OpKind& kind, ort::KernelContext* context) {
+  // `block` is 0, or that of the layout of X: see CpuKernel.
+  Inputs(ort::Api api, const OpKind& kind, ort::KernelContext* context, int64_t block = 0) {
     size_t count = 0;
     check(api.KernelContext_GetInputCount(context, &count));
     const ort::Value* values[kMaxInputs] = {};
@@ -229,11 +231,13 @@ struct Inputs {
     dims = dims_of(api, info_of(api, values[0]).get());
     if (kind.has_bounds()) {
       read_bounds(api, kind, values + 3);
-    } else if (values[3] != nullptr) {
-      grid.slope = read_parameter<T>(api, "slope", values[3], dims);
     }
-    grid.beta = read_parameter<float>(api, "beta", values[1], dims);
-    grid.coeff = read_parameter<float>(api, "coeff", values[2], dims);
+    x_dims = block > 0 ? blocked(dims, block, kind) : dims;
+    if (!kind.has_bounds() && values[3] != nullptr) {
+      grid.slope = read_parameter<T>(api, "slope", values[3], x_dims);
+    }
+    grid.beta = read_parameter<float>(api, "beta", values[1], x_dims);
+    grid.coeff = read_parameter<float>(api, "coeff", values[2], x_dims);
   }
 
   size_t count() const { return product(dims.data(), dims.data() + dims.size()); }
@@ -245,6 +249,14 @@ struct Inputs {
   }
 
  private:
+  static std::vector<int64_t> blocked(const std::vector<int64_t>& dims, int64_t block,
+                                      const OpKind& kind) {
+    if (dims.size() != 4 || dims[1] % block != 0) {
+      invalid("X has no whole blocks of channels", kind.name);
+    }
+    return {dims[0], dims[1] / block, dims[2], dims[3], block};
+  }
+
   void read_bounds(ort::Api api, const OpKind& kind, const ort::Value* const* values) {
     for (size_t i = 0; i + 3 < kind.input_count(); ++i) {
       const Owned<ort::TensorInfo> info = info_of(api, values[i]);
@@ -278,16 +290,18 @@ class CpuKernel {
  public:
   const ort::Api api;
 
-  CpuKernel(ort::Api api, const OpKind& kind) : api(api), kind_(kind) {}
+  CpuKernel(ort::Api api, const OpKind& kind, const ort::KernelInfo* info)
+      : api(api), kind_(kind), block_(block_of(api, info)) {}
 
   void compute(ort::KernelContext* context) {
-    Inputs<T> inputs(api, kind_, context);
+    Inputs<T> inputs(api, kind_, context, block_);
     check_unit_interval("beta", inputs.grid.beta);
     check_unit_interval("coeff", inputs.grid.coeff);
     T* const y = inputs.output(api, context);
     const size_t count = inputs.count();
     if (count == 0) return;
-    set_dims(inputs.dims, &inputs.grid);
+    set_dims(inputs.x_dims, &inputs.grid);
+    inputs.grid.set_rows();
 
     struct Job {
       std::shared_ptr<const Plan<T>> plan;
@@ -317,6 +331,18 @@ class CpuKernel {
  private:
   using A = typename Arithmetic<T>::type;
 
+  // The attribute `block`, 0 where there is none. With it X [N, C, H, W] lies in memory as
+  // [N, C / block, H, W, block], as ONNX Runtime's convolutions have it, and beta, coeff and slope
+  // broadcast to that. ctonnx.ort.blocked writes it.
+  static int64_t block_of(ort::Api api, const ort::KernelInfo* info) {
+    int64_t block = 0;
+    if (ort::Status* status = api.KernelInfoGetAttribute_int64(info, "block", &block)) {
+      api.ReleaseStatus(status);
+      return 0;
+    }
+    return block;
+  }
+
   static Bounds<A> values_of(const Bounds<const T*>& pointers) {
     const auto value = [](const T* p, float absent) {
       return p != nullptr ? static_cast<A>(to_double(*p)) : absent;
@@ -326,6 +352,7 @@ class CpuKernel {
   }
 
   const OpKind& kind_;
+  const int64_t block_;
   PlanCache<T> cache_;
 };
 
@@ -337,7 +364,7 @@ class CudaKernel {
  public:
   const ort::Api api;
 
-  CudaKernel(ort::Api api, const OpKind& kind) : api(api), kind_(kind) {}
+  CudaKernel(ort::Api api, const OpKind& kind, const ort::KernelInfo*) : api(api), kind_(kind) {}
 
   void compute(ort::KernelContext* context) {
     Inputs<T> inputs(api, kind_, context);
@@ -431,10 +458,10 @@ Op make_op(ort::Api api, const char* provider, const OpKind& kind) {
   op.GetOutputTypeCount = [](const ort::CustomOp*) noexcept -> size_t { return 1; };
   op.GetOutputType = [](const ort::CustomOp*, size_t) noexcept { return element_type<T>(); };
   op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) noexcept { return ort::kRequired; };
-  op.CreateKernelV2 = [](const ort::CustomOp* op, const void*, const ort::KernelInfo*,
+  op.CreateKernelV2 = [](const ort::CustomOp* op, const void*, const ort::KernelInfo* info,
                          void** kernel) noexcept {
     const ort::Api api = self(op).api;
-    return guarded(api, [&] { *kernel = new Kernel<T>(api, self(op).kind); });
+    return guarded(api, [&] { *kernel = new Kernel<T>(api, self(op).kind, info); });
   };
   op.KernelDestroy = [](void* kernel) noexcept { delete static_cast<Kernel<T>*>(kernel); };
   op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) noexcept {

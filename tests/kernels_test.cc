@@ -216,6 +216,43 @@ void test_grids() {
   }
 }
 
+// Parameters that vary along the first and the last of three dimensions, in tasks that may begin and
+// end anywhere.
+template <class T>
+void test_rows() {
+  for (size_t outer : {1, 3}) {
+    for (size_t rows : {1, 5, 49}) {
+      for (size_t width : {1, 3, 8, 16, 20, 48}) {
+        std::vector<float> beta;
+        for (size_t i = 0; i < outer * width; ++i) beta.push_back(static_cast<float>(i % 11) / 10);
+        const float coeff = 0.25f;
+        Grid<T> grid;
+        grid.dims = {outer, rows, width};
+        grid.beta = {beta.data(), beta.size(), {width, 0, 1}};
+        grid.coeff = {&coeff, 1, {}};
+        grid.set_rows();
+        require(grid.rows == rows && grid.points() == outer * width, "rows", Row<T>::name, rows);
+        const Plan<T> plan(grid, cpu_level());
+        const size_t n = 2 * outer * rows * width;
+        const std::vector<T> x = samples<T>(n, 0.5);
+        for (size_t task : {n, size_t{777}, size_t{50}}) {
+          std::vector<T> y = x, z(n);
+          const auto own = as_computed<T>(kBounds[1]);
+          for (size_t begin = 0; begin < n; begin += task) {
+            plan.run(y.data(), y.data(), begin, std::min(n, begin + task), 1);
+            plan.run(x.data(), z.data(), begin, std::min(n, begin + task), 1, &own);
+          }
+          for (size_t i = 0; i < n; ++i) {
+            const size_t unit = i / (rows * width) % outer * width + i % width;
+            check("rows", &x[i], &y[i], 1, {beta[unit], coeff, 0});
+            check_bounded("rows", &x[i], &z[i], 1, {beta[unit], coeff, 0}, kBounds[1]);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Many threads share a cache, with parameters that change from run to run.
 void test_threads() {
   PlanCache<float> cache;
@@ -247,6 +284,7 @@ void test_type() {
   test_special_values<T>();
   test_lengths<T>();
   test_grids<T>();
+  test_rows<T>();
 }
 
 }  // namespace
