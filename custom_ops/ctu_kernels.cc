@@ -102,20 +102,28 @@ void run_bounded_table(const T* x, T* y, size_t n, const Unit<float>& unit,
   const float scale = unit.inv_s * Split::kScale;
   const Floats lo = Floats{} + bounds.lo, hi = Floats{} + bounds.hi;
   const float alpha = bounds.alpha, offset = bounds.offset;
-  if (far_apart(unit, bounds)) {
-    // The nearer bound alone. An infinite one is never nearer: the middle is infinite too.
-    const float middle = bounds.lo / 2 + bounds.hi / 2;
-      return for_each_vector(x, y, n, [&](Floats v, size_t) {
-      const Floats z = v * alpha + offset;
-      const Floats small = table.at(absolute(z - (z < middle ? lo : hi)) * scale + 1);
-      return smaller(hi, larger(lo, z)) + (z < middle ? small : -small);  // NaN stays NaN
-    });
-  }
-  for_each_vector(x, y, n, [&](Floats v, size_t) {
-    const Floats z = v * alpha + offset;
-    const Floats at_lo = table.at(absolute(z - lo) * scale + 1);
-    const Floats at_hi = table.at(absolute(z - hi) * scale + 1);
-    return smaller(hi, larger(lo, z)) + (at_lo - at_hi);
+  const bool apart = far_apart(unit, bounds);
+  // The nearer bound alone, if they are far apart. An infinite one is never nearer: the middle is
+  // infinite too.
+  const float middle = bounds.lo / 2 + bounds.hi / 2;
+  choose(alpha == 1 && offset == 0, [&](auto unscaled) {
+    const auto each = [&](auto body) {
+      for_each_vector(x, y, n, [&](Floats v, size_t) {
+        const Floats z = unscaled.value ? v : v * alpha + offset;
+        return body(z, smaller(hi, larger(lo, z)));  // NaN stays NaN
+      });
+    };
+    if (apart) {
+      each([&](Floats z, Floats clipped) {
+        const Floats small = table.at(absolute(z - (z < middle ? lo : hi)) * scale + 1);
+        return z < middle ? clipped + small : clipped - small;
+      });
+    } else {
+      each([&](Floats z, Floats clipped) {
+        const Floats at_lo = table.at(absolute(z - lo) * scale + 1);
+        return clipped + (at_lo - table.at(absolute(z - hi) * scale + 1));
+      });
+    }
   });
 }
 
