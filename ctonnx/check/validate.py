@@ -243,7 +243,8 @@ def _ways(
 ) -> list[_Way]:
     """The ways in which people run a model; what stands in the way of one goes into `notes`."""
     model, has_ctu, has_library = steered.proto, bool(steered.ctus), library.has_library()
-    has_fallback = any(key_of(f)[:2] == (ctu.DOMAIN, ctu.OP_TYPE) for f in model.functions)
+    functions = {f.name for f in model.functions if ctu.is_ctu(f)}
+    has_fallback = functions >= {node.op_type for node in steered.ctus}
     ways = []
     for provider in providers:
         if not has_ctu:
