@@ -43,7 +43,9 @@ _MOVES = 5e-3
 # Sigmoids and softmaxes are rounded to about 1e-7: larger outputs tell more.
 _LARGE = 1e-4
 
-_NUDGES = 4
+# The ways in which the inputs of a run change: by a factor, by a sum, and at random.
+_WAYS = (0, 1, 2, 3)
+AT_RANDOM = (2,)
 
 # By default CUDA computes convolutions and matrix products in TF32, which differs by 1e-3.
 # https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#use_tf32
@@ -204,10 +206,17 @@ class Trial:
         run: gives the outputs for inputs, as Model.run.
         inputs: input name -> array.
         fixed: names of inputs that stay as they are.
+        ways: those in which the others change, each of which takes a run.
     """
 
-    def __init__(self, run: _Run, inputs: Arrays, fixed: Collection[str] = ()):
-        self.inputs = inputs
+    def __init__(
+        self,
+        run: _Run,
+        inputs: Arrays,
+        fixed: Collection[str] = (),
+        ways: Sequence[int] = _WAYS,
+    ):
+        self.inputs, self._ways = inputs, ways
         self._run, self._free = run, sorted(inputs.keys() - set(fixed))
         self._nudged: dict[float, Arrays] = {}
 
@@ -261,7 +270,7 @@ class Trial:
     def _nudges(self, relative: float) -> Iterator[Arrays]:
         """The outputs for inputs that differ by a part of their largest value, in several ways."""
         floats = {n: self.inputs[n] for n in self._free if self.inputs[n].dtype.kind == "f"}
-        for way in range(_NUDGES if floats else 0):
+        for way in self._ways if floats else ():
             rng = np.random.default_rng(way)
             nudged = {name: _nudge(rng, value, relative, way) for name, value in floats.items()}
             with suppress(ModelError):
@@ -299,6 +308,7 @@ def random_trial(
     given: Mapping[str, np.ndarray] | None = None,
     wanted: Callable[[Iterable[bool]], bool] = all,
     source: _Run | None = None,
+    ways: Sequence[int] = _WAYS,
 ) -> Trial:
     """A run on inputs as `random_inputs` gives them.
 
@@ -308,6 +318,7 @@ def random_trial(
 
     Args:
         source: what runs in the Trial, where not the model itself.
+        ways: as for Trial; one takes the fewest runs.
     """
     shapes, given = shapes or {}, given or {}
     nodes = [i for i in model.inputs if i.name not in given]
@@ -345,7 +356,8 @@ def random_trial(
             failure = error
             continue
         for place in range(len(_RANGES)):
-            trial = Trial(source or model.run, inputs if place == 0 else draw(size, place), given)
+            drawn = inputs if place == 0 else draw(size, place)
+            trial = Trial(source or model.run, drawn, given, ways)
             if place == 0 and source is None:
                 trial.outputs = outputs
             if best is None or sum(trial.telling()) > sum(best.telling()):
