@@ -303,7 +303,9 @@ def random_network(seed):
         elif kind == "depthwise":
             x = node("Conv", x, weight(channels, 1, 3, 3), group=channels, pads=[1] * 4)
         elif kind == "residual":
-            x = activation(node("Conv", x, weight(channels, channels, 3, 3), pads=[1] * 4), channels)
+            x = activation(
+                node("Conv", x, weight(channels, channels, 3, 3), pads=[1] * 4), channels
+            )
             x = node("Conv", x, weight(channels, channels, 1, 1))
             x = node("Add", x, before)
         elif kind == "pool":
@@ -332,7 +334,10 @@ def random_network(seed):
     for site in found.activations if hasattr(found, "activations") else found:
         if site.status == "steerable" and rng.random() < 0.8:
             size = site.shape[1] if seed % 3 == 1 and site.shape and rng.random() < 0.7 else ()
-            params[f"^{site.name}$"] = {"beta": rng.uniform(0.4, 1, size), "coeff": rng.uniform(size=size)}
+            params[f"^{site.name}$"] = {
+                "beta": rng.uniform(0.4, 1, size),
+                "coeff": rng.uniform(size=size),
+            }
     steer(model, beta, params=params)
     return model, shape
 

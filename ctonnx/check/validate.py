@@ -14,7 +14,7 @@ from ..errors import CheckFailed, CtonnxError, ModelError, NothingToDo, UsageErr
 from ..model import files
 from ..model.external import check_external_data
 from ..model.flow import reached_by_values
-from ..model.graph import key_of, node_label
+from ..model.graph import node_label
 from ..model.inference import computed_types
 from ..ort import blocked, library
 from ..ort.compare import Comparison, Response, compare

@@ -15,8 +15,8 @@ It is refused, and the plain session serves, where
 - the session is to run on another provider than the CPU's, or the options lower the optimisation
   level or write the optimised model to a file;
 - the model has no CTU or no convolution, or ONNX Runtime lays out nothing in blocks;
-- a parameter is neither a scalar nor a constant with one value for each channel, or no op is left to
-  stand in;
+- a parameter is neither a scalar nor a constant with one value for each channel, or no op is left
+  to stand in;
 - a CTU is inside a model-local function, which ONNX Runtime copies to its calls;
 - the model computes in half precision, or is too large to be held several times;
 - ONNX Runtime changed the number of stand-ins, by folding, merging or decomposing, or their names;
@@ -248,7 +248,11 @@ def _put_stand_ins(model: ModelProto) -> Sites:
 def _hoist_constants(model: ModelProto, names: set[str]) -> None:
     """Make initializers of the Constant nodes of the main graph that give tensors under `names`."""
     for node in model.graph.node:
-        if node.op_type == "Constant" and node.domain in DEFAULT_DOMAINS and node.output[0] in names:
+        if (
+            node.op_type == "Constant"
+            and node.domain in DEFAULT_DOMAINS
+            and node.output[0] in names
+        ):
             for attribute in node.attribute:
                 if attribute.name == "value":
                     model.graph.initializer.append(attribute.t)
@@ -397,7 +401,9 @@ def _block() -> int:
     shapes = {"x": [1, 32, 8, 8], "y": [1, 4, 8, 8]}
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, dims) for n, dims in shapes.items())
     weights = numpy_helper.from_array(np.ones((4, 32, 1, 1), np.float32), "w")
-    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "g", [x], [y], [weights])
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"])], "g", [x], [y], [weights]
+    )
     model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
     optimised = _optimise(model, ["CPUExecutionProvider"], session_options(library=False))
     return next(tensor.dims[0] for tensor in optimised.graph.initializer if len(tensor.dims) == 4)
