@@ -143,9 +143,11 @@ class Plan {
 
  private:
   static constexpr size_t kShort = 32;       // shorter points would leave vectors half empty
+  static constexpr size_t kNarrow = 4 * kWidth;
   static constexpr size_t kMinPeriod = 256;  // see the constructor
 
-  // As `run` for a unit for each element: rows of equal units, from column 0 on where possible.
+  // As `run` for a unit for each element: narrow rows of equal units at once, from column 0 on. Down
+  // wide rows the reads would be too far apart for the processor to foresee them.
   void run_rows(const T* x, T* y, size_t begin, size_t end, Units<A> units,
                 const Bounds<A>* bounds) const {
     const Kernels<T>& kernels = level_.kernels(T());
@@ -155,7 +157,7 @@ class Plan {
     for (size_t i = begin, next; i < end; i = next) {
       const size_t area_end = has_rows ? std::min(end, (i / area + 1) * area) : end;
       const size_t first = i / area * width % period_, column = i % width;
-      if (column == 0 && width % kWidth == 0 && area_end - i >= width) {
+      if (column == 0 && width % kWidth == 0 && width <= kNarrow && area_end - i >= width) {
         const size_t rows = (area_end - i) / width;
         next = i + rows * width;
         kernels.run_rows(x + i, y + i, rows, width, units, first, bounds);
