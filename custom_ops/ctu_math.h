@@ -44,6 +44,8 @@
 #define CTONNX_HOST_DEVICE
 #define CTONNX_DEVICE inline  // GPU code, compiled for the tests on the host
 #endif
+// For what is called in several places of a kernel: a call for each vector would be slow.
+#define CTONNX_INLINE CTONNX_HOST_DEVICE inline __attribute__((always_inline))
 
 // The linker merges inline functions of the same name. Code for different instruction sets must
 // stay apart, so each build for one sets a CTONNX_LEVEL of its own.
@@ -184,7 +186,7 @@ CTONNX_HOST_DEVICE inline int64_t shifted_left(int64_t value, int bits) {
 
 // exp(v + low) for |v| <= kExpLimit and |low| << 1.
 template <class F>
-CTONNX_HOST_DEVICE inline F exponential(F v, F low) {
+CTONNX_INLINE F exponential(F v, F low) {
   using E = Elementary<LaneOf<F>>;
   using I = IntegerOf<F>;
   const F magic = F{} + E::kMagic;  // the sum rounds to an integer, in its low bits
@@ -242,7 +244,7 @@ struct Unit {
   // sgn(1 - a) * s * (1 - c) * log1p(exp(-u)) with u = |1 - a| * ax / s, for ax = |x|. For NaN it
   // is 0, and so is gate_term: above_zero passes NaN on.
   template <class F>
-  CTONNX_HOST_DEVICE F log_term(F ax) const {
+  CTONNX_INLINE F log_term(F ax) const {
     const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
     const F u = ax * inv_s;
     const F z = exponential(-(u < limit ? u : limit), F{});
@@ -252,7 +254,7 @@ struct Unit {
   // sgn(1 - a) * c * |1 - a| * ax / (1 + exp(k * ax)). Both factors of ax are in two parts, because
   // exp amplifies an error of its argument by the argument, and the numerator would round twice.
   template <class F>
-  CTONNX_HOST_DEVICE F gate_term(F ax) const {
+  CTONNX_INLINE F gate_term(F ax) const {
     const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
     const F high = leading_half(ax), low = ax - high;
     const F v = high * k_hi;
@@ -282,7 +284,7 @@ CTONNX_HOST_DEVICE inline F below_zero(F x, P slope) {
 
 // The CT unit. With kSloped = false, every slope must be 0.
 template <bool kSloped, class F, class P>
-CTONNX_HOST_DEVICE inline F ctu(F x, const Unit<P>& unit) {
+CTONNX_INLINE F ctu(F x, const Unit<P>& unit) {
   const F ax = absolute(x);
   // The order matters for rounding: small terms first, x last.
   F small = unit.log_term(ax);
@@ -299,7 +301,7 @@ CTONNX_HOST_DEVICE inline F clip(F z, const Bounds<P>& bounds) {  // NaN passes
 // An op with kinks elsewhere, for a Unit or a FastUnit of slope 0. The distance of an infinity to an
 // infinite bound is NaN, for which both terms are 0.
 template <class F, class P, class U>
-CTONNX_HOST_DEVICE inline F bounded_ctu(F x, const Bounds<P>& bounds, const U& unit) {
+CTONNX_INLINE F bounded_ctu(F x, const Bounds<P>& bounds, const U& unit) {
   const F z = x * bounds.alpha + bounds.offset;
   const F above_lo = absolute(z - bounds.lo), below_hi = absolute(z - bounds.hi);
   const F at_lo = unit.log_term(above_lo) - unit.gate_term(above_lo);
