@@ -1,4 +1,4 @@
-"""Verify the op on one CPU thread, then time it against ONNX Runtime's Relu.
+"""Verify the ops on one CPU thread, then time them against ONNX Runtime's Relu, or Clip.
 
     python benchmarks/kernels.py [--rounds 41] [--levels avx512,avx2,portable]
 
@@ -20,11 +20,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import onnxruntime as ort
-from network import naive_function, quiet_options
 from onnx import helper, numpy_helper
 
 import ctonnx
 from ctonnx import ctu
+from ctonnx.measure.bench import naive_functions, quiet_options
 
 LARGE = [16, 1024, 14, 14]
 BETA, COEFF = 0.85, 0.5
@@ -39,6 +39,7 @@ class Case(NamedTuple):
     parameters: tuple = ()  # shape of beta and coeff
     dtype: type = np.float32
     tolerance: float = 2.5e-7
+    bounds: tuple = ()  # of a Clip
 
 
 CASES = [
@@ -55,23 +56,30 @@ CASES = [
     Case("3.2 M float16", [3211264], dtype=np.float16, tolerance=2**-11),
     Case("3.2 M bfloat16", [3211264], dtype=ml_dtypes.bfloat16, tolerance=2**-8),
     Case("3.2 M double", [3211264], dtype=np.float64, tolerance=4e-15),
+    Case("ReLU6, 3.2 M", [3211264], tolerance=5e-7, bounds=(0, 6)),
+    Case("ReLU6, 16 K", [16384], tolerance=5e-7, bounds=(0, 6)),
+    Case("ReLU6 per channel 14x14", [1, *LARGE[1:]], (1024, 1, 1), tolerance=5e-7, bounds=(0, 6)),
 ]
 
 
-def model(case, op, function=None):
+def model(case, steered, function=None):
     """The bytes of a model of one node; `function` selects its fallback: "ours" or "naive"."""
     code = helper.np_dtype_to_tensor_dtype(np.dtype(case.dtype))
-    steered = op == ctu.OP_TYPE
+    op = ("CTUClip" if case.bounds else ctu.OP_TYPE) if steered else original(case)
     values = {"beta": BETA, "coeff": COEFF} if steered else {}
+    tensors = [
+        numpy_helper.from_array(np.full(case.parameters, value, np.float32), name)
+        for name, value in values.items()
+    ]
+    for name, bound in zip(("lo", "hi"), case.bounds, strict=False):
+        tensors.append(numpy_helper.from_array(np.array(bound, case.dtype), name))
+    inputs = ["X", *(tensor.name for tensor in tensors)]
     graph = helper.make_graph(
-        [helper.make_node(op, ["X", *values], ["Y"], domain=ctu.DOMAIN if steered else "")],
+        [helper.make_node(op, inputs, ["Y"], domain=ctu.DOMAIN if steered else "")],
         "one_node",
         [helper.make_tensor_value_info("X", code, case.shape)],
         [helper.make_tensor_value_info("Y", code, case.shape)],
-        [
-            numpy_helper.from_array(np.full(case.parameters, value, np.float32), name)
-            for name, value in values.items()
-        ],
+        tensors,
     )
     proto = helper.make_model(
         graph,
@@ -79,21 +87,39 @@ def model(case, op, function=None):
         ir_version=8,
     )
     if function == "naive":
-        proto.functions.append(naive_function(proto))
+        proto.functions.extend(naive_functions(17))
     elif function:
-        proto.functions.append(ctu.function(17, {code}, sloped=False))
+        proto.functions.append(
+            ctu.kinked_function(op, 17, {code})
+            if case.bounds
+            else ctu.function(17, {code}, sloped=False)
+        )
     return proto.SerializeToString()
+
+
+def original(case):
+    return "Clip" if case.bounds else "Relu"
+
+
+def exact(case, x):
+    """Y in float64."""
+    parameters = np.float32(BETA), np.float32(COEFF)
+    if not case.bounds:
+        return ctu.ctu(x, *parameters)
+    lo, hi = case.bounds
+    kinks = [ctu.ctu(-np.abs(x - bound), *parameters) for bound in case.bounds]
+    return np.clip(x, lo, hi) + kinks[0] - kinks[1]
 
 
 def sessions(case):
     """Name -> session, without those that ONNX Runtime has no kernel for; the op comes first."""
     kernel = quiet_options(1)
     ctonnx.register(kernel)
-    makers = {"op": (model(case, ctu.OP_TYPE), kernel)}
-    makers["Relu"] = (model(case, "Relu"), quiet_options(1))
-    makers["function"] = (model(case, ctu.OP_TYPE, "ours"), quiet_options(1))
+    makers = {"op": (model(case, True), kernel)}
+    makers["original"] = (model(case, False), quiet_options(1))
+    makers["function"] = (model(case, True, "ours"), quiet_options(1))
     if case.dtype == np.float32:
-        makers["naive"] = (model(case, ctu.OP_TYPE, "naive"), quiet_options(1))
+        makers["naive"] = (model(case, True, "naive"), quiet_options(1))
     opened = {}
     for name, (data, options) in makers.items():
         try:
@@ -127,8 +153,8 @@ def measure(case, rounds):
     bound = {name: bindings(s, inputs, outputs, case) for name, s in opened.items()}
 
     opened["op"].run_with_iobinding(bound["op"][0])
-    exact = ctu.ctu(inputs[0].astype(np.float64), np.float32(BETA), np.float32(COEFF))
-    excess = np.abs(outputs[0] - exact) / np.maximum(1, np.abs(exact))
+    expected = exact(case, inputs[0].astype(np.float64))
+    excess = np.abs(outputs[0] - expected) / np.maximum(1, np.abs(expected))
     if not excess.max() <= case.tolerance:
         sys.exit(f"{case.name}: wrong by {excess.max():.1e}")
 
@@ -177,7 +203,7 @@ def main():
         print(f"{level}: agrees with the formula, timed", file=sys.stderr)
         rows += [(level, *json.loads(line)) for line in done.stdout.splitlines()]
 
-    others = ("Relu", "function", "naive")
+    others = ("original", "function", "naive")
     print(f"{'level':9} {'case':28} {'us':>9} {'GB/s':>6}  time of the op by that of")
     print(f"{'':55} {' '.join(f'{name:>9}' for name in others)}")
     for level, case, moved, times in rows:

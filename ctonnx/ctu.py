@@ -114,6 +114,18 @@ class _Body:
     def constant(self, value: float, dtype: int) -> str:
         return self.op("Constant", value=helper.make_tensor("", dtype, [], [value]))
 
+    # Before opset 8 Max and Min did not broadcast.
+    def at_least(self, x: str, lo: str) -> str:
+        if self.opset >= 8:
+            return self.op("Max", x, lo)
+        return self.op("Add", self.op("Relu", self.op("Sub", x, lo)), lo)
+
+    def at_most(self, x: str, hi: str) -> str:
+        if self.opset >= 8:
+            return self.op("Min", x, hi)
+        below = self.op("Relu", self.op("Neg", self.op("Sub", x, hi)))
+        return self.op("Add", self.op("Neg", below), hi)
+
     def widened(self, name: str, dtypes: set[int], compute: int) -> str:
         """A tensor of one of `dtypes`, in the type `compute`."""
         return name if dtypes == {compute} else self.op("Cast", name, to=compute)
@@ -214,79 +226,76 @@ def _unit(
     return original, correction
 
 
-def types_of_kinks(opset: int, dtypes: Iterable[int]) -> set[int]:
-    """The element types in which a `kinked_function` calls `ctonnx::CTU`.
+def _between(
+    body: _Body, compute: int, x: str, beta: str, coeff: str, lo: str, hi: str
+) -> tuple[str, str]:
+    """As `_unit` for x between two bounds: the names of the clipped x and of what is added to it,
+    k(x - lo) - k(x - hi) with the correction k of a unit. The two logarithms are one."""
+    op = body.op
+    one = body.constant(1.0, compute)
+    s = op("Add", op("Sub", one, beta), body.constant(EPSILON, compute))
+    inverse = op("Div", one, s)
+    falling, rising = op("Neg", inverse), op("Mul", beta, inverse)
+    # At infinity the gates' terms cancel, as inf / inf would not; the log term carries NaN.
+    largest = float(np.finfo(np.float32).max)
+    decays, gates = [], []
+    for bound in lo, hi:
+        distance = op("Abs", op("Sub", x, bound))
+        decays.append(op("Add", op("Exp", op("Mul", distance, falling)), one))
+        if body.opset >= 8:
+            finite = op("Min", distance, body.constant(largest, compute))
+        else:
+            finite = op("Clip", distance, max=largest)
+        growth = op("Add", op("Exp", op("Mul", finite, rising)), one)
+        gates.append(op("Div", finite, growth))
+    log_term = op("Mul", op("Log", op("Div", *decays)), op("Mul", op("Sub", one, coeff), s))
+    correction = op("Sub", log_term, op("Mul", op("Sub", *gates), coeff))
+    # Before opset 12 Clip is for float32 alone.
+    if body.opset >= 12:
+        return op("Clip", x, lo, hi), correction
+    return body.at_most(body.at_least(x, lo), hi), correction
 
-    Args:
-        opset, dtypes: as for `kinked_function`.
-    """
-    dtypes = set(dtypes)
-    if dtypes <= {TensorProto.FLOAT, TensorProto.DOUBLE} or (opset < 15 and len(dtypes) > 1):
-        return dtypes
-    # Before CastLike the function of `ctonnx::CTU` has one type, the half type of other call sites.
-    return {_compute_type(dtypes)} if opset >= 15 else set()
 
+def kinked_function(op_type: str, opset: int, dtypes: Iterable[int]) -> FunctionProto:
+    """One of our ops with kinks elsewhere than at 0, as a model-local function of standard ops.
 
-def kinked_function(op_type: str, opset: int, dtypes: Iterable[int], sloped: bool) -> FunctionProto:
-    """One of our ops that are made of `ctonnx::CTU`, as a model-local function.
-
-    `rewriting.activations` has their formulas. As in `function`, half types are computed in float32
-    and rounded once; not so where they are mixed with others before opset 15, which has no function
-    of `ctonnx::CTU`. Before opset 15 the units of half types are part of the body.
+    `rewriting.activations` has their formulas, and custom_ops/ctu_math.h their contract.
 
     Args:
         op_type: one of OPS, but for CTU itself.
-        opset: of the default domain.
-        dtypes: the TensorProto element types of X over the op's call sites, as for `function`.
-        sloped: whether the function of `ctonnx::CTU` in the same model takes a slope.
+        opset, dtypes: as for `function`.
 
     Returns:
         FunctionProto (X, beta, coeff, operands) -> Y.
     """
-    body, dtypes = _Body(opset), set(dtypes)
-    op, calls = body.op, types_of_kinks(opset, dtypes)
+    dtypes = set(dtypes)
+    compute = _compute_type(dtypes)
+    body = _Body(opset)
+    op = body.op
     operands = {
         "CTUMax": ["lo"],
         "CTUMin": ["hi"],
         "CTUClip": ["lo", "hi"],
         "CTUHardSigmoid": ["alpha", "offset", "lo", "hi"],
     }[op_type]
-    compute = _compute_type(dtypes)
-    as_is = calls == dtypes
-    wide = {name: name for name in ("X", *operands)}
-    if not as_is:
-        wide = {name: body.widened(name, dtypes, compute) for name in wide}
-
-    def kink(x, bound):
-        below = op("Neg", op("Abs", op("Sub", x, bound)))
-        if not calls:
-            return op("Add", *_unit(body, compute, below, "beta", "coeff"))
-        slope = [op("Sub", bound, bound)] if sloped else []  # 0, in X's element type
-        return op(OP_TYPE, below, "beta", "coeff", *slope, domain=DOMAIN)
-
-    # Before opset 8 Max and Min did not broadcast.
-    def at_least(x, lo):
-        return op("Max", x, lo) if opset >= 8 else op("Add", op("Relu", op("Sub", x, lo)), lo)
-
-    def at_most(x, hi):
-        if opset >= 8:
-            return op("Min", x, hi)
-        return op("Add", op("Neg", op("Relu", op("Neg", op("Sub", x, hi)))), hi)
-
-    x, y = wide["X"], "Y" if as_is else None
+    wide = {name: body.widened(name, dtypes, compute) for name in ("X", *operands)}
+    beta, coeff = (body.widened(n, {TensorProto.FLOAT}, compute) for n in ("beta", "coeff"))
+    x, y = wide["X"], "Y" if dtypes == {compute} else None
     if op_type == "CTUMax":
-        y = op("Add", at_least(x, wide["lo"]), kink(x, wide["lo"]), output=y)
+        unit = op("Add", *_unit(body, compute, op("Sub", x, wide["lo"]), beta, coeff))
+        y = op("Add", unit, wide["lo"], output=y)
     elif op_type == "CTUMin":
-        y = op("Sub", at_most(x, wide["hi"]), kink(x, wide["hi"]), output=y)
+        below = op("Neg", op("Sub", x, wide["hi"]))
+        unit = op("Add", *_unit(body, compute, below, beta, coeff))
+        y = op("Add", op("Neg", unit), wide["hi"], output=y)
     else:
         if op_type == "CTUHardSigmoid":
             x = op("Add", op("Mul", x, wide["alpha"]), wide["offset"])
-        lo, hi = wide["lo"], wide["hi"]
-        clipped = at_most(at_least(x, lo), hi)
-        y = op("Sub", op("Add", clipped, kink(x, lo)), kink(x, hi), output=y)
-    if not as_is:
+        parts = _between(body, compute, x, beta, coeff, wide["lo"], wide["hi"])
+        y = op("Add", *parts, output=y)
+    if dtypes != {compute}:
         body.narrowed(y, dtypes)
-    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)]
+    imports = [helper.make_opsetid("", opset)]
     inputs = ["X", "beta", "coeff", *operands]
     return helper.make_function(DOMAIN, op_type, inputs, ["Y"], body.nodes, imports)
 

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ctu_math.h"
+
 namespace ctonnx {
 
 struct Half {
@@ -43,18 +45,24 @@ constexpr size_t kUnitPadding = 15;
 // The beta from which a table is accurate enough to replace the formula.
 constexpr float kTableFromBeta = 0.15f;
 
-// Kernels for one element type: y[i] = CTU(x[i]) for i < n. x and y are equal or do not overlap.
-// They need no alignment.
+// Kernels for one element type: y[i] = CTU(x[i]) for i < n, or with kinks elsewhere unless `bounds`
+// is null. x and y are equal or do not overlap. They need no alignment.
 template <class T>
 struct Kernels {
   using A = typename Arithmetic<T>::type;
 
   // All elements with unit number `unit`, and with its table unless that is null. Double has none.
-  void (*run)(const T* x, T* y, size_t n, Units<A> units, size_t unit, const float* table);
+  void (*run)(const T* x, T* y, size_t n, Units<A> units, size_t unit, const float* table,
+              const Bounds<A>* bounds);
 
   // Element i with unit number first + i.
-  void (*run_each)(const T* x, T* y, size_t n, Units<A> units, size_t first);
+  void (*run_each)(const T* x, T* y, size_t n, Units<A> units, size_t first, const Bounds<A>* bounds);
+
+  // The same for every one of `rows` rows of `width` elements, a multiple of kWidth.
+  void (*run_rows)(const T* x, T* y, size_t rows, size_t width, Units<A> units, size_t first,
+                   const Bounds<A>* bounds);
 };
+constexpr size_t kWidth = 16;  // elements of the longest vector
 
 // The kernels compiled for one instruction set.
 struct Level {

@@ -74,17 +74,22 @@ const char* message_of(cudaError_t error) {
   }
 }
 
-template <class T, int kLanes, bool kGrid>
+template <class T, int kLanes, bool kGrid, bool kBounded>
 __global__ void __launch_bounds__(kThreads, kGrid ? 2 : 4)
     ctu_kernel(const __grid_constant__ Work<T> work) {
-  run_thread<kLanes, kGrid, Approximate>(work, blockIdx.x, gridDim.x, threadIdx.x);
+  run_thread<kLanes, kGrid, kBounded, Approximate>(work, blockIdx.x, gridDim.x, threadIdx.x);
+}
+
+template <bool kBounded, class T>
+auto kernel_for(const Work<T>& work) {
+  return work.points == 1 ? ctu_kernel<T, kPacketLanes<T>, false, kBounded>
+         : work.lanes > 1 ? ctu_kernel<T, kPacketLanes<T>, true, kBounded>
+                          : ctu_kernel<T, 1, true, kBounded>;
 }
 
 template <class T>
 const char* launch_kernel(const Work<T>& work, uint64_t blocks, void* stream) {
-  const auto kernel = work.points == 1 ? ctu_kernel<T, kPacketLanes<T>, false>
-                      : work.lanes > 1 ? ctu_kernel<T, kPacketLanes<T>, true>
-                                       : ctu_kernel<T, 1, true>;
+  const auto kernel = work.bounded ? kernel_for<true>(work) : kernel_for<false>(work);
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(work);
   return message_of(cudaGetLastError());
 }

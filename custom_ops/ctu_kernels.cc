@@ -53,49 +53,137 @@ Unit<P> read_unit(Read read) {
   return unit;
 }
 
-template <bool kSloped, class T, class A>
-void run_one(const T* x, T* y, size_t n, const Unit<A>& unit) {
-  using V = typename VectorFor<T>::type;
-  for_each_vector(x, y, n, [&](V v, size_t) { return ctu<kSloped>(v, unit); });
+// Calls kernel(Choice<true>()) or kernel(Choice<false>()).
+template <bool kValue>
+struct Choice {
+  static constexpr bool value = kValue;
+};
+template <class Kernel>
+void choose(bool value, Kernel kernel) {
+  value ? kernel(Choice<true>()) : kernel(Choice<false>());
 }
 
-template <bool kSloped, class Split, class T>
+template <class T, class A>
+void run_formula(const T* x, T* y, size_t n, const Unit<A>& unit, const Bounds<A>* bounds) {
+  using V = typename VectorFor<T>::type;
+  if (bounds != nullptr) {
+    const Bounds<A> own = *bounds;
+    return for_each_vector(x, y, n, [&](V v, size_t) { return bounded_ctu(v, own, unit); });
+  }
+  choose(unit.slope != 0, [&](auto sloped) {
+    for_each_vector(x, y, n, [&](V v, size_t) { return ctu<sloped.value>(v, unit); });
+  });
+}
+
+template <class Split, class T>
 void run_table(const T* x, T* y, size_t n, const Unit<float>& unit, const float* coefficients) {
   const Table<Split> table(coefficients);
   const float scale = unit.inv_s * Split::kScale;
-  for_each_vector(x, y, n, [&](Floats v, size_t) {
-    Floats small = table.at(absolute(v) * scale + 1);
-    if (kSloped) small += below_zero(v, unit.slope);
-    return larger(Floats{}, v) + small;  // NaN stays NaN
+  choose(unit.slope != 0, [&](auto sloped) {
+    for_each_vector(x, y, n, [&](Floats v, size_t) {
+      Floats small = table.at(absolute(v) * scale + 1);
+      if (sloped.value) small += below_zero(v, unit.slope);
+      return larger(Floats{}, v) + small;  // NaN stays NaN
+    });
+  });
+}
+
+// Whether the bounds are so far apart that at each x the smaller of the two corrections is below
+// 2e-7. Halfway between them, both are about half * exp(-k * half) for c = 1.
+bool far_apart(const Unit<float>& unit, const Bounds<float>& bounds) {
+  const float half = bounds.hi / 2 - bounds.lo / 2;
+  return unit.k_hi * half >= 16 + half / 4;
+}
+
+template <class Split, class T>
+void run_bounded_table(const T* x, T* y, size_t n, const Unit<float>& unit,
+                       const float* coefficients, const Bounds<float>& bounds) {
+  const Table<Split> table(coefficients);
+  const float scale = unit.inv_s * Split::kScale;
+  const Floats lo = Floats{} + bounds.lo, hi = Floats{} + bounds.hi;
+  const float alpha = bounds.alpha, offset = bounds.offset;
+  const bool apart = far_apart(unit, bounds);
+  // The nearer bound alone, if they are far apart. An infinite one is never nearer: the middle is
+  // infinite too.
+  const float middle = bounds.lo / 2 + bounds.hi / 2;
+  choose(alpha == 1 && offset == 0, [&](auto unscaled) {
+    const auto each = [&](auto body) {
+      for_each_vector(x, y, n, [&](Floats v, size_t) {
+        const Floats z = unscaled.value ? v : v * alpha + offset;
+        return body(z, smaller(hi, larger(lo, z)));  // NaN stays NaN
+      });
+    };
+    if (apart) {
+      each([&](Floats z, Floats clipped) {
+        const Floats small = table.at(absolute(z - (z < middle ? lo : hi)) * scale + 1);
+        return z < middle ? clipped + small : clipped - small;
+      });
+    } else {
+      each([&](Floats z, Floats clipped) {
+        const Floats at_lo = table.at(absolute(z - lo) * scale + 1);
+        return clipped + (at_lo - table.at(absolute(z - hi) * scale + 1));
+      });
+    }
   });
 }
 
 template <class T, class A>
-void run(const T* x, T* y, size_t n, Units<A> units, size_t index, const float* table) {
+void run(const T* x, T* y, size_t n, Units<A> units, size_t index, const float* table,
+         const Bounds<A>* bounds) {
   const Unit<A> unit =
       read_unit<A>([&](size_t field) { return units.data[field * units.stride + index]; });
-  const bool sloped = unit.slope != 0;
   if constexpr (sizeof(A) == sizeof(float)) {
+    if (table != nullptr && bounds != nullptr) {
+      return is_fine(unit) ? run_bounded_table<Fine>(x, y, n, unit, table, *bounds)
+                           : run_bounded_table<Coarse>(x, y, n, unit, table, *bounds);
+    }
     if (table != nullptr) {
-      if (is_fine(unit)) {
-        return sloped ? run_table<true, Fine>(x, y, n, unit, table)
-                      : run_table<false, Fine>(x, y, n, unit, table);
-      }
-      return sloped ? run_table<true, Coarse>(x, y, n, unit, table)
-                    : run_table<false, Coarse>(x, y, n, unit, table);
+      return is_fine(unit) ? run_table<Fine>(x, y, n, unit, table)
+                           : run_table<Coarse>(x, y, n, unit, table);
     }
   }
-  sloped ? run_one<true>(x, y, n, unit) : run_one<false>(x, y, n, unit);
+  run_formula(x, y, n, unit, bounds);
+}
+
+// The units of a vector of elements, from number `first` on.
+template <class V, class A>
+Unit<V> units_at(const Units<A>& units, size_t first) {
+  return read_unit<V>(
+      [&](size_t field) { return load_units<V>(units.data + field * units.stride + first); });
 }
 
 template <class T, class A>
-void run_each(const T* x, T* y, size_t n, Units<A> units, size_t first) {
+void run_each(const T* x, T* y, size_t n, Units<A> units, size_t first, const Bounds<A>* bounds) {
   using V = typename VectorFor<T>::type;
+  if (bounds != nullptr) {
+    const Bounds<A> own = *bounds;
+    return for_each_vector(x, y, n, [&](V v, size_t i) {
+      return bounded_ctu(v, own, units_at<V>(units, first + i));
+    });
+  }
   for_each_vector(x, y, n, [&](V v, size_t i) {
-    return ctu<true>(v, read_unit<V>([&](size_t field) {
-      return load_units<V>(units.data + field * units.stride + first + i);
-    }));
+    return ctu<true>(v, units_at<V>(units, first + i));
   });
+}
+
+// Down the rows, the units of a vector stay in registers.
+template <class T, class A>
+void run_rows(const T* x, T* y, size_t rows, size_t width, Units<A> units, size_t first,
+              const Bounds<A>* bounds) {
+  using V = typename VectorFor<T>::type;
+  static_assert(kWidth % kLanes<V> == 0, "a row is whole vectors");
+  const auto down = [&](size_t column, auto body) {
+    for (size_t i = column; i < rows * width; i += width) store(y + i, body(load(x + i)));
+  };
+  for (size_t column = 0; column < width; column += kLanes<V>) {
+    const Unit<V> unit = units_at<V>(units, first + column);
+    if (bounds != nullptr) {
+      const Bounds<A> own = *bounds;
+      down(column, [&](V v) { return bounded_ctu(v, own, unit); });
+    } else {
+      down(column, [&](V v) { return ctu<true>(v, unit); });
+    }
+  }
 }
 
 }  // namespace
@@ -109,10 +197,10 @@ const Level level = {
     kTableFloats,
     kTableFrom,
     make_table,
-    {run<float, float>, run_each<float, float>},
-    {run<Half, float>, run_each<Half, float>},
-    {run<BFloat16, float>, run_each<BFloat16, float>},
-    {run<double, double>, run_each<double, double>},
+    {run<float, float>, run_each<float, float>, run_rows<float, float>},
+    {run<Half, float>, run_each<Half, float>, run_rows<Half, float>},
+    {run<BFloat16, float>, run_each<BFloat16, float>, run_rows<BFloat16, float>},
+    {run<double, double>, run_each<double, double>, run_rows<double, double>},
 };
 
 }  // namespace CTONNX_LEVEL

@@ -20,6 +20,16 @@
 // max(1, |X|) instead.
 //
 //   X = NaN gives NaN, +inf gives +inf, -inf gives what the original gives (0 where a = 0).
+//
+// The ops with kinks elsewhere smooth a line that is bounded from below, above or both:
+//
+//   Y = min(max(Z, lo), hi) + k(Z - lo) - k(Z - hi)         Z = alpha * X + offset
+//   k(d) = s * r(|d| / s)
+//
+// Where a bound is absent it is infinite, and so is the distance to it, at which k is 0. Each kink
+// adds its error and that of Z - lo or Z - hi, so the errors may be twice those of the table, relative
+// to max(1, |Y|, |k(Z - lo)|, |k(Z - hi)|, |offset|): for a beta near 0 the two k are large
+// and cancel. NaN gives NaN, and infinities give the bounds.
 #pragma once
 
 #include <cfloat>
@@ -34,6 +44,8 @@
 #define CTONNX_HOST_DEVICE
 #define CTONNX_DEVICE inline  // GPU code, compiled for the tests on the host
 #endif
+// For what is called in several places of a kernel: a call for each vector would be slow.
+#define CTONNX_INLINE CTONNX_HOST_DEVICE inline __attribute__((always_inline))
 
 // The linker merges inline functions of the same name. Code for different instruction sets must
 // stay apart, so each build for one sets a CTONNX_LEVEL of its own.
@@ -42,6 +54,15 @@
 #endif
 
 namespace ctonnx {
+
+// The line and the bounds of an op with kinks elsewhere.
+template <class P>
+struct Bounds {
+  P alpha, offset, lo, hi;
+};
+// What stands for those that an op does not have.
+constexpr Bounds<float> kUnbounded = {1, 0, -INFINITY, INFINITY};
+
 inline namespace CTONNX_LEVEL {
 
 // The code below is written once for F = float, double and vectors of them. LaneOf<F> is the
@@ -165,7 +186,7 @@ CTONNX_HOST_DEVICE inline int64_t shifted_left(int64_t value, int bits) {
 
 // exp(v + low) for |v| <= kExpLimit and |low| << 1.
 template <class F>
-CTONNX_HOST_DEVICE inline F exponential(F v, F low) {
+CTONNX_INLINE F exponential(F v, F low) {
   using E = Elementary<LaneOf<F>>;
   using I = IntegerOf<F>;
   const F magic = F{} + E::kMagic;  // the sum rounds to an integer, in its low bits
@@ -223,7 +244,7 @@ struct Unit {
   // sgn(1 - a) * s * (1 - c) * log1p(exp(-u)) with u = |1 - a| * ax / s, for ax = |x|. For NaN it
   // is 0, and so is gate_term: above_zero passes NaN on.
   template <class F>
-  CTONNX_HOST_DEVICE F log_term(F ax) const {
+  CTONNX_INLINE F log_term(F ax) const {
     const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
     const F u = ax * inv_s;
     const F z = exponential(-(u < limit ? u : limit), F{});
@@ -233,7 +254,7 @@ struct Unit {
   // sgn(1 - a) * c * |1 - a| * ax / (1 + exp(k * ax)). Both factors of ax are in two parts, because
   // exp amplifies an error of its argument by the argument, and the numerator would round twice.
   template <class F>
-  CTONNX_HOST_DEVICE F gate_term(F ax) const {
+  CTONNX_INLINE F gate_term(F ax) const {
     const F limit = F{} + Elementary<LaneOf<F>>::kExpLimit;
     const F high = leading_half(ax), low = ax - high;
     const F v = high * k_hi;
@@ -263,12 +284,29 @@ CTONNX_HOST_DEVICE inline F below_zero(F x, P slope) {
 
 // The CT unit. With kSloped = false, every slope must be 0.
 template <bool kSloped, class F, class P>
-CTONNX_HOST_DEVICE inline F ctu(F x, const Unit<P>& unit) {
+CTONNX_INLINE F ctu(F x, const Unit<P>& unit) {
   const F ax = absolute(x);
   // The order matters for rounding: small terms first, x last.
   F small = unit.log_term(ax);
   if (kSloped) small += below_zero(x, unit.slope);
   return above_zero(x) + (small - unit.gate_term(ax));
+}
+
+template <class F, class P>
+CTONNX_HOST_DEVICE inline F clip(F z, const Bounds<P>& bounds) {  // NaN passes
+  const F lo = F{} + bounds.lo, hi = F{} + bounds.hi;
+  return z < lo ? lo : z > hi ? hi : z;
+}
+
+// An op with kinks elsewhere, for a Unit or a FastUnit of slope 0. The distance of an infinity to an
+// infinite bound is NaN, for which both terms are 0.
+template <class F, class P, class U>
+CTONNX_INLINE F bounded_ctu(F x, const Bounds<P>& bounds, const U& unit) {
+  const F z = x * bounds.alpha + bounds.offset;
+  const F above_lo = absolute(z - bounds.lo), below_hi = absolute(z - bounds.hi);
+  const F at_lo = unit.log_term(above_lo) - unit.gate_term(above_lo);
+  const F at_hi = unit.log_term(below_hi) - unit.gate_term(below_hi);
+  return clip(z, bounds) + (at_lo - at_hi);
 }
 
 // ---- With the approximate functions of a GPU ---------------------------------------------------
@@ -303,18 +341,28 @@ struct FastUnit {
     gate = sign * coeff * gap;
   }
 
+  // The terms of Unit. Beyond the limit both are 0. They are 0 for NaN too: above_zero and clip pass
+  // NaN on.
+  CTONNX_DEVICE float log_term(float ax) const {
+    const float u = ax * u_scale, term = log_scale * M::log2(1 + M::exp2(-u));
+    return u < kLimit ? term : 0;
+  }
+  CTONNX_DEVICE float gate_term(float ax) const {
+    const float v = ax * v_scale, term = ax * gate * M::reciprocal(1 + M::exp2(v));
+    return v < kLimit ? term : 0;
+  }
+
   CTONNX_DEVICE float operator()(float x) const {
-    // Beyond the limit both terms are 0. They are 0 for NaN too: above_zero passes NaN on.
-    constexpr float limit = 126;
-    const float ax = absolute(x), u = ax * u_scale, v = ax * v_scale;
-    const float log_term = log_scale * M::log2(1 + M::exp2(-u));
-    const float gate_term = ax * gate * M::reciprocal(1 + M::exp2(v));
-    float small = u < limit ? log_term : 0;
+    const float ax = absolute(x);
+    float small = log_term(ax);
     // fmaf: for slopes near 1 the rounding of the product would be most of the error. Slope 0 is a
     // case of its own as in below_zero.
     if (x < 0 && slope != 0) small = fmaf(x, slope, small);
-    return above_zero(x) + (small - (v < limit ? gate_term : 0));
+    return above_zero(x) + (small - gate_term(ax));
   }
+
+ private:
+  static constexpr float kLimit = 126;
 };
 
 }  // namespace CTONNX_LEVEL

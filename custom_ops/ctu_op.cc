@@ -1,10 +1,18 @@
-// The op ctonnx::CTU and its registration with ONNX Runtime.
+// The ops of the domain ctonnx and their registration with ONNX Runtime.
 //
 //   inputs   X       float32, float16, bfloat16 or double, any shape
 //            beta    float32, broadcastable to X, values in [0, 1]
 //            coeff   float32, broadcastable to X, values in [0, 1]
-//            slope   optional, type of X, broadcastable to X
+//            more:
+//              CTU             slope, optional, broadcastable to X
+//              CTUMax          lo
+//              CTUMin          hi
+//              CTUClip         lo, hi
+//              CTUHardSigmoid  alpha, offset, lo, hi
 //   output   Y       type and shape of X
+//
+// All these are of the type of X; lo, hi, alpha and offset are single values. Like a broadcast sum, Y
+// has as many dimensions as such a value, where X has fewer.
 //
 // On the CPU, a beta or coeff outside [0, 1], or NaN, is an error. On CUDA it gives NaN, because
 // the host does not read the values.
@@ -53,8 +61,35 @@ void check(ort::Status* status) {
   if (status != nullptr) throw StatusError{status};
 }
 
-[[noreturn]] void invalid(const std::string& message) {
-  throw std::invalid_argument("ctonnx::CTU: " + message);
+// An input behind coeff, in the order of kOperandNames.
+enum class Operand { kNone, kSlope, kAlpha, kOffset, kLo, kHi };
+
+struct OpKind {
+  const char* name;
+  Operand operands[4];
+
+  bool has_bounds() const { return operands[0] != Operand::kSlope; }
+  size_t input_count() const {
+    size_t count = 3;
+    for (Operand operand : operands) count += operand != Operand::kNone;
+    return count;
+  }
+};
+
+constexpr OpKind kOpKinds[] = {
+    {"CTU", {Operand::kSlope}},
+    {"CTUMax", {Operand::kLo}},
+    {"CTUMin", {Operand::kHi}},
+    {"CTUClip", {Operand::kLo, Operand::kHi}},
+    {"CTUHardSigmoid", {Operand::kAlpha, Operand::kOffset, Operand::kLo, Operand::kHi}},
+};
+
+constexpr size_t kMaxInputs = 7;
+
+constexpr const char* kOperandNames[] = {"", "slope", "alpha", "offset", "lo", "hi"};
+
+[[noreturn]] void invalid(const std::string& message, const char* op = "CTU") {
+  throw std::invalid_argument(std::string("ctonnx::") + op + ": " + message);
 }
 
 // Runs `body` at the C boundary and returns what it throws as a status: an exception that reached
@@ -175,25 +210,34 @@ void set_dims(const std::vector<int64_t>& x_dims, Grid<T>* grid) {
   grid->inner = product(x_dims.data() + end, x_dims.data() + x_dims.size());
 }
 
-// The inputs of a node. The values of X, beta, coeff and slope are in the provider's memory.
+// The inputs of a node. All values are in the provider's memory.
 template <class T>
 struct Inputs {
   const T* x;
-  std::vector<int64_t> dims;
-  Grid<T> grid;  // along every dimension of X
+  std::vector<int64_t> dims;    // of X, and of Y
+  std::vector<int64_t> x_dims;  // as they lie in memory
+  Grid<T> grid;                 // along each of x_dims
+  Bounds<const T*> bounds{};  // null for those that the op does not have
 
-  Inputs(ort::Api api, ort::KernelContext* context) {
+  // `block` is 0, or that of the layout of X: see CpuKernel.
+  Inputs(ort::Api api, const OpKind& kind, ort::KernelContext* context, int64_t block = 0) {
     size_t count = 0;
     check(api.KernelContext_GetInputCount(context, &count));
-    const ort::Value* values[4] = {};
-    for (size_t i = 0; i < std::min<size_t>(count, 4); ++i) {
+    const ort::Value* values[kMaxInputs] = {};
+    for (size_t i = 0; i < std::min(count, kMaxInputs); ++i) {
       check(api.KernelContext_GetInput(context, i, &values[i]));
     }
     x = data_of<const T>(api, values[0]);
     dims = dims_of(api, info_of(api, values[0]).get());
-    grid.beta = read_parameter<float>(api, "beta", values[1], dims);
-    grid.coeff = read_parameter<float>(api, "coeff", values[2], dims);
-    if (values[3] != nullptr) grid.slope = read_parameter<T>(api, "slope", values[3], dims);
+    if (kind.has_bounds()) {
+      read_bounds(api, kind, values + 3);
+    }
+    x_dims = block > 0 ? blocked(dims, block, kind) : dims;
+    if (!kind.has_bounds() && values[3] != nullptr) {
+      grid.slope = read_parameter<T>(api, "slope", values[3], x_dims);
+    }
+    grid.beta = read_parameter<float>(api, "beta", values[1], x_dims);
+    grid.coeff = read_parameter<float>(api, "coeff", values[2], x_dims);
   }
 
   size_t count() const { return product(dims.data(), dims.data() + dims.size()); }
@@ -203,6 +247,42 @@ struct Inputs {
     check(api.KernelContext_GetOutput(context, 0, dims.data(), dims.size(), &value));
     return data_of<T>(api, value);
   }
+
+ private:
+  static std::vector<int64_t> blocked(const std::vector<int64_t>& dims, int64_t block,
+                                      const OpKind& kind) {
+    if (dims.size() != 4 || dims[1] % block != 0) {
+      invalid("X has no whole blocks of channels", kind.name);
+    }
+    return {dims[0], dims[1] / block, dims[2], dims[3], block};
+  }
+
+  void read_bounds(ort::Api api, const OpKind& kind, const ort::Value* const* values) {
+    for (size_t i = 0; i + 3 < kind.input_count(); ++i) {
+      const Owned<ort::TensorInfo> info = info_of(api, values[i]);
+      const std::vector<int64_t> own = dims_of(api, info.get());
+      if (product(own.data(), own.data() + own.size()) != 1) {
+        invalid(std::string(kOperandNames[static_cast<int>(kind.operands[i])]) +
+                    " must be a single value",
+                kind.name);
+      }
+      if (own.size() > dims.size()) dims.insert(dims.begin(), own.size() - dims.size(), 1);
+      *member(kind.operands[i]) = data_of<const T>(api, values[i]);
+    }
+  }
+
+  const T** member(Operand operand) {
+    switch (operand) {
+      case Operand::kAlpha:
+        return &bounds.alpha;
+      case Operand::kOffset:
+        return &bounds.offset;
+      case Operand::kLo:
+        return &bounds.lo;
+      default:
+        return &bounds.hi;
+    }
+  }
 };
 
 template <class T>
@@ -210,28 +290,33 @@ class CpuKernel {
  public:
   const ort::Api api;
 
-  explicit CpuKernel(ort::Api api) : api(api) {}
+  CpuKernel(ort::Api api, const OpKind& kind, const ort::KernelInfo* info)
+      : api(api), kind_(kind), block_(block_of(api, info)) {}
 
   void compute(ort::KernelContext* context) {
-    Inputs<T> inputs(api, context);
+    Inputs<T> inputs(api, kind_, context, block_);
     check_unit_interval("beta", inputs.grid.beta);
     check_unit_interval("coeff", inputs.grid.coeff);
     T* const y = inputs.output(api, context);
     const size_t count = inputs.count();
     if (count == 0) return;
-    set_dims(inputs.dims, &inputs.grid);
+    set_dims(inputs.x_dims, &inputs.grid);
+    inputs.grid.set_rows();
 
     struct Job {
       std::shared_ptr<const Plan<T>> plan;
       const T* x;
       T* y;
       size_t count, inner;
+      const Bounds<A>* bounds;
 
       void run(size_t task) const noexcept {
-        plan->run(x, y, task * kTask, std::min((task + 1) * kTask, count), inner);
+        plan->run(x, y, task * kTask, std::min((task + 1) * kTask, count), inner, bounds);
       }
     };
-    Job job = {cache_.get(inputs.grid, cpu_level()), inputs.x, y, count, inputs.grid.inner};
+    const Bounds<A> bounds = values_of(inputs.bounds);
+    Job job = {cache_.get(inputs.grid, cpu_level()), inputs.x, y, count, inputs.grid.inner,
+               kind_.has_bounds() ? &bounds : nullptr};
     const size_t tasks = (count + kTask - 1) / kTask;
     if (tasks == 1) {
       job.run(0);
@@ -244,6 +329,30 @@ class CpuKernel {
   }
 
  private:
+  using A = typename Arithmetic<T>::type;
+
+  // The attribute `block`, 0 where there is none. With it X [N, C, H, W] lies in memory as
+  // [N, C / block, H, W, block], as ONNX Runtime's convolutions have it, and beta, coeff and slope
+  // broadcast to that. ctonnx.ort.blocked writes it.
+  static int64_t block_of(ort::Api api, const ort::KernelInfo* info) {
+    int64_t block = 0;
+    if (ort::Status* status = api.KernelInfoGetAttribute_int64(info, "block", &block)) {
+      api.ReleaseStatus(status);
+      return 0;
+    }
+    return block;
+  }
+
+  static Bounds<A> values_of(const Bounds<const T*>& pointers) {
+    const auto value = [](const T* p, float absent) {
+      return p != nullptr ? static_cast<A>(to_double(*p)) : absent;
+    };
+    return {value(pointers.alpha, kUnbounded.alpha), value(pointers.offset, kUnbounded.offset),
+            value(pointers.lo, kUnbounded.lo), value(pointers.hi, kUnbounded.hi)};
+  }
+
+  const OpKind& kind_;
+  const int64_t block_;
   PlanCache<T> cache_;
 };
 
@@ -255,10 +364,10 @@ class CudaKernel {
  public:
   const ort::Api api;
 
-  explicit CudaKernel(ort::Api api) : api(api) {}
+  CudaKernel(ort::Api api, const OpKind& kind, const ort::KernelInfo*) : api(api), kind_(kind) {}
 
   void compute(ort::KernelContext* context) {
-    Inputs<T> inputs(api, context);
+    Inputs<T> inputs(api, kind_, context);
     T* const y = inputs.output(api, context);
     const size_t count = inputs.count();
     if (count == 0) return;
@@ -267,20 +376,30 @@ class CudaKernel {
     if (!make_work(inputs.x, y, count, inputs.grid, &work)) {
       invalid("beta, coeff and slope vary along too many dimensions of X for CUDA");
     }
+    work.bounded = kind_.has_bounds();
+    work.bounds = inputs.bounds;
     void* stream = nullptr;
     check(api.KernelContext_GetGPUComputeStream(context, &stream));
     if (const char* message = launch(work, blocks_of(work), stream)) {
       throw std::runtime_error(std::string("ctonnx::CTU: CUDA: ") + message);
     }
   }
+
+ private:
+  const OpKind& kind_;
 };
 #endif
 
 // Sets the shape of Y to that of X if it is known.
-void infer_shape(ort::Api api, ort::ShapeInferContext* context) {
+void infer_shape(ort::Api api, const OpKind& kind, ort::ShapeInferContext* context) {
   ort::TensorInfo* info = nullptr;
   check(api.ShapeInferContext_GetInputTypeShape(context, 0, &info));
   const std::vector<int64_t> dims = dims_of(api, info);
+  for (size_t i = 3; kind.has_bounds() && i < kind.input_count(); ++i) {
+    ort::TensorInfo* operand = nullptr;
+    check(api.ShapeInferContext_GetInputTypeShape(context, i, &operand));
+    if (dims_of(api, operand).size() > dims.size()) return;
+  }
   // ONNX Runtime reports an unknown rank as 0, and would copy an unknown dimension as a plain -1.
   if (dims.empty()) return;
   std::vector<const char*> symbols(dims.size());
@@ -313,34 +432,36 @@ constexpr ort::ElementType element_type<BFloat16>() {
 struct Op : ort::CustomOp {
   ort::Api api;
   const char* provider;
+  const OpKind& kind;
 
-  Op(ort::Api api, const char* provider) : ort::CustomOp{}, api(api), provider(provider) {}
+  Op(ort::Api api, const char* provider, const OpKind& kind)
+      : ort::CustomOp{}, api(api), provider(provider), kind(kind) {}
 };
 
 const Op& self(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
 
-// The op for elements of type T. Its inputs are in the memory of `provider`, which runs Kernel<T>.
+// An op for elements of type T. Its inputs are in the memory of `provider`, which runs Kernel<T>.
 template <template <class> class Kernel, class T>
-Op make_op(ort::Api api, const char* provider) {
-  Op op(api, provider);
+Op make_op(ort::Api api, const char* provider, const OpKind& kind) {
+  Op op(api, provider, kind);
   op.version = ort::kApiVersion;
-  op.GetName = [](const ort::CustomOp*) noexcept { return "CTU"; };
+  op.GetName = [](const ort::CustomOp* op) noexcept { return self(op).kind.name; };
   op.GetExecutionProviderType = [](const ort::CustomOp* op) noexcept { return self(op).provider; };
-  op.GetInputTypeCount = [](const ort::CustomOp*) noexcept -> size_t { return 4; };
+  op.GetInputTypeCount = [](const ort::CustomOp* op) noexcept { return self(op).kind.input_count(); };
   op.GetInputType = [](const ort::CustomOp*, size_t index) noexcept {
     return index == 1 || index == 2 ? ort::kFloat : element_type<T>();
   };
-  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t index) noexcept {
-    return index == 3 ? ort::kOptional : ort::kRequired;
+  op.GetInputCharacteristic = [](const ort::CustomOp* op, size_t index) noexcept {
+    return index == 3 && !self(op).kind.has_bounds() ? ort::kOptional : ort::kRequired;
   };
   op.GetInputMemoryType = [](const ort::CustomOp*, size_t) noexcept { return 0; };
   op.GetOutputTypeCount = [](const ort::CustomOp*) noexcept -> size_t { return 1; };
   op.GetOutputType = [](const ort::CustomOp*, size_t) noexcept { return element_type<T>(); };
   op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) noexcept { return ort::kRequired; };
-  op.CreateKernelV2 = [](const ort::CustomOp* op, const void*, const void*,
+  op.CreateKernelV2 = [](const ort::CustomOp* op, const void*, const ort::KernelInfo* info,
                          void** kernel) noexcept {
     const ort::Api api = self(op).api;
-    return guarded(api, [&] { *kernel = new Kernel<T>(api); });
+    return guarded(api, [&] { *kernel = new Kernel<T>(api, self(op).kind, info); });
   };
   op.KernelDestroy = [](void* kernel) noexcept { delete static_cast<Kernel<T>*>(kernel); };
   op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) noexcept {
@@ -349,7 +470,7 @@ Op make_op(ort::Api api, const char* provider) {
   };
   op.InferOutputShape = [](const ort::CustomOp* op, ort::ShapeInferContext* context) noexcept {
     const ort::Api api = self(op).api;
-    return guarded(api, [&] { infer_shape(api, context); });
+    return guarded(api, [&] { infer_shape(api, self(op).kind, context); });
   };
   op.GetStartVersion = [](const ort::CustomOp*) noexcept { return 1; };
   op.GetEndVersion = [](const ort::CustomOp*) noexcept { return std::numeric_limits<int>::max(); };
@@ -363,7 +484,7 @@ Op make_op(ort::Api api, const char* provider) {
   return op;
 }
 
-// The op domain of one ONNX Runtime, with the ops for every provider and element type.
+// The op domain of one ONNX Runtime, with every op for every provider and element type.
 class Domain {
  public:
   explicit Domain(ort::Api api) : domain_(nullptr, Release{api}) {
@@ -382,10 +503,12 @@ class Domain {
  private:
   template <template <class> class Kernel>
   void add_ops(ort::Api api, const char* provider) {
-    ops_.push_back(make_op<Kernel, float>(api, provider));
-    ops_.push_back(make_op<Kernel, Half>(api, provider));
-    ops_.push_back(make_op<Kernel, BFloat16>(api, provider));
-    ops_.push_back(make_op<Kernel, double>(api, provider));
+    for (const OpKind& kind : kOpKinds) {
+      ops_.push_back(make_op<Kernel, float>(api, provider, kind));
+      ops_.push_back(make_op<Kernel, Half>(api, provider, kind));
+      ops_.push_back(make_op<Kernel, BFloat16>(api, provider, kind));
+      ops_.push_back(make_op<Kernel, double>(api, provider, kind));
+    }
   }
 
   std::vector<Op> ops_;  // ONNX Runtime keeps pointers to them
@@ -404,7 +527,7 @@ ort::OpDomain* domain_of(void* const* table) {
 }  // namespace
 }  // namespace ctonnx
 
-// Adds the op to session options. Returns null, or a status that says what is wrong: an ONNX
+// Adds the ops to session options. Returns null, or a status that says what is wrong: an ONNX
 // Runtime older than 1.18, or a CTONNX_CPU that this machine does not support.
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(
     ort::SessionOptions* options, const ort::ApiBase* base) noexcept {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -36,11 +37,13 @@ struct Parameter {
 };
 
 // The layout of (beta, coeff, slope) over X: a grid of points with one triple each. A point is
-// `inner` neighbouring elements, and the grid repeats to the end of X.
+// `inner` neighbouring elements, and the grid repeats to the end of X. With `rows` above 0, the last
+// `width` points, a row, repeat that many times before the next ones follow.
 template <class T>
 struct Grid {
   std::vector<size_t> dims;  // empty for a single triple
   size_t inner = 1;
+  size_t rows = 0, width = 0;
   Parameter<float> beta, coeff;
   Parameter<T> slope;  // null data for slope 0
 
@@ -48,6 +51,30 @@ struct Grid {
     size_t product = 1;
     for (size_t dim : dims) product *= dim;
     return product;
+  }
+
+  // Takes dimensions that nothing varies along out of the middle of the grid, as rows.
+  void set_rows() {
+    const auto varies = [&](size_t axis) {
+      const auto step = [&](const std::vector<size_t>& steps) {
+        return steps.empty() ? 0 : steps[axis];
+      };
+      return step(beta.steps) + step(coeff.steps) + step(slope.steps) > 0;
+    };
+    size_t end = dims.size();
+    while (end > 0 && varies(end - 1)) --end;
+    size_t begin = end;
+    while (begin > 0 && !varies(begin - 1)) --begin;
+    if (inner > 1 || begin == 0) return;
+    rows = width = 1;
+    for (size_t axis = begin; axis < dims.size(); ++axis) (axis < end ? rows : width) *= dims[axis];
+    const auto drop = [&](std::vector<size_t>* values) {
+      if (values->empty()) return;
+      values->erase(values->begin() + static_cast<ptrdiff_t>(begin),
+                    values->begin() + static_cast<ptrdiff_t>(end));
+    };
+    for (std::vector<size_t>* steps : {&beta.steps, &coeff.steps, &slope.steps}) drop(steps);
+    drop(&dims);
   }
 
   Parameters at(const std::vector<size_t>& place) const {
@@ -60,6 +87,8 @@ struct Grid {
 // and never changes.
 template <class T>
 class Plan {
+  using A = typename Arithmetic<T>::type;
+
  public:
   Plan(const Grid<T>& grid, const Level& level)
       : level_(level), grid_(grid), form_(form_of(grid, level)) {
@@ -67,11 +96,13 @@ class Plan {
     grid_.coeff.data = copy_of(grid.coeff, &coeff_);
     grid_.slope.data = copy_of(grid.slope, &slope_);
 
-    // With a unit for each element, the grid repeats in units_, so that a run of the kernel is
-    // several vectors long.
+    // With a unit for each element, a grid without rows repeats in units_, so that a run of the
+    // kernel is several whole vectors long.
     const size_t points = grid.points();
     const size_t elements = points * form_.copies;
-    period_ = elements == 0 ? points : (kMinPeriod + elements - 1) / elements * elements;
+    const bool repeats = grid.rows == 0 && elements > 0 && elements < kMinPeriod;
+    period_ = repeats ? elements * kWidth : elements > 0 ? elements : points;
+    while (repeats && period_ < kMinPeriod) period_ += elements * kWidth;
     stride_ = period_ + kUnitPadding;
     units_.resize(kUnitFields * stride_);
     tables_.resize(form_.tables ? points * lines() : 0);
@@ -93,32 +124,49 @@ class Plan {
   bool fits(const Grid<T>& grid) const {
     const Form form = form_of(grid, level_);
     return form.copies == form_.copies && form.tables == form_.tables && grid.dims == grid_.dims &&
-           grid.beta == grid_.beta && grid.coeff == grid_.coeff && grid.slope == grid_.slope;
+           grid.rows == grid_.rows && grid.width == grid_.width && grid.beta == grid_.beta && grid.coeff == grid_.coeff && grid.slope == grid_.slope;
   }
 
-  // y[i] = CTU(x[i]) for begin <= i < end. The grid begins at i = 0, with points of `inner`
-  // elements.
-  void run(const T* x, T* y, size_t begin, size_t end, size_t inner) const {
+  // y[i] = CTU(x[i]) for begin <= i < end, or with kinks elsewhere unless `bounds` is null. The grid
+  // begins at i = 0, with points of `inner` elements.
+  void run(const T* x, T* y, size_t begin, size_t end, size_t inner,
+           const Bounds<A>* bounds = nullptr) const {
     const Kernels<T>& kernels = level_.kernels(T());
     const Units<A> units = {units_.data(), stride_};
+    if (form_.copies > 0) return run_rows(x, y, begin, end, units, bounds);
     for (size_t i = begin, next; i < end; i = next) {
-      if (form_.copies > 0) {
-        const size_t unit = i % period_;
-        next = std::min(end, i + period_ - unit);
-        kernels.run_each(x + i, y + i, next - i, units, unit);
-      } else {
-        const size_t unit = i / inner % period_;
-        next = std::min(end, (i / inner + 1) * inner);
-        kernels.run(x + i, y + i, next - i, units, unit, table_of_[unit]);
-      }
+      const size_t unit = i / inner % period_;
+      next = std::min(end, (i / inner + 1) * inner);
+      kernels.run(x + i, y + i, next - i, units, unit, table_of_[unit], bounds);
     }
   }
 
  private:
-  using A = typename Arithmetic<T>::type;
-
   static constexpr size_t kShort = 32;       // shorter points would leave vectors half empty
+  static constexpr size_t kNarrow = 4 * kWidth;
   static constexpr size_t kMinPeriod = 256;  // see the constructor
+
+  // As `run` for a unit for each element: narrow rows of equal units at once, from column 0 on. Down
+  // wide rows the reads would be too far apart for the processor to foresee them.
+  void run_rows(const T* x, T* y, size_t begin, size_t end, Units<A> units,
+                const Bounds<A>* bounds) const {
+    const Kernels<T>& kernels = level_.kernels(T());
+    const bool has_rows = grid_.rows > 0;
+    const size_t width = has_rows ? grid_.width : period_;
+    const size_t area = has_rows ? grid_.rows * width : std::numeric_limits<size_t>::max();
+    for (size_t i = begin, next; i < end; i = next) {
+      const size_t area_end = has_rows ? std::min(end, (i / area + 1) * area) : end;
+      const size_t first = i / area * width % period_, column = i % width;
+      if (column == 0 && width % kWidth == 0 && width <= kNarrow && area_end - i >= width) {
+        const size_t rows = (area_end - i) / width;
+        next = i + rows * width;
+        kernels.run_rows(x + i, y + i, rows, width, units, first, bounds);
+      } else {
+        next = std::min(area_end, i + width - column);
+        kernels.run_each(x + i, y + i, next - i, units, first + column, bounds);
+      }
+    }
+  }
 
   // Tables begin at cache lines, in the order of the points.
   struct alignas(64) Line {

@@ -41,6 +41,9 @@ struct Work {
   const float* coeff;
   const T* slope;  // null for slope 0
 
+  bool bounded;  // whether it is an op with kinks elsewhere
+  Bounds<const T*> bounds;  // null for those that the op does not have
+
   // As in Grid (ctu_plan.h), with neighbouring dimensions merged where every parameter allows it. A
   // single point means a single unit.
   uint64_t points, inner;
@@ -77,6 +80,18 @@ class AnyUnit {
     } else {
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) y[i] = static_cast<A>(NAN);
+    }
+  }
+
+  template <int kLanes>
+  CTONNX_DEVICE void apply(const A (&x)[kLanes], A (&y)[kLanes], const Bounds<A>& bounds) const {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      if (kHasFast && form_ == kFast) {
+        y[i] = static_cast<A>(bounded_ctu(static_cast<float>(x[i]), bounds, fast_));
+      } else {
+        y[i] = form_ == kExact ? bounded_ctu(x[i], bounds, exact_) : static_cast<A>(NAN);
+      }
     }
   }
 
@@ -198,12 +213,21 @@ CTONNX_DEVICE AnyUnit<A, M> unit_at(const Work<T>& work, uint64_t point) {
                        work.slope != nullptr ? widen(work.slope[slope]) : A{});
 }
 
-// Runs one thread. kGrid is for grids of more than one point.
-template <int kLanes, bool kGrid, class M, class T>
+template <class T, class A = typename Arithmetic<T>::type>
+CTONNX_DEVICE Bounds<A> bounds_of(const Work<T>& work) {
+  const auto value = [](const T* p, A absent) { return p != nullptr ? widen(*p) : absent; };
+  return {value(work.bounds.alpha, kUnbounded.alpha), value(work.bounds.offset, kUnbounded.offset),
+          value(work.bounds.lo, kUnbounded.lo), value(work.bounds.hi, kUnbounded.hi)};
+}
+
+// Runs one thread. kGrid is for grids of more than one point, kBounded for Work::bounded.
+template <int kLanes, bool kGrid, bool kBounded, class M, class T>
 CTONNX_DEVICE void run_thread(const Work<T>& work, uint64_t block, uint64_t blocks,
                               unsigned thread) {
   using A = typename Arithmetic<T>::type;
   const uint64_t tile = work.tile();
+  Bounds<A> bounds;
+  if (kBounded) bounds = bounds_of(work);
   for (uint64_t first = block * tile; first < work.packets; first += blocks * tile) {
     const uint64_t end = work.packets - first < tile ? work.packets : first + tile;
     uint64_t packet = first + thread;
@@ -250,7 +274,11 @@ CTONNX_DEVICE void run_thread(const Work<T>& work, uint64_t block, uint64_t bloc
           unit_point = lane_point;
         }
         A values[kLanes];
-        unit.apply(x, values);
+        if (kBounded) {
+          unit.apply(x, values, bounds);
+        } else {
+          unit.apply(x, values);
+        }
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) y[i] = i < begin_lane ? y[i] : values[i];
         if (!kGrid || end_lane >= kLanes) break;

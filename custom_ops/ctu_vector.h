@@ -50,15 +50,19 @@ Doubles load(const double* p) { return load_units<Doubles>(p); }
 void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof v); }
 
-// larger: a > b ? a : b, as one instruction, which compilers do not find by themselves. smaller:
-// a < b ? a : b, which only the portable table needs.
+// larger: a > b ? a : b; smaller: a < b ? a : b. Each is one instruction, which compilers do not find
+// by themselves.
 #if defined(__AVX512F__)
 // Here and below, a mask selects every lane: without one GCC warns falsely about its own headers.
 Floats larger(Floats a, Floats b) {
   return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 }
+Floats smaller(Floats a, Floats b) {
+  return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+}
 #elif defined(__AVX2__)
 Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+Floats smaller(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
 #elif defined(__SSE2__)
 Floats larger(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
 Floats smaller(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }

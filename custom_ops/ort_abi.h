@@ -17,6 +17,7 @@ constexpr uint32_t kApiVersion = 18;
 struct Status;  // null means success
 struct SessionOptions;
 struct OpDomain;
+struct KernelInfo;
 struct KernelContext;
 struct ShapeInferContext;
 struct Value;
@@ -50,7 +51,7 @@ struct CustomOp {
   Characteristic (*GetOutputCharacteristic)(const CustomOp*, size_t index) noexcept;
   int (*GetInputMemoryType)(const CustomOp*, size_t index) noexcept;
   void* variadic[4];
-  Status* (*CreateKernelV2)(const CustomOp*, const void* api, const void* info,
+  Status* (*CreateKernelV2)(const CustomOp*, const void* api, const KernelInfo* info,
                             void** kernel) noexcept;
   Status* (*KernelComputeV2)(void* kernel, KernelContext*) noexcept;
   Status* (*InferOutputShape)(const CustomOp*, ShapeInferContext*) noexcept;
@@ -99,6 +100,11 @@ class Api {
   Status* GetTensorTypeAndShape(const Value* value, TensorInfo** info) const {
     return call<Status*>(65, value, info);
   }
+  // Fails where the node has no such attribute.
+  Status* KernelInfoGetAttribute_int64(const KernelInfo* info, const char* name,
+                                       int64_t* value) const {
+    return call<Status*>(86, info, name, value);
+  }
   Status* KernelContext_GetInputCount(const KernelContext* context, size_t* count) const {
     return call<Status*>(88, context, count);
   }
@@ -110,6 +116,7 @@ class Api {
                                   size_t rank, Value** value) const {
     return call<Status*>(91, context, index, dims, rank, value);
   }
+  void ReleaseStatus(Status* status) const { call<void>(93, status); }
   void ReleaseTensorTypeAndShapeInfo(TensorInfo* info) const { call<void>(99, info); }
   void ReleaseCustomOpDomain(OpDomain* domain) const { call<void>(101, domain); }
   // The cudaStream_t on which a CUDA provider runs the node.

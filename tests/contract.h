@@ -68,6 +68,19 @@ double exact_ctu(double x, Parameters p) {
   return static_cast<double>(original + sign * s * r);
 }
 
+// The same for an op with kinks elsewhere, and in `scale` what its error is relative to.
+double exact_bounded(double x, Parameters p, const Bounds<double>& b, double* scale) {
+  const double z = b.alpha * x + b.offset;
+  const double clipped = z < b.lo ? b.lo : z > b.hi ? b.hi : z;
+  const auto kink = [&](double bound) {
+    const double distance = std::fabs(z - bound);
+    return std::isfinite(distance) ? exact_ctu(-distance, {p.beta, p.coeff, 0}) : 0;
+  };
+  const double at_lo = kink(b.lo), at_hi = kink(b.hi), y = clipped + (at_lo - at_hi);
+  *scale = std::max({1.0, std::fabs(y), std::fabs(at_lo), std::fabs(at_hi), std::fabs(b.offset)});
+  return y;
+}
+
 template <class T>
 T from_double(double value) {
   return static_cast<T>(value);
@@ -106,6 +119,32 @@ void check(const char* what, const T* x, const T* y, size_t n, Parameters p) {
   }
 }
 
+// As `check` for an op with kinks elsewhere, whose row is twice that of its type.
+template <class T>
+void check_bounded(const char* what, const T* x, const T* y, size_t n, Parameters p,
+                   const Bounds<double>& bounds) {
+  for (size_t i = 0; i < n; ++i) {
+    const double in = to_double(x[i]), out = to_double(y[i]);
+    double scale = 1;
+    const double exact = exact_bounded(in, p, bounds, &scale);
+    const double rounding = Row<T>::step > 0 ? Row<T>::step * std::fabs(exact) * 1.001 + 0x1p-25 : 0;
+    const bool ok = std::isfinite(exact)
+                        ? std::fabs(out - exact) <= 2 * Row<T>::tolerance * scale + rounding
+                        : std::isnan(exact) ? std::isnan(out) : out == exact;
+    if (!ok) {
+      fail(what, Row<T>::name, in, out, exact, p);
+      std::printf("  between %g and %g\n", bounds.lo, bounds.hi);
+    }
+  }
+}
+
+// The bounds of the ops, whose numbers every element type has.
+const Bounds<double> kBounds[] = {
+    {1, 0, 0, 6},      {1, 0, -1, 1},       {1, 0, -0.5, 0.25},      {1, 0, 3, 100},
+    {1, 0, 1, INFINITY}, {1, 0, -INFINITY, 0}, {0.25, 0.5, 0, 1}, {-0.125, 0.5, -INFINITY, 2},
+    {1, 0, -64, 64},   {1, 0, 0, 0.0625},
+};
+
 // Numbers of both signs and every magnitude up to 1e4. Most are of magnitude s, where the curve
 // bends.
 template <class T>
@@ -120,6 +159,19 @@ std::vector<T> samples(size_t n, double s, uint32_t seed = 1) {
   return x;
 }
 
+// Numbers of both signs and every magnitude up to 1e4, most of them near a bound.
+template <class T>
+std::vector<T> samples_near(const Bounds<double>& bounds, size_t n, double s) {
+  std::vector<T> x = samples<T>(n, s);
+  for (size_t i = 0; i < n; i += 3) {
+    const double bound = std::isinf(bounds.hi) || (i % 2 == 0 && !std::isinf(bounds.lo))
+                             ? bounds.lo : bounds.hi;
+    const double z = bound + to_double(x[(i + 1) % n]);
+    x[i] = from_double<T>(std::fmin(1e4, std::fmax(-1e4, (z - bounds.offset) / bounds.alpha)));
+  }
+  return x;
+}
+
 // The comparison must be able to fail.
 void test_comparison() {
   const Parameters right = {0.85f, 0.3f, 0}, wrong = {0.85f, 0.7f, 0};
@@ -129,6 +181,11 @@ void test_comparison() {
   require(!keeps_contract<float>(x, std::nan(""), exact, 0), "accepts NaN", "", 1);
   require(!keeps_contract<Half>(x, exact * (1 + 0x1p-10), exact, 0), "accepts an ulp", "", 1);
   require(keeps_contract<float>(x, exact + 2e-7, exact, 0), "rejects 2e-7", "", 1);
+  double scale = 0;
+  const double middle = exact_bounded(3, right, kBounds[0], &scale);
+  require(std::fabs(middle - 3) < 1e-6 && scale == middle, "a Clip in its middle", "", 1);
+  require(std::fabs(exact_bounded(x, right, kBounds[4], &scale) - 1 -
+                    (exact_ctu(x - 1, right))) < 1e-12, "a Max is no CTU moved", "", 1);
 }
 
 // Zeros, denormals, infinities and NaN. For 16-bit types, every number that the contract covers.

@@ -71,18 +71,24 @@ void narrow(const float (&from)[kLanes], T (&to)[kLanes]) {
 
 namespace {
 
+template <bool kBounded, class T>
+void run_one_thread(const Work<T>& work, uint64_t block, uint64_t blocks, unsigned thread) {
+  if (work.points == 1) {
+    run_thread<kPacketLanes<T>, false, kBounded, Approximate>(work, block, blocks, thread);
+  } else if (work.lanes > 1) {
+    run_thread<kPacketLanes<T>, true, kBounded, Approximate>(work, block, blocks, thread);
+  } else {
+    run_thread<1, true, kBounded, Approximate>(work, block, blocks, thread);
+  }
+}
+
 template <class T>
 void run_block(const Work<T>& work, uint64_t block, uint64_t blocks) {
   // Threads are independent, so every second block runs them backwards.
   for (unsigned i = 0; i < kThreads; ++i) {
     const unsigned thread = block % 2 == 0 ? i : kThreads - 1 - i;
-    if (work.points == 1) {
-      run_thread<kPacketLanes<T>, false, Approximate>(work, block, blocks, thread);
-    } else if (work.lanes > 1) {
-      run_thread<kPacketLanes<T>, true, Approximate>(work, block, blocks, thread);
-    } else {
-      run_thread<1, true, Approximate>(work, block, blocks, thread);
-    }
+    work.bounded ? run_one_thread<true>(work, block, blocks, thread)
+                 : run_one_thread<false>(work, block, blocks, thread);
   }
 }
 
@@ -92,9 +98,11 @@ void run_all(const Work<T>& work, uint64_t blocks) {
 }
 
 template <class T>
-void run(const T* x, T* y, size_t n, const Grid<T>& grid) {
+void run(const T* x, T* y, size_t n, const Grid<T>& grid, const Bounds<const T*>* bounds = nullptr) {
   Work<T> work;
   require(make_work(x, y, n, grid, &work), "refused", Row<T>::name, n);
+  work.bounded = bounds != nullptr;
+  if (bounds != nullptr) work.bounds = *bounds;
   run_all(work, blocks_of(work));
 }
 
@@ -138,6 +146,48 @@ void test_contract() {
       }
     }
   }
+}
+
+// The ops with kinks elsewhere, for one unit and for one in each place, which has a packet of its own.
+template <class T>
+void test_bounds() {
+  for (const Bounds<double>& exact : kBounds) {
+    const T alpha = from_double<T>(exact.alpha), offset = from_double<T>(exact.offset),
+            lo = from_double<T>(exact.lo), hi = from_double<T>(exact.hi);
+    const Bounds<const T*> bounds = {exact.alpha == 1 ? nullptr : &alpha,
+                                     exact.offset == 0 ? nullptr : &offset,
+                                     std::isinf(exact.lo) ? nullptr : &lo,
+                                     std::isinf(exact.hi) ? nullptr : &hi};
+    for (int signs : {0, 5, 10, 15}) {
+      set_signs(signs);
+      for (float beta : kBetas) {
+        for (float coeff : kCoeffs) {
+          std::vector<T> x = samples_near<T>(exact, 200, 1 - beta + 1e-6);
+          if (signs == 0 && beta == 0.85f && coeff == 0.5f) {
+            const std::vector<T> special = special_values<T>();
+            x.insert(x.end(), special.begin(), special.end());
+          }
+          std::vector<T> y(x.size());
+          One<T> one({beta, coeff, 0});
+          one.grid.slope = {};
+          run(x.data(), y.data(), x.size(), one.grid, &bounds);
+          check_bounded("bounds", x.data(), y.data(), x.size(), one.parameters, exact);
+          const std::vector<float> betas(x.size(), beta);
+          one.grid.dims = {x.size()};
+          one.grid.beta = {betas.data(), betas.size(), {1}};
+          run(x.data(), y.data(), x.size(), one.grid, &bounds);
+          check_bounded("bounds of places", x.data(), y.data(), x.size(), one.parameters, exact);
+        }
+      }
+    }
+  }
+  const T lo{};
+  const Bounds<const T*> bounds = {nullptr, nullptr, &lo, nullptr};
+  const One<T> one({1.1f, 0.5f, 0});
+  const T x = from_double<T>(0.5);
+  T y;
+  run(&x, &y, 1, one.grid, &bounds);
+  require(std::isnan(to_double(y)), "not NaN", Row<T>::name, 1);
 }
 
 // Searches for the point at which the errors of the approximate functions add up most, which fixed
@@ -396,6 +446,7 @@ void test_large() {
 template <class T>
 void test_type() {
   test_contract<T>();
+  test_bounds<T>();
   test_special_values<T>();
   test_lengths<T>();
   test_tiles<T>();

@@ -45,6 +45,89 @@ void test_contract() {
 }
 
 template <class T>
+Bounds<typename Arithmetic<T>::type> as_computed(const Bounds<double>& bounds) {
+  using A = typename Arithmetic<T>::type;
+  return {static_cast<A>(bounds.alpha), static_cast<A>(bounds.offset), static_cast<A>(bounds.lo),
+          static_cast<A>(bounds.hi)};
+}
+
+// The ops with kinks elsewhere: by the formula, with a unit for each element, and with a table, once
+// for the nearer kink and once for both.
+template <class T>
+void test_bounds() {
+  for (const Bounds<double>& bounds : kBounds) {
+    const Bounds<typename Arithmetic<T>::type> own = as_computed<T>(bounds);
+    const std::vector<T> special = special_values<T>();
+    for (float beta : kBetas) {
+      for (float coeff : kCoeffs) {
+        std::vector<T> x = samples_near<T>(bounds, 300, 1 - beta + 1e-6);
+        if (coeff == 0.5f && (beta == 0.1f || beta == 0.85f)) {
+          x.insert(x.end(), special.begin(), special.end());
+        }
+        for (size_t inner : {size_t{1}, size_t{100000}}) {
+          const One<T> one({beta, coeff, 0}, inner);
+          std::vector<T> y(x.size());
+          Plan<T>(one.grid, cpu_level()).run(x.data(), y.data(), 0, x.size(), 1 << 20, &own);
+          check_bounded("bounds", x.data(), y.data(), x.size(), one.parameters, bounds);
+        }
+      }
+    }
+  }
+}
+
+// The largest error of random bounds and parameters, which fixed ones may miss: starts at random
+// points, then improves the worst of them by small steps.
+void test_worst_bounds() {
+  uint32_t seed = 1;
+  const auto uniform = [&](float from, float to) {
+    return from + (to - from) * static_cast<float>((seed = seed * 1664525u + 1013904223u) * 0x1p-32);
+  };
+  struct Point {
+    float beta, coeff, lo, width, x;
+  };
+  const auto error = [](const Point& p, float* y, Bounds<double>* bounds) {
+    const Bounds<float> own = {1, 0, p.lo, p.lo + p.width};
+    *bounds = {1, 0, own.lo, own.hi};
+    const One<float> one({p.beta, p.coeff, 0}, 100000);
+    const std::vector<float> x(33, p.x);
+    std::vector<float> out(33);
+    Plan<float>(one.grid, cpu_level()).run(x.data(), out.data(), 0, 33, 100000, &own);
+    *y = out[32];
+    double scale;
+    const double exact = exact_bounded(p.x, one.parameters, *bounds, &scale);
+    return std::fabs(*y - exact) / scale;
+  };
+  for (int start = 0; start < 40; ++start) {
+    Point worst{};
+    double largest = 0;
+    float step = 0.1f, y;
+    Bounds<double> bounds;
+    for (int i = 0; i < 300; ++i) {
+      Point p = worst;
+      if (i < 100) {
+        p = {uniform(start % 4 == 0 ? 0.f : 0.7f, 1), uniform(0, 1), uniform(-2, 1),
+             uniform(0.1f, 8), uniform(-3, 9)};
+      } else {
+        p.beta = std::clamp(p.beta + uniform(-step, step) / 3, 0.f, 1.f);
+        p.coeff = std::clamp(p.coeff + uniform(-step, step), 0.f, 1.f);
+        p.lo += uniform(-step, step);
+        p.width *= 1 + uniform(-step, step);
+        p.x += uniform(-step, step);
+      }
+      const double found = error(p, &y, &bounds);
+      if (i >= 100) step *= found > largest ? 1.5f : 0.97f;
+      if (!(found <= largest)) largest = found, worst = p;  // NaN stays
+    }
+    if (!(largest <= 2 * Row<float>::tolerance)) {
+      error(worst, &y, &bounds);
+      const Parameters p = {worst.beta, worst.coeff, 0};
+      double scale;
+      fail("worst bounds", "float32", worst.x, y, exact_bounded(worst.x, p, bounds, &scale), p);
+    }
+  }
+}
+
+template <class T>
 void test_special_values() {
   std::vector<T> x = special_values<T>();
   if (sizeof(T) == 4) {
@@ -133,6 +216,43 @@ void test_grids() {
   }
 }
 
+// Parameters that vary along the first and the last of three dimensions, in tasks that may begin and
+// end anywhere.
+template <class T>
+void test_rows() {
+  for (size_t outer : {1, 3}) {
+    for (size_t rows : {1, 5, 49}) {
+      for (size_t width : {1, 3, 8, 16, 20, 48}) {
+        std::vector<float> beta;
+        for (size_t i = 0; i < outer * width; ++i) beta.push_back(static_cast<float>(i % 11) / 10);
+        const float coeff = 0.25f;
+        Grid<T> grid;
+        grid.dims = {outer, rows, width};
+        grid.beta = {beta.data(), beta.size(), {width, 0, 1}};
+        grid.coeff = {&coeff, 1, {}};
+        grid.set_rows();
+        require(grid.rows == rows && grid.points() == outer * width, "rows", Row<T>::name, rows);
+        const Plan<T> plan(grid, cpu_level());
+        const size_t n = 2 * outer * rows * width;
+        const std::vector<T> x = samples<T>(n, 0.5);
+        for (size_t task : {n, size_t{777}, size_t{50}}) {
+          std::vector<T> y = x, z(n);
+          const auto own = as_computed<T>(kBounds[1]);
+          for (size_t begin = 0; begin < n; begin += task) {
+            plan.run(y.data(), y.data(), begin, std::min(n, begin + task), 1);
+            plan.run(x.data(), z.data(), begin, std::min(n, begin + task), 1, &own);
+          }
+          for (size_t i = 0; i < n; ++i) {
+            const size_t unit = i / (rows * width) % outer * width + i % width;
+            check("rows", &x[i], &y[i], 1, {beta[unit], coeff, 0});
+            check_bounded("rows", &x[i], &z[i], 1, {beta[unit], coeff, 0}, kBounds[1]);
+          }
+        }
+      }
+    }
+  }
+}
+
 // Many threads share a cache, with parameters that change from run to run.
 void test_threads() {
   PlanCache<float> cache;
@@ -160,9 +280,11 @@ void test_threads() {
 template <class T>
 void test_type() {
   test_contract<T>();
+  test_bounds<T>();
   test_special_values<T>();
   test_lengths<T>();
   test_grids<T>();
+  test_rows<T>();
 }
 
 }  // namespace
@@ -176,6 +298,7 @@ int main(int argc, char**) {
   test_type<Half>();
   test_type<BFloat16>();
   test_type<double>();
+  test_worst_bounds();
   std::printf("%s: %d failures\n", cpu_level().name, failures);
   return failures > 0;
 }

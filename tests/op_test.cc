@@ -177,6 +177,13 @@ class Fake {
     --domains;
     delete domain;
   }
+  static ort::Status* KernelInfoGetAttribute_int64(const ort::KernelInfo*, const char*, int64_t*) {
+    return CreateStatus(ort::kFail, "no such attribute");
+  }
+  static void ReleaseStatus(ort::Status* status) {
+    require(status->fake == kFake, "status of another ONNX Runtime", status->fake);
+    delete status;
+  }
   static ort::Status* KernelContext_GetInputCount(const ort::KernelContext* context,
                                                   size_t* count) {
     *count = context->inputs.size();
@@ -230,9 +237,11 @@ class Fake {
       put(63, GetSymbolicDimensions);
       put(64, GetTensorShapeElementCount);
       put(65, GetTensorTypeAndShape);
+      put(86, KernelInfoGetAttribute_int64);
       put(88, KernelContext_GetInputCount);
       put(90, KernelContext_GetInput);
       put(91, KernelContext_GetOutput);
+      put(93, ReleaseStatus);
       put(99, ReleaseTensorTypeAndShapeInfo);
       put(101, ReleaseCustomOpDomain);
       put(268, ShapeInferContext_GetInputTypeShape);

@@ -5,7 +5,7 @@ import onnx
 import onnx.reference
 import pytest
 from conftest import op_model
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from ctonnx import ctu
 from ctonnx.check.validate import Model
@@ -154,6 +154,12 @@ KINKED = {
 }
 
 
+def hard_sigmoid(x):
+    """With the default of ONNX for alpha, which is a float32."""
+    line = np.float64(np.float32(0.2)) * x + 0.5
+    return smooth(line) - smooth(line - 1)
+
+
 @pytest.mark.parametrize("opset", [13, 17])
 @pytest.mark.parametrize("way", ["library", "fallback", "evaluator"])
 @pytest.mark.parametrize("node", KINKED)
@@ -175,6 +181,39 @@ def test_kinked_functions_round_half_types_once(node, way, opset):
     exact = KINKED[node](x.astype(np.float64))
     unit = np.spacing(np.maximum(np.abs(exact), 2.0**-14).astype(np.float16)).astype(np.float64)
     assert (np.abs(y - exact) <= unit / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("opset", [7, 8, 11, 12, 17])
+@pytest.mark.parametrize("node", KINKED)
+def test_kinked_functions_keep_the_contract(node, opset, dtype):
+    """Without the op library, at each opset that writes the function in another way."""
+    code = {np.float32: "float", np.float64: "double"}[dtype]
+    if opset < 12 and dtype == np.float64 and (node.startswith("Clip") or opset < 8):
+        pytest.skip("ONNX Runtime has no Clip of doubles there")
+    if opset < 11 and node.startswith("Clip"):
+        bounds = {"lo": f"min: float = {LO}", "hi": f"max: float = {HI}"}
+        node_text = f"Clip <{', '.join(v for k, v in bounds.items() if k in node)}> (x)"
+    else:
+        node_text = node
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]>
+        g ({code}[n] x) => ({code}[n] y) {{ y = {node_text} }}"""
+    model = onnx.parser.parse_model(text)
+    for name, bound in ("lo", LO), ("hi", HI):
+        if name in node_text.split("(")[1]:
+            model.graph.initializer.append(numpy_helper.from_array(dtype(bound), name))
+    steer(model, 0.8)
+    session = Model(model.SerializeToString())
+    x = np.concatenate([np.linspace(-12, 12, 4001), np.geomspace(1e-6, 50, 200), [0.0]])
+    x = np.concatenate([x, -x]).astype(dtype)
+    y = session.run({"x": x})["y"]
+    exact = {**KINKED, "HardSigmoid(x)": hard_sigmoid}[node](x.astype(np.float64))
+    bound = 3 * ctu.BOUNDS[helper.np_dtype_to_tensor_dtype(np.dtype(dtype))]
+    assert (np.abs(y - exact) <= bound * np.maximum(1, np.abs(exact))).all()
+    y = session.run({"x": np.array([np.nan, np.inf, -np.inf], dtype)})["y"]
+    ends = {**KINKED, "HardSigmoid(x)": hard_sigmoid}[node](np.array([1e4, -1e4]))
+    assert np.isnan(y[0])
+    np.testing.assert_allclose(np.clip(y[1:], -1e4, 1e4), ends, rtol=1e-6)
 
 
 @pytest.mark.parametrize("library", [False, True])

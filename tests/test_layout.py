@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import tempfile
 import threading
 
@@ -168,6 +169,199 @@ def test_each_site_keeps_its_own_parameters():
     assert_same(model)
 
 
+@pytest.mark.parametrize(
+    "activation",
+    ["Clip(IN, lo, hi)", "Clip(IN, lo)", "Clip(IN, , hi)", "HardSigmoid(IN)", "Max(IN, zero)"],
+)
+@pytest.mark.parametrize(
+    "values",
+    [
+        "<float lo = {-0.5}, float hi = {0.75}, float zero = {0.0}> { ",
+        """{ lo = Constant <value = float {-0.5}> ()  hi = Constant <value_float = 0.75> ()
+        zero = Constant <value = float {0.0}> () """,
+    ],
+    ids=["initializers", "constants"],
+)
+def test_kinks_elsewhere(activation, values):
+    """Behind a convolution, a depthwise one and a residual sum."""
+    text = f"""{HEAD}, float[16, 16, 3, 3] w1, float[16, 1, 3, 3] w2, float[16, 16, 1, 1] w3)
+        => (float[N, 16, 8, 8] y) {values}
+          a = Conv {PAD} (x, w1)  b = {activation.replace("IN", "a")}
+          c = Conv <pads = [1, 1, 1, 1], group = 16> (b, w2)  d = {activation.replace("IN", "c")}
+          e = Conv (d, w3)  s = Add(e, b)  y = {activation.replace("IN", "s")} }}"""
+    model = with_weights(text)
+    steer(model, 0.85)
+    assert sum(map(ctu.is_ctu, model.graph.node)) == 3
+    assert_same(model)
+
+
+def per_channel(text, seed=0):
+    """The steered model, with parameters for each channel of each site."""
+    model, rng = with_weights(text), np.random.default_rng(seed)
+    sites = [n for n in model.graph.node if n.op_type in ("Relu", "PRelu", "Clip")]
+    channels = {o.name: o for o in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    channels.update((o.name, o) for o in model.graph.output)
+    count = {
+        n.output[0]: channels[n.output[0]].type.tensor_type.shape.dim[1].dim_value for n in sites
+    }
+    params = {
+        f"^{name}$": {"beta": rng.uniform(0.5, 1, c), "coeff": rng.uniform(size=c)}
+        for name, c in count.items()
+    }
+    steer(model, params=params)
+    return model
+
+
+PER_CHANNEL = {
+    "network": MODELS["network"],
+    "channels that need padding": MODELS["channels that need padding"],
+    "branch without a convolution": tail("y = Add(r, x)"),
+    "behind a pooling": tail("m = MaxPool <kernel_shape = [1, 1]> (r)  y = Relu(m)"),
+    "slopes": ONE.replace("float[16, 16, 3, 3] w)", "float[16, 16, 3, 3] w, float[16, 1, 1] a)")
+    .replace("Relu(c)", "PRelu(c, a)")
+    .replace("TAIL", "y = Neg(r)"),
+    "outside the blocks": tail("t = Transpose <perm = [0, 1, 3, 2]> (r)  y = Relu(t)"),
+}
+
+
+@pytest.mark.parametrize("text", PER_CHANNEL.values(), ids=PER_CHANNEL)
+def test_parameters_per_channel(text):
+    assert_same(per_channel(text))
+
+
+def test_the_block_is_that_of_this_processor():
+    assert blocked._block() in (8, 16)
+
+
+def test_wrong_parameters_per_channel_are_caught(monkeypatch):
+    lay_out = blocked._in_blocks
+    monkeypatch.setattr(blocked, "_in_blocks", lambda *args: np.roll(lay_out(*args), 1, axis=-1))
+    assert reason_of(per_channel(NET)).startswith("its output 'y' differs by")
+
+
+def test_names_that_tell_nothing_are_refused(monkeypatch):
+    optimise = blocked._optimise
+
+    def renamed(*args):
+        optimised = optimise(*args)
+        for i, node in enumerate(optimised.graph.node):
+            node.name = f"node{i}"
+        return optimised
+
+    monkeypatch.setattr(blocked, "_optimise", renamed)
+    assert opened(steered())[0] is not None
+    assert "the names do not tell" in reason_of(per_channel(NET))
+
+
+# --- random networks
+
+NETWORKS = 30 * int(os.environ.get("CTONNX_FUZZ", "1"))
+FIRST_NETWORK = 1000 * int(os.environ.get("CTONNX_FUZZ_SEED", "0"))
+
+
+def random_network(seed):
+    """A convolutional network with activations of every kind, steered with random parameters."""
+    rng = np.random.default_rng(seed)
+    nodes, weights, params = [], [], {}
+
+    def weight(*dims, low=None, high=None):
+        values = rng.normal(size=dims) * np.sqrt(2 / max(1, np.prod(dims[1:])))
+        if low is not None:
+            values = rng.uniform(low, high, dims)
+        weights.append(numpy_helper.from_array(values.astype(np.float32), f"w{len(weights)}"))
+        return weights[-1].name
+
+    def node(op_type, *inputs, **attributes):
+        nodes.append(helper.make_node(op_type, inputs, [f"t{len(nodes)}"], **attributes))
+        return nodes[-1].output[0]
+
+    def activation(x, channels):
+        lo, hi = weight(low=-1, high=0), weight(low=0.5, high=6)
+        choices = {
+            "Relu": lambda: node("Relu", x),
+            "LeakyRelu": lambda: node("LeakyRelu", x, alpha=0.125),
+            "PRelu": lambda: node("PRelu", x, weight(channels, 1, 1, low=-0.5, high=1.5)),
+            "Clip": lambda: node("Clip", x, weight(low=0, high=0), hi),
+            "Clip below": lambda: node("Clip", x, lo),
+            "Clip above": lambda: node("Clip", x, "", hi),
+            "HardSigmoid": lambda: node("Mul", node("HardSigmoid", x, alpha=0.25), x),
+            "Min": lambda: node("Min", node("Relu", x), hi),
+            "none": lambda: x,
+        }
+        return choices[rng.choice(list(choices))]()
+
+    channels = int(rng.choice([3, 8, 12, 16, 32]))
+    shape = [2, channels, 8, 8]
+    x = "x"
+    for _ in range(rng.integers(1, 6)):
+        kind = rng.choice(["conv", "depthwise", "residual", "pool", "squeeze"])
+        before = x
+        if kind == "conv":
+            filters = int(rng.choice([4, 8, 12, 16, 24, 32]))
+            x = node("Conv", x, weight(filters, channels, 3, 3), weight(filters), pads=[1] * 4)
+            channels = filters
+        elif kind == "depthwise":
+            x = node("Conv", x, weight(channels, 1, 3, 3), group=channels, pads=[1] * 4)
+        elif kind == "residual":
+            x = activation(
+                node("Conv", x, weight(channels, channels, 3, 3), pads=[1] * 4), channels
+            )
+            x = node("Conv", x, weight(channels, channels, 1, 1))
+            x = node("Add", x, before)
+        elif kind == "pool":
+            x = node("MaxPool", x, kernel_shape=[3, 3], pads=[1] * 4)
+        else:
+            pooled = node("GlobalAveragePool", x)
+            hidden = activation(node("Conv", pooled, weight(8, channels, 1, 1)), 8)
+            gate = node("HardSigmoid", node("Conv", hidden, weight(channels, 8, 1, 1)))
+            x = node("Mul", x, gate)
+        x = activation(x, channels)
+    nodes.append(helper.make_node("Conv", [x, weight(4, channels, 1, 1)], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        f"network {seed}",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4, 8, 8])],
+        weights,
+    )
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    onnx.checker.check_model(model, full_check=True)
+    beta = rng.choice([0.5, 0.7, 0.85, 0.95])
+    if seed % 3 == 0:
+        steer(model, beta)
+        return model, shape
+    found = ctonnx.inspect(model)
+    for site in found.activations if hasattr(found, "activations") else found:
+        if site.status == "steerable" and rng.random() < 0.8:
+            size = site.shape[1] if seed % 3 == 1 and site.shape and rng.random() < 0.7 else ()
+            params[f"^{site.name}$"] = {
+                "beta": rng.uniform(0.4, 1, size),
+                "coeff": rng.uniform(size=size),
+            }
+    steer(model, beta, params=params)
+    return model, shape
+
+
+def test_random_networks():
+    """Most are in the blocked layout, and give what the plain session gives."""
+    refused = []
+    for seed in range(FIRST_NETWORK, FIRST_NETWORK + NETWORKS):
+        try:
+            model, shape = random_network(seed)
+        except ctonnx.NothingToDo:
+            continue
+        session, reason = opened(model)
+        if session is None:
+            refused.append((seed, reason))
+            continue
+        plain = library.open_session(model.SerializeToString(), new_options(), CPU)
+        x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+        expected, actual = plain.run(None, {"x": x})[0], session.run(None, {"x": x})[0]
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * largest, err_msg=seed)
+    assert len(refused) < 0.2 * NETWORKS, refused
+
+
 @pytest.mark.parametrize("beta_as", ["input", "required-input"])
 def test_beta_can_be_fed(beta_as):
     model = steered(beta_as=beta_as)
@@ -236,10 +430,17 @@ def test_external_data(tmp_path):
 # --- refusals
 
 
-def per_channel():
-    model = steered()
+def per_row():
+    model = steered(tail("y = Neg(r)"))
     beta = next(tensor for tensor in model.graph.initializer if tensor.name == "beta")
-    beta.CopyFrom(helper.make_tensor("beta", TensorProto.FLOAT, [16, 1, 1], [0.85] * 16))
+    beta.CopyFrom(helper.make_tensor("beta", TensorProto.FLOAT, [8, 1], [0.85] * 8))
+    return model
+
+
+def fed_per_channel():
+    model = steered(tail("y = Neg(r)"), beta_as="required-input")
+    beta = next(value for value in model.graph.input if value.name == "beta")
+    beta.CopyFrom(helper.make_tensor_value_info("beta", TensorProto.FLOAT, [16, 1, 1]))
     return model
 
 
@@ -261,7 +462,8 @@ REFUSED = {
     ),
     "a CTU is inside a model-local function": lambda: steered(IN_FUNCTION),
     "the model computes in half precision": half,
-    "the parameters of 'r' are not all scalars": per_channel,
+    "'beta' is no scalar, and not one for each channel": per_row,
+    "a parameter of 'r' is no constant, and no scalar": fed_per_channel,
     "no op is left to stand in for the CTU": lambda: steered(
         tail("s = Sigmoid(r)  t = Tanh(s)  y = Relu(t)"), selection=Selection(include="^r$")
     ),

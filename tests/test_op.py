@@ -10,7 +10,7 @@ import onnx.parser
 import onnxruntime as ort
 import pytest
 from conftest import op_model
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 import ctonnx
 from ctonnx import ctu
@@ -116,6 +116,151 @@ def test_special_values(row):
     np.testing.assert_array_equal(y[:3], [np.nan, np.inf, -np.inf])
     y = run(session_of(row.dtype, sloped=True), special, 0.5, slope=-0.25).astype(np.float64)
     np.testing.assert_array_equal(y[:3], [np.nan, np.inf, np.inf])
+
+
+# The ops with kinks elsewhere: op type -> its operands, whose numbers every element type has.
+BOUNDED = {
+    "CTUMax": {"lo": -0.5},
+    "CTUMin": {"hi": 0.25},
+    "CTUClip": {"lo": 0.0, "hi": 6.0},
+    "CTUHardSigmoid": {"alpha": 0.25, "offset": 0.5, "lo": 0.0, "hi": 1.0},
+}
+bounded = pytest.mark.parametrize("op_type", BOUNDED)
+
+
+def bounded_session(op_type, dtype=TensorProto.FLOAT, bound_shape=(), **options):
+    """A session on the op with its operands as initializers, and no function."""
+    operands = BOUNDED[op_type]
+    fed = TensorProto.FLOAT if dtype == TensorProto.BFLOAT16 else dtype
+    nodes = [
+        helper.make_node("Cast", ["X"], ["x"], to=dtype),
+        helper.make_node(op_type, ["x", "beta", "coeff", *operands], ["y"], domain=ctu.DOMAIN),
+        helper.make_node("Cast", ["y"], ["Y"], to=fed),
+    ]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("beta", "coeff")]
+    graph = helper.make_graph(
+        nodes,
+        "bounded",
+        [helper.make_tensor_value_info("X", fed, None), *values],
+        [helper.make_tensor_value_info("Y", fed, None)],
+        [helper.make_tensor(n, dtype, bound_shape, [v]) for n, v in operands.items()],
+    )
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid(ctu.DOMAIN, ctu.VERSION)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8)
+    return ctonnx.session(model.SerializeToString(), **options)
+
+
+def exact_bounded(op_type, x, beta, coeff=0.5):
+    """Y in float64, and what its error is relative to."""
+    numbers = {"alpha": 1.0, "offset": 0.0, "lo": -np.inf, "hi": np.inf, **BOUNDED[op_type]}
+    alpha, offset, lo, hi = (numbers[n] for n in ("alpha", "offset", "lo", "hi"))
+    z = alpha * x.astype(np.float64) + offset
+    with np.errstate(invalid="ignore"):
+        kinks = [
+            np.where(np.isinf(z - b), 0.0, ctu.ctu(-np.abs(z - b), np.float32(beta), coeff))
+            for b in (lo, hi)
+        ]
+    kinks = [np.zeros_like(z) if np.isinf(b) else k for b, k in zip((lo, hi), kinks, strict=True)]
+    y = np.clip(z, lo, hi) + (kinks[0] - kinks[1])
+    return y, np.maximum.reduce([np.ones_like(y), np.abs(y), *map(np.abs, kinks)])
+
+
+def assert_bounded(row, op_type, y, x, beta, coeff=0.5):
+    exact, scale = exact_bounded(op_type, x, beta, coeff)
+    allowed = 2 * row.tolerance * scale
+    if row.dtype in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        kind = ml_dtypes.finfo(row.numpy)
+        exponent = np.maximum(np.frexp(exact)[1] - 1, kind.minexp)
+        allowed = allowed + np.ldexp(float(kind.eps), exponent) / 2
+    assert y.dtype == x.dtype
+    assert y.shape == exact.shape
+    excess = np.abs(y.astype(np.float64) - exact) - allowed
+    assert not np.isnan(excess).any()
+    assert excess.max(initial=0.0) <= 0, (float(excess.max()), beta, coeff)
+
+
+@rows
+@bounded
+def test_contract_of_kinks_elsewhere(row, op_type):
+    x = samples().astype(row.numpy)
+    session = bounded_session(op_type, row.dtype)
+    for beta in BETAS[::2]:
+        for coeff in (0, 0.5, 1):
+            assert_bounded(row, op_type, run(session, x, beta, coeff), x, beta, coeff)
+
+
+def test_the_contract_of_kinks_catches_a_wrong_kernel():
+    x = samples()
+    right, _ = exact_bounded("CTUClip", x, 0.75)
+    assert_bounded(CONTRACT[1], "CTUClip", right, x, 0.75)
+    for wrong in (np.clip(x, 0, 6), right + 1e-12, np.where(x > 1e-7, right, np.nan)):
+        with pytest.raises(AssertionError):
+            assert_bounded(CONTRACT[1], "CTUClip", wrong, x, 0.75)
+
+
+@rows
+@bounded
+def test_special_values_of_kinks_elsewhere(row, op_type):
+    special = np.array([np.nan, np.inf, -np.inf]).astype(row.numpy)
+    lo, hi = (BOUNDED[op_type].get(n, inf) for n, inf in (("lo", -np.inf), ("hi", np.inf)))
+    for beta in (0.0, 0.5, 1.0):
+        y = run(bounded_session(op_type, row.dtype), special, beta).astype(np.float64)
+        np.testing.assert_array_equal(y, [np.nan, hi, lo])
+
+
+@bounded
+@pytest.mark.parametrize(
+    ("x_shape", "shape"),
+    [((0, 3), (3,)), ((2, 3, 40, 5), (3, 1, 1)), ((2, 3, 4, 5), (5,)), ((7, 96), (96,)), ((), ())],
+)
+def test_parameters_of_kinks_broadcast_to_x(op_type, x_shape, shape):
+    rng = np.random.default_rng(1)
+    x = np.asarray(3 * rng.normal(size=x_shape), np.float32)
+    beta, coeff = rng.uniform(size=(2, *shape)).astype(np.float32)
+    y = run(bounded_session(op_type), x, beta, coeff)
+    assert_bounded(CONTRACT[0], op_type, np.asarray(y), x, beta, coeff)
+
+
+@bounded
+@pytest.mark.parametrize(
+    ("x_shape", "bound_shape", "y_shape"),
+    [((), (1,), (1,)), ((3,), (1, 1), (1, 3)), ((2, 3), (1,), (2, 3))],
+)
+def test_a_bound_may_have_more_dimensions(op_type, x_shape, bound_shape, y_shape):
+    """As in a sum with the bound: Y is what the op's function gives."""
+    x = np.asarray(np.random.default_rng(0).normal(size=x_shape), np.float32)
+    y = run(bounded_session(op_type, bound_shape=bound_shape), x, 0.85)
+    assert_bounded(CONTRACT[0], op_type, y, x.reshape(y_shape), 0.85)
+
+
+def test_bounds_of_several_values_are_an_error():
+    text = """<ir_version: 8, opset_import: ["" : 17, "ctonnx" : 1]>
+        g (float[n, 2] X, float beta, float coeff) => (float[n, 2] Y) <float[2] lo = {0.0, 1.0}>
+        { Y = ctonnx.CTUMax(X, beta, coeff, lo) }"""
+    session = ctonnx.session(onnx.parser.parse_model(text).SerializeToString())
+    with pytest.raises(Exception, match="CTUMax: lo must be a single value"):
+        run(session, np.zeros((1, 2), np.float32), 0.85)
+
+
+@bounded
+def test_shape_inference_of_kinks_elsewhere(op_type):
+    """Where a bound may have more dimensions, the shape is left open."""
+    operands = BOUNDED[op_type]
+    names = ", ".join(operands)
+    for bound, shape in ("", ["N", 3]), ("[1]", ["N", 3]), ("[1, 1, 1]", None):
+        values = ", ".join(f"float{bound} {n} = {{{v}}}" for n, v in operands.items())
+        model = onnx.parser.parse_model(
+            f"""<ir_version: 8, opset_import: ["" : 17, "ctonnx" : 1]>
+            g (float[N, 3] x) => (float[] y)
+            <float beta = {{0.85}}, float coeff = {{0.5}}, {values}>
+            {{ h = Neg(x)  q = ctonnx.{op_type}(h, beta, coeff, {names})  y = Neg(q) }}"""
+        )
+        model.graph.output[0].type.tensor_type.ClearField("shape")
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.disable_aot_function_inlining", "1")
+        session = ctonnx.session(model.SerializeToString(), session_options=options)
+        y = session.get_outputs()[0]
+        assert y.shape == shape or (shape is None and y.shape in ([], None))
 
 
 @rows

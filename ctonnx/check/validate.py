@@ -21,7 +21,7 @@ from ..errors import (
 from ..model import files
 from ..model.external import check_external_data
 from ..model.flow import reached_by_values
-from ..model.graph import key_of, node_label
+from ..model.graph import node_label
 from ..model.inference import computed_types
 from ..ort import blocked, library
 from ..ort.compare import Comparison, Response, compare
@@ -262,7 +262,8 @@ def _ways(
 ) -> list[_Way]:
     """The ways in which people run a model; what stands in the way of one goes into `notes`."""
     model, has_ctu, has_library = steered.proto, bool(steered.ctus), library.has_library()
-    has_fallback = any(key_of(f)[:2] == (ctu.DOMAIN, ctu.OP_TYPE) for f in model.functions)
+    functions = {f.name for f in model.functions if ctu.is_ctu(f)}
+    has_fallback = functions >= {node.op_type for node in steered.ctus}
     ways = []
     for provider in providers:
         if not has_ctu:

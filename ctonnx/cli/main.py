@@ -7,6 +7,7 @@ from io import TextIOWrapper
 import click
 
 from ..errors import CtonnxError, MissingDependency
+from .bench import bench
 from .doctor import doctor
 from .export import export
 from .inspect import inspect
@@ -39,6 +40,7 @@ for _command in (
     sweep,
     probe,
     validate,
+    bench,
     export,
     doctor,
     playground,

@@ -33,6 +33,17 @@ def sizes(option: str, text: str, symbols: bool = False) -> list:
     return [int(dim) if dim.isdecimal() else dim for dim in dims]
 
 
+def _named_sizes(context, option, values):
+    """Input name -> sizes, from texts like `image=1x3x224x224`."""
+    shapes = {}
+    for text in values:
+        name, equals, dims = text.rpartition("=")
+        if not equals:
+            raise click.UsageError(f"--shape {text}: expected an input's name and =1x3x224x224")
+        shapes[name] = sizes("shape", dims)
+    return shapes
+
+
 def check_outputs(outputs: dict, inputs: dict) -> None:
     """Refuse an output, option -> path, that is another output or one of the inputs."""
     seen = {realpath(path): name for name, path in inputs.items() if path != "-"}
@@ -81,6 +92,15 @@ providers = click.option(
     metavar="LIST",
     callback=names,
     help="ONNX Runtime's execution providers.  [default: all that are there but TensorRT's]",
+)
+
+shapes = click.option(
+    "--shape",
+    "shapes",
+    metavar="INPUT=DIMS",
+    multiple=True,
+    callback=_named_sizes,
+    help="Size of a random input, such as image=1x3x224x224; repeatable.",
 )
 
 _calibration = group(

@@ -28,13 +28,7 @@ _ROWS = 8
     help="Compare with this PyTorch model, as for `ctonnx export`, steered alike.",
 )
 @click.option("--inputs", metavar="FILE", help="An .npz file of inputs.  [default: random ones]")
-@click.option(
-    "--shape",
-    "shapes",
-    metavar="INPUT=DIMS",
-    multiple=True,
-    help="Size of a random input, such as image=1x3x224x224; repeatable.",
-)
+@options.shapes
 @click.option(
     "--providers",
     metavar="LIST",
@@ -63,7 +57,7 @@ def validate(model, shapes, as_json, **choices):
     """
     from ..check.validate import validate
 
-    result = validate(model, shapes=dict(map(_named_sizes, shapes)), **choices)
+    result = validate(model, shapes=shapes, **choices)
     for note in result.notes:
         say(note)
     if as_json:
@@ -80,14 +74,6 @@ def validate(model, shapes, as_json, **choices):
         say("inconclusive: give --inputs that the outputs respond to, or with --shape another size")
     if not result.ok:
         sys.exit(CheckFailed.exit_code)
-
-
-def _named_sizes(text):
-    """The name and the sizes in `image=1x3x224x224`."""
-    name, equals, sizes = text.rpartition("=")
-    if not equals:
-        raise click.UsageError(f"--shape {text}: expected an input's name and =1x3x224x224")
-    return name, options.sizes("shape", sizes)
 
 
 def _print_json(result):

@@ -47,7 +47,9 @@ LARGE = 1e-4
 # What counts as no change: in a saturated softmax numbers of 1e-30 change.
 _STILL = 1e-9
 
-_NUDGES = 4
+# The ways in which the inputs of a run change: by a factor, by a sum, and at random.
+_WAYS = (0, 1, 2, 3)
+AT_RANDOM = (2,)
 
 # By default CUDA computes convolutions and matrix products in TF32, which differs by 1e-3.
 # https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#use_tf32
@@ -223,10 +225,17 @@ class Trial:
         run: gives the outputs for inputs, as Model.run.
         inputs: input name -> array.
         fixed: names of inputs that stay as they are.
+        ways: those in which the others change, each of which takes a run.
     """
 
-    def __init__(self, run: Compute, inputs: Arrays, fixed: Collection[str] = ()):
-        self.run, self.inputs = run, inputs
+    def __init__(
+        self,
+        run: Compute,
+        inputs: Arrays,
+        fixed: Collection[str] = (),
+        ways: Sequence[int] = _WAYS,
+    ):
+        self.run, self.inputs, self._ways = run, inputs, ways
         self._free = sorted(inputs.keys() - set(fixed))
         self.floats = {n: inputs[n] for n in self._free if inputs[n].dtype.kind == "f"}
         self._nudged: dict[float, Arrays] = {}
@@ -310,7 +319,7 @@ class Trial:
 
     def _nudges(self, relative: float) -> Iterator[Arrays]:
         """The outputs for inputs that differ by a part of their largest value, in several ways."""
-        for way in range(_NUDGES if self.floats else 0):
+        for way in self._ways if self.floats else ():
             rng = np.random.default_rng(way)
             nudged = {n: _nudge(rng, value, relative, way) for n, value in self.floats.items()}
             with suppress(ModelError):
@@ -348,6 +357,7 @@ def random_trial(
     given: Mapping[str, np.ndarray] | None = None,
     wanted: Callable[[Iterable[bool]], bool] = all,
     source: Compute | None = None,
+    ways: Sequence[int] = _WAYS,
 ) -> Trial:
     """A run on inputs as `random_inputs` gives them.
 
@@ -357,6 +367,7 @@ def random_trial(
 
     Args:
         source: what runs in the Trial, where not the model itself.
+        ways: as for Trial; one takes the fewest runs.
     """
     shapes, given = shapes or {}, given or {}
     nodes = [i for i in model.inputs if i.name not in given]
@@ -394,7 +405,8 @@ def random_trial(
             failure = error
             continue
         for place in range(len(_RANGES)):
-            trial = Trial(source or model.run, inputs if place == 0 else draw(size, place), given)
+            drawn = inputs if place == 0 else draw(size, place)
+            trial = Trial(source or model.run, drawn, given, ways)
             if place == 0 and source is None:
                 trial.outputs = outputs
             if best is None or sum(trial.telling()) > sum(best.telling()):

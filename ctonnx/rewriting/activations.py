@@ -11,8 +11,8 @@ kinks, and CTU0(-|d|) is what smoothing adds at a kink where two lines differ by
     HardSigmoid             the Clip of alpha * X + beta to [0, 1]
 
 The last four equal lo + CTU0(X - lo) - CTU0(X - hi) and the like, without its cancellation for a
-large X and without its NaN for an infinite one. They are ops of ours as well, each with a
-model-local function that calls `ctonnx::CTU`: see ctu.kinked_function.
+large X and without its NaN for an infinite one. They are ops of ours as well, each with a kernel
+and a model-local function: see ctu.kinked_function.
 
 Two nodes that bound X from below and from above, such as Min(Relu(X), hi), are the Clip that they
 compute.

@@ -40,9 +40,13 @@ def to_primitives(model: ModelProto) -> None:
 
 
 # What the correction of a CTU's function is the difference of, from its last op back: terms with
-# log(1 + exp(-u)) and u / (1 + exp(v)). See ctu.function.
-_LOG_TERM = ("Sub", "Mul", "Log", "Add", "Exp")
-_GATE_TERM = ("Sub", "Div", "Add", "Exp")
+# log(1 + exp(-u)) and u / (1 + exp(v)), between two bounds with the quotient and the difference of
+# two of these. See ctu.function and ctu.kinked_function.
+_TERMS = ("Sub", "Mul", "Log", "Add", "Exp"), ("Sub", "Div", "Add", "Exp")
+_TERMS_BETWEEN = (
+    ("Sub", "Mul", "Log", "Div", "Add", "Exp"),
+    ("Sub", "Mul", "Sub", "Div", "Add", "Exp"),
+)
 
 
 def holds_unit(scope: Scope) -> bool:
@@ -63,15 +67,13 @@ def _ends_unit(add: NodeProto, producers: Mapping[str, NodeProto]) -> bool:
             return False
         return not ops[1:] or any(comes_from(name, *ops[1:]) for name in node.input)
 
-    def corrects(name, *sign):  # With a slope the correction has a sign.
-        return all(comes_from(name, *sign, *ops) for ops in (_LOG_TERM, _GATE_TERM))
+    def corrects(name, terms, *sign):  # With a slope the correction has a sign.
+        return all(comes_from(name, *sign, *ops) for ops in terms)
 
-    return (
-        any(
-            (comes_from(x, "Relu") or comes_from(x, "Sub", "Relu"))
-            and (corrects(correction) or corrects(correction, "Mul"))
-            for x, correction in (add.input, reversed(add.input))
-        )
-        if len(add.input) == 2
-        else False
-    )
+    def ends(x, correction):
+        if corrects(correction, _TERMS_BETWEEN):
+            return True
+        original = comes_from(x, "Relu") or comes_from(x, "Sub", "Relu")
+        return original and (corrects(correction, _TERMS) or corrects(correction, _TERMS, "Mul"))
+
+    return len(add.input) == 2 and (ends(*add.input) or ends(*reversed(add.input)))

@@ -118,9 +118,8 @@ def steer(
     _check_parameters(values, opset, beta_as, report)
 
     # Functions came with IR 8; before IR 4 every initializer had to be listed as an input as well.
-    any_function = with_function or any(s.becomes.op_type != ctu.OP_TYPE for s in sites)
     before = ModelProto()
-    _raise_ir(model, 8 if any_function and lowering != "primitives" else 4, before, report)
+    _raise_ir(model, 8 if with_function and lowering != "primitives" else 4, before, report)
     parameters = NewParameters(model)
     if beta_as != "initializer" and beta is not None:
         report.beta_name = parameters.add_input("beta", beta, optional=beta_as == "input")
@@ -132,10 +131,11 @@ def steer(
         report.replaced.append(replace(site.activation, status="steered"))
     _insert_activations(sites)
     _note_quantized(model, sites, report)
-    _note_opset(opset, sites, with_function, lowering, report)
+    _note_opset(opset, with_function, lowering, report)
     pass_into_functions(model, parameters.names)
     _import_domain(model, before)
-    _add_functions(model, sites, opset, with_function, sloped)
+    if with_function:
+        _add_functions(model, sites, opset, sloped)
     metadata = records.Metadata(model)
     metadata.set_original(before)
     if lowering == "primitives":
@@ -455,21 +455,16 @@ def _import_domain(model: ModelProto, before: ModelProto) -> None:
         model.opset_import.append(helper.make_opsetid(ctu.DOMAIN, ctu.VERSION))
 
 
-def _add_functions(
-    model: ModelProto, sites: list[Site], opset: int, with_function: bool, sloped: bool
-) -> None:
-    """Add the functions that the steered sites call, or fall back on."""
+def _add_functions(model: ModelProto, sites: list[Site], opset: int, sloped: bool) -> None:
+    """Add the functions that the steered sites fall back on."""
     dtypes: dict[str, set[int]] = defaultdict(set)
     for site in sites:
         dtypes[site.becomes.op_type] |= site.dtypes or {TensorProto.UNDEFINED}
-    units = dtypes.pop(ctu.OP_TYPE, set())
-    if with_function:
-        called = (ctu.types_of_kinks(opset, types) for types in dtypes.values())
-        everywhere = units.union(*called) or set().union(*dtypes.values())
-        model.functions.append(ctu.function(opset, everywhere, sloped))
-    # The other ops have no kernel: their functions run everywhere.
     for op, types in sorted(dtypes.items()):
-        model.functions.append(ctu.kinked_function(op, opset, types, sloped))
+        if op == ctu.OP_TYPE:
+            model.functions.append(ctu.function(opset, types, sloped))
+        else:
+            model.functions.append(ctu.kinked_function(op, opset, types))
 
 
 def _in_common(arrays: list[np.ndarray]) -> str:
@@ -510,13 +505,10 @@ def _note_quantized(model: ModelProto, sites: list[Site], report: Report) -> Non
         )
 
 
-def _note_opset(
-    opset: int, sites: list[Site], with_function: bool, lowering: str, report: Report
-) -> None:
+def _note_opset(opset: int, with_function: bool, lowering: str, report: Report) -> None:
     """Note where ONNX Runtime has no kernels for the standard ops that stand for CTUs."""
-    needed = lowering == "primitives" or any(s.becomes.op_type != ctu.OP_TYPE for s in sites)
-    if opset < 7 and (needed or with_function):
-        library = "" if needed else ", or load the op library"
+    if opset < 7 and (lowering == "primitives" or with_function):
+        library = "" if lowering == "primitives" else ", or load the op library"
         report.notes.append(
             f"the standard ops that make up a CTU do not run in ONNX Runtime at opset {opset}, as "
             f"its kernels begin at 7: raise the original's with onnx.version_converter{library}"

@@ -212,7 +212,6 @@ class SteeredModel:
         if self.ctus:
             if not betas:
                 raise UsageError("the model's CTUs name no beta: steer its original")
-            self._check_functions()
             self.parameters.check_changeable(coeff)
         return betas, self.parameters.coeffs
 
@@ -262,26 +261,10 @@ class SteeredModel:
             raise NothingToDo(_LOWERED if any(map(lowered_op, self._nodes())) else _GONE)
 
     def _has_inlined(self) -> bool:
-        """Whether another tool has inlined functions of CTUs, or of ops that call them."""
+        """Whether another tool has inlined functions of CTUs."""
         if not self.is_steered:
             return self.was_steered
-        for scope in self._scopes_with_ctus:
-            nodes = [node for node in scope.graph.node if node.input and node.output]
-            negated = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Neg"}
-            distances = {node.output[0] for node in nodes if node.op_type == "Abs"}
-            if any(negated.get(node.input[0]) in distances for node in nodes if ctu.is_ctu(node)):
-                return True
-        return False
-
-    def _check_functions(self) -> None:
-        """Refuse a model without a function that its CTUs call: it does not run."""
-        names = {function.name for function in self.proto.functions if ctu.is_ctu(function)}
-        missing = {node.op_type for node in self.ctus} - names - {ctu.OP_TYPE}
-        if missing:
-            raise UsageError(
-                f"the model calls {min(missing)}, whose function another tool has dropped: steer "
-                "the original"
-            )
+        return any(map(holds_unit, self._scopes_with_ctus))
 
     def _baked_parameters(self) -> dict[str, float]:
         """beta and coeff of a model lowered to primitives, as far as the metadata tell."""
