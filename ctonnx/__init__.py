@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .ort.library import get_library_path, register
     from .ort.session import session
     from .transfer.probing import probe
+    from .tuning.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "register",
     "session",
     "sweep",
+    "tune",
     "unpatch",
 ]
 
@@ -54,6 +56,7 @@ _HOMES = {
     "register": "ort.library",
     "session": "ort.session",
     "sweep": "measure.sweeping",
+    "tune": "tuning.tuning",
     "unpatch": "api",
 }
 

@@ -6,6 +6,7 @@ and none of these lies between a trained tensor and an output.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -201,7 +202,8 @@ class Network:
         """
         self._training = training
         feeds = {name: self._kept(_as_float(value)) for name, value in inputs.items()}
-        with self._device:
+        # So that the bodies of ops make their tensors there.
+        with nullcontext() if self._device.type == "cpu" else self._device:
             values = self._evaluator.run(self.outputs, {**feeds, **trained})
         outputs = {}
         for name, value in zip(self.outputs, values, strict=True):

@@ -26,9 +26,7 @@ def check_normalizations(model: ModelProto, outputs: Mapping[str, object]) -> No
         )
 
 
-def write_statistics(
-    model: ModelProto, statistics: Mapping[str, Sequence[np.ndarray]]
-) -> None:
+def write_statistics(model: ModelProto, statistics: Mapping[str, Sequence[np.ndarray]]) -> None:
     """Give each BatchNormalization its mean and variance, float arrays (channels,), in place.
 
     Args:

@@ -40,8 +40,9 @@ class Tuning:
 
     `written` is the metric of `model`, the ModelProto with the trained β and c, run by plain ONNX
     Runtime on the validation data, or on the training data where there are none. `reference` is
-    that of the model without steering; with a new head or batch norm that adapts, of one that was
-    trained likewise without β and c, so that the difference is theirs. `gain` is by how much
+    that of the model without steering; with a new head or batch norm that adapts, and then it is
+    `controlled`, of one that was trained likewise without β and c, so that the difference is
+    theirs. `gain` is by how much
     `written` is better, and `gain_low` to `gain_high` is its 95 % interval, paired over the
     samples. `original` is the metric of the model before training, None with a new head.
 
@@ -60,6 +61,7 @@ class Tuning:
     gain_low: float
     gain_high: float
     original: float | None
+    controlled: bool
     samples: int
     losses: list[float]
     epochs: list[Epoch]

@@ -371,6 +371,7 @@ def _result(
         gain_low=low,
         gain_high=high,
         original=None if original is None else metric.value_of(original),
+        controlled=control is not None,
         samples=len(written),
         losses=history.losses,
         epochs=history.epochs,
