@@ -290,9 +290,9 @@ class _Task:
             raise InputFileError("the training data hold no sample that can be read")
         with torch.no_grad():
             outputs = network.run(padded(batch, source.inputs), trained)
+            cut = {name: value[: len(batch)] for name, value in outputs.items()}
+            self.loss.compute(cut, self.subject.labels(batch, source))
         check_normalizations(self.subject.proto, network.statistics)
-        cut = {name: value[: len(batch)] for name, value in outputs.items()}
-        self.loss.compute(cut, self.subject.labels(batch, source))
         labels, scores = source.all_labels(), next(iter(outputs.values()))
         if self.loss.name == "cross-entropy" and self.subject.head is None and scores.ndim == 2:
             class_indices(
