@@ -25,6 +25,7 @@ from torch import nn
 
 from ctonnx.data.batches import Input
 from ctonnx.data.open import DataOptions, open_source
+from ctonnx.torch import trainable
 from ctonnx.tuning import training, tuning
 from ctonnx.tuning.network import Network
 
@@ -407,6 +408,50 @@ def test_a_steered_model_goes_on_from_its_own_values(tmp_path):
     for one, other in zip(first.activations, again.activations, strict=True):
         assert (one.beta, one.coeff) == pytest.approx((other.beta, other.coeff), abs=1e-5)
     assert again.reference == first.reference
+
+
+def test_checkpoints_go_both_ways(tmp_path):
+    """One that is exported computes in PyTorch what the file does, and tuning goes on from it."""
+    path, checkpoint, tuned = (tmp_path / name for name in ("m.onnx", "t.pth", "t.onnx"))
+    path.write_bytes(exported(True, fold=True))
+    for per in "channel", "stage":
+        options = {"export_checkpoint": checkpoint, "output": tuned, "force": True}
+        result = ctonnx.tune(path, (IMAGES, LABELS), per=per, epochs=1, **options)
+        model = trainable(resnet(), torch.zeros(2, 3, 16, 16))
+        loaded = model.load_state_dict(torch.load(checkpoint, weights_only=True), strict=False)
+        assert loaded.unexpected_keys == []
+        assert not any("_raw_" in key for key in loaded.missing_keys)
+        (scores,) = onnxruntime.InferenceSession(tuned).run(None, {"x": IMAGES})
+        with torch.no_grad():
+            np.testing.assert_allclose(scores, model(torch.from_numpy(IMAGES)), atol=1e-4)
+        again = ctonnx.tune(path, (IMAGES, LABELS), per=per, epochs=1, rate=1e-9, init=checkpoint)
+        for one, other in zip(result.activations, again.activations, strict=True):
+            assert (one.beta, one.coeff) == pytest.approx((other.beta, other.coeff), abs=1e-5)
+
+
+def test_a_checkpoint_needs_modules_each_with_one_pair(tmp_path):
+    refused = {"export_checkpoint": tmp_path / "t.pth", "progress": pytest.fail}
+    proto = onnx.load_from_string(exported(False))
+    with pytest.raises(UsageError, match="does not name the module of"):
+        ctonnx.tune(proto, (IMAGES, LABELS), **refused)
+    # The digits network uses a module for two activations.
+    with pytest.raises(UsageError, match=r"'block1\.relu' is used several times"):
+        ctonnx.tune(MODEL, TRAIN, **refused)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_shows_what_was_learned(tmp_path, monkeypatch, capsys):
+    path, drawing = tmp_path / "t.onnx", tmp_path / "depth.svg"
+    params = {"node_relu$": {"beta": np.linspace(0.05, 0.95, 16), "coeff": 0.25}}
+    ctonnx.patch(MODEL, 0.5, params=params, output=path)
+    assert run_cli(monkeypatch, "inspect", str(path), "--plot", str(drawing)) in (0, None)
+    out, err = capsys.readouterr()
+    assert "beta per channel 0.500 ± 0.277 ▄██▄██▄██▄, c 0.25\n" in out
+    assert err == f"wrote {drawing}\n"
+    assert drawing.read_text().startswith("<?xml")
+    assert run_cli(monkeypatch, "inspect", MODEL, "--plot", str(tmp_path / "n.png")) == 1
+    assert "there is no beta to draw" in capsys.readouterr().err
+    assert run_cli(monkeypatch, "inspect", str(path), "--plot", str(drawing)) == 2
 
 
 # --- new heads and batch norm

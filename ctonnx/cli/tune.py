@@ -83,6 +83,11 @@ from .tables import columns, interval
 )
 @options.feeding
 @click.option("-o", "--output", metavar="FILE", help="Where to write the model.")
+@click.option(
+    "--export-checkpoint",
+    metavar="FILE.pth",
+    help="Write the raw beta and c too, under the names of the authors' code.",
+)
 @options.force
 @options.json
 def tune(model, output, as_json, feeding, **choices):
@@ -102,7 +107,8 @@ def tune(model, output, as_json, feeding, **choices):
         raise click.UsageError("tune takes the model's file, and writes one, not -")
     output = Path(api.steered_path(model) if output is None else output)
     inputs = {"MODEL": model, "--train": choices["train"], "--val": choices["val"]}
-    options.check_outputs({"--output": output}, {k: v for k, v in inputs.items() if v is not None})
+    outputs = {"--output": output, "--export-checkpoint": choices["export_checkpoint"]}
+    options.check_outputs(outputs, {k: v for k, v in inputs.items() if v is not None})
     if not library.has_library():
         say("the op library is not installed: the model runs as its fallback")
     from ..tuning import tuning
@@ -116,6 +122,8 @@ def tune(model, output, as_json, feeding, **choices):
         print_json(output, **result.document())
         return
     _print(result, output)
+    if choices["export_checkpoint"] is not None:
+        say(f"wrote {choices['export_checkpoint']}")
 
 
 def _print(result, output):

@@ -174,7 +174,7 @@ class Curvature(nn.Module):
         starts: Sequence[Values | None],
     ) -> None:
         super().__init__()
-        self.places, self.groups = list(places), list(groups)
+        self.places, self.groups, self._shapes = list(places), list(groups), list(shapes)
         self.units = nn.ModuleList()
         for each in groups:
             shape = pair_shape(shapes[each.members[0]]) if per_channel else []
@@ -196,6 +196,32 @@ class Curvature(nn.Module):
         return {
             place.index: (_array(unit.beta), _array(unit.coeff)) for place, unit in self._pairs()
         }
+
+    def state_of_modules(self) -> dict[str, Tensor]:
+        """The raw β and c under the authors' names, with one pair for each channel.
+
+        Raises:
+            UsageError: the model does not name the module of an activation, or one module stands
+                for activations with pairs of their own.
+        """
+        state, owners = {}, {}
+        units = {place.index: unit for place, unit in self._pairs()}
+        for place, shape in zip(self.places, self._shapes, strict=True):
+            module, unit = place.activation.module, units[place.index]
+            if module is None:
+                raise UsageError(
+                    f"export_checkpoint: the model does not name the module of "
+                    f"{place.activation.path!r}: export it with PyTorch's newer exporter"
+                )
+            if owners.setdefault(module, unit) is not unit:
+                raise UsageError(
+                    f"export_checkpoint: the module {module!r} is used several times, and each "
+                    "use has a pair of its own: share them, with groups"
+                )
+            for name, raw in (("_raw_beta", unit._raw_beta), ("_raw_coeff", unit._raw_coeff)):
+                wide = raw.detach().cpu().expand(pair_shape(shape))
+                state[f"{module}.{name}"] = wide.contiguous()
+        return state
 
     def _pairs(self) -> Iterator[tuple[Place, CTU]]:
         for each, unit in zip(self.groups, self.units, strict=True):

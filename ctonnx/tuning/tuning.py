@@ -5,6 +5,7 @@ The method is T-CT of arXiv 2502.07783: β and c are sigmoids of raw values, whi
 authors' code.
 """
 
+import io
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,7 @@ def tune(
     images: Transform | None = None,
     skip_broken: bool = False,
     output: str | os.PathLike | None = None,
+    export_checkpoint: str | os.PathLike | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Tuning:
@@ -121,7 +123,9 @@ def tune(
             path of an .npy file. `val_labels` is as `labels` where None.
         batch_size, images, skip_broken: as for `ctonnx.sweep`.
         output: where to write the model, which then has to be a path.
-        force: overwrite `output`.
+        export_checkpoint: where to write the raw β and c too: a state dict with the names that the
+            authors' code gives them, for models whose nodes name their PyTorch modules.
+        force: overwrite what is written.
         progress: called with the number of steps, None if unknown; returns a context manager for an
             object whose `update` is called with the number done since, and a text.
 
@@ -143,6 +147,8 @@ def tune(
     if features is not None and not head:
         raise UsageError("features goes with head: it is what a new head reads")
     _check_output(model, output, force)
+    if export_checkpoint is not None:
+        files.check_output(export_checkpoint, force)
     intervals.quantile(intervals.LEVEL, 1)  # Fail early if scipy is missing.
     start = _Start(
         None if beta is None else ctu.check_unit_interval("beta", beta),
@@ -193,12 +199,20 @@ def tune(
         batch_norm == "adapt",
     )
     trainee = task.prepare(per, groups, start)
+    assert trainee.curvature is not None
+    if export_checkpoint is not None:
+        trainee.curvature.state_of_modules()  # Where that fails it does so before training.
     history = fit(trainee, task.data, task.loss, task.metric, schedule, progress)
     control = None
     if head or task.adapt:
         control = task.prepare_control()
         fit(control, task.data, task.loss, task.metric, schedule, progress)
-    return _result(task, trainee, control, history, per, output, force)
+    result = _result(task, trainee, control, history, per, output, force)
+    if export_checkpoint is not None:
+        buffer = io.BytesIO()
+        torch.save(trainee.curvature.state_of_modules(), buffer)
+        files.write(export_checkpoint, buffer.getvalue())
+    return result
 
 
 @dataclass(frozen=True)
