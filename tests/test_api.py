@@ -31,6 +31,7 @@ PUBLIC = [
     "register",
     "session",
     "sweep",
+    "tune",
     "unpatch",
 ]
 

@@ -1,6 +1,7 @@
 """Tuning: the same numbers as training in PyTorch, real networks, what is written, and refusals."""
 
 import functools
+import inspect
 import io
 import json
 import signal
@@ -26,7 +27,7 @@ from torch import nn
 from ctonnx.data.batches import Input
 from ctonnx.data.open import DataOptions, open_source
 from ctonnx.torch import trainable
-from ctonnx.tuning import training, tuning
+from ctonnx.tuning import task, training, tuning
 from ctonnx.tuning.network import Network
 
 pytestmark = pytest.mark.filterwarnings(
@@ -171,7 +172,7 @@ def trained_in_pytorch(per, adapt, dtype):
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 def test_thirty_steps_equal_those_of_pytorch(monkeypatch, dynamo, adapt, dtype):
     """In float32 Adam makes much of the rounding of a gradient near 0: β and c are held to less."""
-    monkeypatch.setattr(tuning, "Network", functools.partial(Network, dtype=dtype))
+    monkeypatch.setattr(task, "Network", functools.partial(Network, dtype=dtype))
     proto, tolerance = onnx.load_from_string(exported(dynamo)), 1e-4
     batch_norm = "adapt" if adapt else "frozen"
     for per in PER:
@@ -558,6 +559,9 @@ def test_labels_out_of_range_are_refused_before_training():
         ({"groups": ["("]}, "is not a regular expression"),
         ({"output_name": "no"}, "no floating-point output 'no'"),
         ({"init": {"node_relu$": [0.5] * 3}}, "start has 3 values for 16 channels"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used: "),
+        ({"device": "moon"}, "device 'moon' cannot be used: "),
+        ({"by_order": True}, "by_order goes with the path of a T-CT state dict"),
         ({"seed": -1}, "seed must lie between"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
     ],
@@ -634,6 +638,16 @@ def run_cli(monkeypatch, *arguments):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return exit.value.code
+
+
+def test_choices_of_options_match_the_library():
+    """The command line repeats them as literals, since --help must not import PyTorch."""
+    options = {option.name: option for option in cli.tune.params}
+    assert tuple(options["per"].type.choices) == tuning.PER
+    assert tuple(options["batch_norm"].type.choices) == tuning.BATCH_NORM
+    defaults = inspect.signature(ctonnx.tune).parameters
+    for name in ("per", "batch_norm", "epochs", "patience", "rate", "head_rate", "seed", "loss"):
+        assert options[name].default == defaults[name].default
 
 
 def test_the_command_line_tunes(tmp_path, monkeypatch, capsys):

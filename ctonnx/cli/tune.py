@@ -1,5 +1,6 @@
 """`ctonnx tune`."""
 
+import warnings
 from pathlib import Path
 
 import click
@@ -113,9 +114,11 @@ def tune(model, output, as_json, feeding, **choices):
         say("the op library is not installed: the model runs as its fallback")
     from ..tuning import tuning
 
-    result = tuning.tune(
-        model, output=output, progress=progress("tuning", described=True), **feeding, **choices
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "running without fast kernels")
+        result = tuning.tune(
+            model, output=output, progress=progress("tuning", described=True), **feeding, **choices
+        )
     for note in result.notes:
         say(note)
     if as_json:

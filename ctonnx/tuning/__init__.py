@@ -1,5 +1,1 @@
-"""`tune`: training β and c on an ONNX file. It needs PyTorch."""
-
-from ..optional import require
-
-require("torch")
+"""`tune`: training β and c on an ONNX file, by a run with gradients."""

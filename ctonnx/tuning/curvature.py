@@ -20,8 +20,6 @@ from ..rewriting.steered import SteeredModel
 from ..torch.tct import RAW_BETA, RAW_COEFF, pair_shape
 from ..torch.unit import CTU
 
-PER = ("channel", "activation", "stage", "model")
-
 # Where a start lies at 0 or 1 it is moved by as much, as the sigmoid of no number is 0 or 1.
 _MARGIN = 1e-6
 
@@ -103,7 +101,8 @@ def group(
     Args:
         places: the activations.
         shapes: the shape of the tensor of each.
-        per: one of PER. A stage is what has one resolution: the sizes but for batch and channels.
+        per: channel, activation, stage or model. A stage is what has one resolution: the sizes but
+            for batch and channels.
         patterns: regular expressions instead, searched in path and module: an activation belongs to
             the first that matches.
 

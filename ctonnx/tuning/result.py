@@ -17,7 +17,17 @@ from ..measure.results import without_nan
 from ..ort import library, runs
 from ..transfer.features import batches
 from ..transfer.fit import Label
-from .training import Epoch
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training data: the mean `loss` of its steps, and afterwards the loss and
+    the metric on the validation data, None where there are none."""
+
+    epoch: int
+    loss: float
+    validation_loss: float | None = None
+    metric: float | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..transfer.features import batches
 from .curvature import Curvature
 from .losses import Loss
 from .network import Network
+from .result import Epoch
 
 # Called with the number of steps, None if unknown: a context of an object with
 # `update(steps, text)`, or of None.
@@ -56,17 +57,6 @@ class Data:
     train: Source
     validation: Source | None
     labels: Callable[[Batch, Source], np.ndarray | None]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass over the training data: the mean `loss` of its steps, and afterwards the loss and
-    the metric on the validation data, None where there are none."""
-
-    epoch: int
-    loss: float
-    validation_loss: float | None = None
-    metric: float | None = None
 
 
 @dataclass
