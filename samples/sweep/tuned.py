@@ -17,7 +17,8 @@ MODEL = onnx.load("mnist.onnx")
 # Of the digits to train on; the others stop the training.
 TRAIN = 800
 SHIFTS = "blurred", "noisy", "rotated"
-GRID = [round(0.5 + 0.02 * i, 2) for i in range(26)]
+BETAS = [round(0.3 + 0.05 * i, 2) for i in range(15)]
+COEFFS = [0.0, 0.5, 1.0]
 OPTIONS = {"epochs": 60, "patience": 10}
 # Row of the table -> options of `ctonnx.tune`.
 TUNED = {
@@ -43,36 +44,49 @@ def correct(model, images, labels):
     return (scores.argmax(1) == labels).astype(float)[:, None]
 
 
-def search(beta, images, labels):
-    """A β for each stage by forward passes alone, one stage after the other, twice.
+def search(start, images, labels):
+    """β and c of each stage by forward passes alone, one stage after the other, twice.
 
     Each of the network's ReLUs is a stage of its own.
     """
-    betas = {activation.name: beta for activation in ctonnx.inspect(MODEL)}
-    for name in [*betas, *betas]:
-        steered = {b: ctonnx.patch(MODEL, params={**betas, name: b}) for b in GRID}
-        betas[name] = max(GRID, key=lambda b: correct(steered[b], images, labels).mean())
-    return betas
+    pairs = [{"beta": beta, "coeff": coeff} for beta in BETAS for coeff in COEFFS]
+    found = {activation.name: start for activation in ctonnx.inspect(MODEL)}
+
+    def score(name, pair):
+        steered = ctonnx.patch(MODEL, params={**found, name: pair})
+        return correct(steered, images, labels).mean()
+
+    for name in [*found, *found]:
+        found[name] = max(pairs, key=lambda pair, name=name: score(name, pair))
+    return found
+
+
+def shown(pair):
+    return f"β {pair['beta']:.2f}, c {pair['coeff']:.2f}"
 
 
 def rows(name):
-    """What was done -> the numbers of β and c, and who is right, on digits with a shift."""
-    images, labels = digits(name)
-    train, val = (images[:TRAIN], labels[:TRAIN]), (images[TRAIN:], labels[TRAIN:])
-    best = ctonnx.sweep(MODEL, (images, labels), GRID).best.beta
-    betas = search(best, images, labels)
+    """What was done -> how many β and c, and who is right, on digits with a shift."""
+    data = digits(name)
+    train, val = (
+        tuple(array[part] for array in data) for part in (slice(TRAIN), slice(TRAIN, None))
+    )
+    beta = ctonnx.sweep(MODEL, data, "0.5:1:0.02").best.beta
+    best = ctonnx.sweep(MODEL, data, BETAS, coeffs=COEFFS).best
+    both = {"beta": best.beta, "coeff": best.coeff}
+    stages = search(both, *data)
     models = {
         "original": (0, MODEL),
-        f"one β, swept: {best:g}": (1, ctonnx.patch(MODEL, best)),
-        "per stage, searched": (len(betas), ctonnx.patch(MODEL, params=betas)),
+        "one β, swept": (1, ctonnx.patch(MODEL, beta)),
+        "one β and c, swept": (2, ctonnx.patch(MODEL, **both)),
+        "per stage, swept": (2 * len(stages), ctonnx.patch(MODEL, params=stages)),
     }
-    print(f"{name}: β by stage {', '.join(map(str, betas.values()))}")
+    print(f"{name}: swept {shown(both)}; by stage {'; '.join(map(shown, stages.values()))}")
     for row, options in TUNED.items():
         result = ctonnx.tune(MODEL, train, val, **OPTIONS, **options)
         models[row] = 0 if "beta" in options else result.parameters, result.model
         if options == {"per": "model"}:
-            one, *_ = result.activations
-            print(f"{name}: trained β {one.beta:.2f}, c {one.coeff:.2f}")
+            print(f"{name}: trained {shown(vars(result.activations[0]))}")
     held_out = digits(f"{name}_check")
     return {row: (count, correct(model, *held_out)) for row, (count, model) in models.items()}
 
@@ -83,11 +97,11 @@ def main():
     for name in SHIFTS:
         found = rows(name)
         _, original = found["original"]
-        print(f"{name} | numbers | accuracy | gain (95 %)")
+        print(f"{name} | β and c | accuracy | gain (95 %)")
         for row, (count, right) in found.items():
             gain, low, high = intervals.gain(accuracy, right, original)
-            shown = "" if row == "original" else f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
-            print(f"{row} | {count} | {right.mean():.3f} | {shown}")
+            ends = "" if row == "original" else f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
+            print(f"{row} | {count} | {right.mean():.3f} | {ends}")
 
 
 if __name__ == "__main__":
