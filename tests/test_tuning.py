@@ -536,6 +536,92 @@ def test_statistics_that_nodes_share_are_parted():
     assert (tensors["zero"] == 0).all()
 
 
+# --- models of other kinds
+
+
+def test_external_data_go_with_the_file(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    options = {"save_as_external_data": True, "location": "w.bin", "size_threshold": 100}
+    onnx.save(onnx.load(MODEL), source / "m.onnx", **options)
+    out = target / "t.onnx"
+    result = ctonnx.tune(source / "m.onnx", TRAIN, VAL, per="stage", epochs=1, output=out)
+    assert result.losses == ctonnx.tune(MODEL, TRAIN, VAL, per="stage", epochs=1).losses
+    (scores,) = onnxruntime.InferenceSession(out).run(None, {"image": VAL[0]})
+    assert result.written == (scores.argmax(1) == VAL[1]).mean()
+    assert {path.name for path in source.iterdir()} == {"m.onnx", "w.bin"}
+    assert {path.name for path in target.iterdir()} == {"t.onnx", "w.bin"}
+
+
+def test_float16_trains_in_float32():
+    model, half = onnx.load(MODEL), TRAIN[0].astype(np.float16)
+    for tensor in model.graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            array = array.astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for head in False, True:
+        result = ctonnx.tune(model, (half, TRAIN[1]), per="stage", epochs=1, head=head)
+        full = ctonnx.tune(MODEL, TRAIN, per="stage", epochs=1, head=head)
+        np.testing.assert_allclose(result.losses, full.losses, rtol=1e-2)
+        session = onnxruntime.InferenceSession(result.model.SerializeToString())
+        (scores,) = session.run(None, {"image": half})
+        assert scores.dtype == np.float16
+        assert result.written == (scores.argmax(1) == TRAIN[1]).mean()
+
+
+def test_a_function_that_is_called_twice_has_one_pair():
+    model = parsed(
+        """
+        <ir_version: 9, opset_import: ["": 17, "local": 1]>
+        m (float[n,2] x) => (float[n,3] y)
+        <float[2,2] w = {1, 2, 3, -1}, float[2,3] v = {1, 0, -1, 2, 1, 0}>
+        { a = local.f (x, w) b = local.f (a, w) y = MatMul (b, v) }
+        <domain: "local", opset_import: ["": 17]>
+        f (x, w) => (y) { h = MatMul (x, w) y = Relu (h) }
+        """
+    )
+    x = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+    labels = (x[:, 0] > 0).astype(int)
+    result = ctonnx.tune(model, (x, labels), epochs=5, rate=0.02, batch_size=64)
+    assert (len(result.activations), result.parameters) == (1, 4)
+    assert result.losses[-1] < result.losses[0]
+    (scores,) = onnxruntime.InferenceSession(result.model.SerializeToString()).run(None, {"x": x})
+    assert result.written == (scores.argmax(1) == labels).mean()
+
+
+def test_what_the_output_does_not_depend_on_stays_as_it_is():
+    model = parsed(
+        """
+        <ir_version: 8, opset_import: ["": 17]>
+        m (float[n,2] x) => (float[n,2] y, float[n,2] z) { y = Relu (x) b = Neg (x) z = Relu (b) }
+        """
+    )
+    data = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32), np.zeros(8, int)
+    result = ctonnx.tune(model, data, epochs=1, output_name="y")
+    assert [a.status for a in ctonnx.inspect(result.model)] == ["steered", "steerable"]
+    assert "1 activations are not in front of the output 'y': they stay as they are" in result.notes
+
+
+def test_a_branch_is_refused_by_name():
+    model = parsed(
+        """
+        <ir_version: 8, opset_import: ["": 17]>
+        m (float[n,2] x, bool[1] c) => (float[n,2] y) {
+            y = If (c) <then_branch = g () => (float[n,2] p) { p = Relu (x) },
+                        else_branch = h () => (float[n,2] q) { q = Neg (x) }>
+        }
+        """
+    )
+    data = {"x": np.ones((8, 2), np.float32), "c": np.ones(8, bool)}, np.zeros(8, int)
+    with pytest.raises(UsageError, match="If 'y' has no gradient here"):
+        ctonnx.tune(model, data)
+
+
 # --- refusals
 
 
