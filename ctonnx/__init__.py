@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .ort.library import get_library_path, register
     from .ort.session import session
     from .transfer.probing import probe
+    from .tuning.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "session",
     "set",
     "sweep",
+    "tune",
     "unpatch",
     "validate",
 ]
@@ -61,6 +63,7 @@ _HOMES = {
     "session": "ort.session",
     "set": "api",
     "sweep": "measure.sweeping",
+    "tune": "tuning.tuning",
     "unpatch": "api",
     "validate": "check.validate",
 }

@@ -33,6 +33,7 @@ PUBLIC = [
     "session",
     "set",
     "sweep",
+    "tune",
     "unpatch",
     "validate",
 ]

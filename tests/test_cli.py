@@ -403,6 +403,10 @@ MISTAKES = [
     (["sweep", "none.onnx", "--data", "few.npz"], 1, "no activation to steer"),
     (["sweep", "-", "--data", "few.npz"], 2, "a sweep takes the model's file, not -"),
     (["sweep", "digits.onnx"], 2, "Missing option '--data'"),
+    (["tune", "none.onnx", "--train", "few.npz"], 1, "no activation to steer"),
+    (["tune", "-", "--train", "few.npz"], 2, "tune takes the model's file, and writes one, not -"),
+    (["tune", "digits.onnx"], 2, "Missing option '--train'"),
+    (["tune", "digits.onnx", "--train", "none.npz"], 3, "none.npz: no such file"),
 ]
 
 
@@ -856,7 +860,17 @@ def test_help_and_version(run):
     assert code == 0
     assert run()[:2] == (0, out)
     assert "..." not in out.partition("Commands:")[2]  # No first line is cut off.
-    for command in ("patch", "inspect", "set", "sweep", "probe", "unpatch", "export", "doctor"):
+    for command in (
+        "patch",
+        "inspect",
+        "set",
+        "sweep",
+        "probe",
+        "tune",
+        "unpatch",
+        "export",
+        "doctor",
+    ):
         assert f"  {command} " in out
         assert run(command, "--help")[0] == 0
     assert run("--version")[1].startswith("ctonnx")

@@ -36,7 +36,7 @@ from ..optional import require
 from ..rewriting.renamed import give_back_names
 
 # What to do where the reference run does not work.
-_REMEDY = "compare with the original, --against ORIGINAL"
+REMEDY = "compare with the original, --against ORIGINAL"
 
 # Attributes that name an element type: of an output, or of the computation.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_datatype", "output_dtype", "softmax_precision")
@@ -76,7 +76,7 @@ class Evaluator(ReferenceEvaluator):
             raise
         except Exception as error:  # NotImplementedError and other, by op and domain.
             raise ModelError(
-                f"the reference run cannot take op {_op_name(node)}: {_REMEDY}"
+                f"the reference run cannot take op {op_name(node)}: {REMEDY}"
             ) from error
 
 
@@ -90,13 +90,14 @@ def _run_named(run: Callable[..., Any], node: NodeProto, *inputs: Any, **options
         cause = error
         while cause.__cause__ is not None:  # The evaluator's own message says less.
             cause = cause.__cause__
-        where = f"{_op_name(node)} {node_label(node)!r}"
+        where = f"{op_name(node)} {node_label(node)!r}"
         raise ModelError(
-            f"the reference run failed at {where}: {first_line(cause)}: {_REMEDY}"
+            f"the reference run failed at {where}: {first_line(cause)}: {REMEDY}"
         ) from error
 
 
-def _op_name(node: NodeProto) -> str:
+def op_name(node: NodeProto) -> str:
+    """The op of a node, with its domain where that is not the default one."""
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
@@ -151,7 +152,7 @@ class Reference:
 
     def __init__(self, model: str | os.PathLike[str] | ModelProto) -> None:
         require("torch")
-        model = _prepare(model)
+        model = prepare(model)
         initializers = {tensor.name for tensor in model.graph.initializer}
         outputs = {name for node in model.graph.node for name in node.output}
         self._inputs: set[str] = {value.name for value in model.graph.input}
@@ -166,7 +167,7 @@ class Reference:
         ) as error:  # The evaluator raises many types, NotImplementedError and other.
             reason = first_line(error)
             raise ModelError(
-                f"the reference run cannot take the model: {reason}: {_REMEDY}"
+                f"the reference run cannot take the model: {reason}: {REMEDY}"
             ) from error
 
     def run(
@@ -201,7 +202,7 @@ class Reference:
         except ModelError:
             raise
         except Exception as error:  # The evaluator raises many types.
-            raise ModelError(f"the reference run failed: {first_line(error)}: {_REMEDY}") from error
+            raise ModelError(f"the reference run failed: {first_line(error)}: {REMEDY}") from error
         outputs = arrays(zip(names, map(_to_float64, values), strict=True))
         return {name: _as_in_onnxruntime(array) for name, array in outputs.items()}
 
@@ -227,7 +228,7 @@ def _as_in_onnxruntime(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint8) if array.dtype.name.startswith("float8") else array
 
 
-def _prepare(model: str | os.PathLike[str] | ModelProto) -> ModelProto:
+def prepare(model: str | os.PathLike[str] | ModelProto) -> ModelProto:
     """A copy of a ModelProto, or the model at a path: with its data, without functions."""
     copy = files.own(model)
     give_back_names(copy)

@@ -11,19 +11,34 @@ from .output import as_json as fields_of
 from .output import echo, print_json, say
 from .tables import columns
 
+# Of a histogram: empty first, then the higher the more.
+_BARS = "_▁▂▃▄▅▆▇█"
+
 
 @click.command()
 @options.model
+@click.option(
+    "--plot",
+    "drawing",
+    metavar="FILE",
+    help="Draw beta and c of all channels against depth, into a .png or .svg file.",
+)
+@options.force
 @options.json
-def inspect(model, as_json):
+def inspect(model, drawing, force, as_json):
     """List the activations of MODEL, and their state.
 
     MODEL is a file, or - for standard input. An activation is steered, steerable or, with the
-    reason, skipped.
+    reason, skipped. Where channels differ, mean and standard deviation are shown, and a histogram
+    from 0 to 1.
     """
+    from ..measure import depth
     from ..model import files
     from ..rewriting.steered import SteeredModel
 
+    if drawing is not None:
+        depth.check_drawing(drawing)
+        files.check_output(drawing, force)
     steered = SteeredModel(files.load(model))
     activations = steered.activations
     if steered.renamed:
@@ -31,6 +46,9 @@ def inspect(model, as_json):
             f"another tool renamed CTUs to {', '.join(sorted(steered.renamed))}, for which ONNX "
             "Runtime has no kernel: `ctonnx set` gives them their name back"
         )
+    if drawing is not None:
+        depth.draw(activations, drawing)
+        say(f"wrote {drawing}")
     if as_json:
         fields = ("status", "reason", "beta", "coeff", "shape", "module")
         print_json(
@@ -68,6 +86,18 @@ def _detail(activation):
 
 
 def _number(value):
-    if isinstance(value, list):
-        return "per channel"
-    return "fed" if value is None else format(value, ".12g")
+    if not isinstance(value, list):
+        return "fed" if value is None else format(value, ".12g")
+    import numpy as np
+
+    numbers = np.ravel(value)
+    return f"per channel {numbers.mean():.3f} ± {numbers.std():.3f} {_histogram(numbers)}"
+
+
+def _histogram(numbers):
+    """How numbers in [0, 1] are distributed over ten bins, a character each."""
+    import numpy as np
+
+    counts, _ = np.histogram(numbers, bins=10, range=(0, 1))
+    heights = np.ceil(counts / counts.max() * (len(_BARS) - 1)).astype(int)
+    return "".join(_BARS[height] for height in heights)

@@ -17,6 +17,7 @@ from .playground import playground
 from .probe import probe
 from .set import set_
 from .sweep import sweep
+from .tune import tune
 from .unpatch import unpatch
 from .validate import validate
 
@@ -39,6 +40,7 @@ for _command in (
     unpatch,
     sweep,
     probe,
+    tune,
     validate,
     bench,
     export,

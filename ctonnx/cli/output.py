@@ -56,10 +56,13 @@ def as_json(activation: Any, *fields: str) -> dict:
     return {field: getattr(activation, field) for field in ("name", "op", "scope", *fields)}
 
 
-def progress(label: str = "copying data", rated: bool = False) -> Callable | None:
+def progress(
+    label: str = "copying data", rated: bool = False, described: bool = False
+) -> Callable | None:
     """A function from a total, None where it is unknown, to a progress bar on stderr.
 
-    `rated` shows how many runs are done, and how fast. None where stderr is no terminal.
+    `rated` shows how many runs are done, and how fast; `described` the text that `update` is called
+    with last. None where stderr is no terminal.
     """
     if not sys.stderr.isatty():
         return None
@@ -71,6 +74,8 @@ def progress(label: str = "copying data", rated: bool = False) -> Callable | Non
             return f"{progress_bar.pos / (time.monotonic() - start):.3g} runs/s"
 
         shown = {"show_pos": True, "item_show_func": rate} if rated else {}
+        if described:
+            shown = {"show_pos": True, "item_show_func": lambda text: text}
         endless = None if total is not None else itertools.repeat(None)
         progress_bar = click.progressbar(
             endless, length=total, label=label, file=sys.stderr, **shown

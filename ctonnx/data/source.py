@@ -54,6 +54,9 @@ class Source:
         """
         raise NotImplementedError
 
+    def reorder(self, seed: int | Sequence[int]) -> None:
+        """Take the samples, or batches that can be indexed, in a random order that `seed` fixes."""
+
     def all_labels(self) -> np.ndarray | None:
         """The labels of all samples, if they can be had without reading the samples."""
         return None
@@ -94,6 +97,9 @@ class Indexed(Source):
 
     def __len__(self) -> int:
         return -(-self._count // self._batching.batch_size)
+
+    def reorder(self, seed: int | Sequence[int]) -> None:
+        self.random, self._order = True, np.random.default_rng(seed).permutation(self._count)
 
     def identity(self) -> list:
         size, seed = self._batching.batch_size, self._batching.seed
@@ -261,6 +267,12 @@ class Stream(Source):
                 "(inputs, labels)"
             )
         return iterable
+
+    def reorder(self, seed: int | Sequence[int]) -> None:
+        if self._indexable:
+            rng = np.random.default_rng(seed)
+            self.random, self._order = True, rng.permutation(len(self._batches)).tolist()
+            self._last = None
 
     def __len__(self) -> int:
         return len(self._batches)  # TypeError if it has no length.

@@ -144,8 +144,17 @@ def _classes(scores: np.ndarray, name: str) -> np.ndarray:
     return scores
 
 
-def _indices(labels: np.ndarray, count: int, name: str) -> np.ndarray:
-    """Labels as class indices."""
+def class_indices(labels: np.ndarray, count: int, name: str) -> np.ndarray:
+    """Labels as class indices.
+
+    Args:
+        labels: an array (samples,) or (samples, 1).
+        count: the number of classes.
+        name: what needs them, for messages.
+
+    Raises:
+        UsageError: they are no whole numbers from 0 to count - 1.
+    """
     labels = np.asarray(labels)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -169,7 +178,7 @@ def _of_label(scores, labels):
 
 def _accuracy(scores, labels, _):
     scores = _classes(scores, "accuracy")
-    return scores.argmax(1) == _indices(labels, scores.shape[1], "accuracy")
+    return scores.argmax(1) == class_indices(labels, scores.shape[1], "accuracy")
 
 
 def _in_top(k, scores, labels, _):
@@ -177,7 +186,7 @@ def _in_top(k, scores, labels, _):
     scores = _classes(scores, name)
     if k >= scores.shape[1]:
         raise UsageError(f"{name} is always 1: the output has {scores.shape[1]} classes")
-    labels = _indices(labels, scores.shape[1], name)
+    labels = class_indices(labels, scores.shape[1], name)
     own = _of_label(scores, labels)
     # Of equal scores the first counts, as for argmax.
     earlier = np.arange(scores.shape[1]) < labels[:, None]
@@ -186,7 +195,7 @@ def _in_top(k, scores, labels, _):
 
 def _labels_and_choices(scores, labels, _):
     scores = _classes(scores, "f1")
-    return np.stack([_indices(labels, scores.shape[1], "f1"), scores.argmax(1)], 1)
+    return np.stack([class_indices(labels, scores.shape[1], "f1"), scores.argmax(1)], 1)
 
 
 def _f1(statistics):
@@ -216,12 +225,14 @@ def smallest(dtype: np.dtype) -> float:
 
 def _nll(scores, labels, _, kind):
     scores = _classes(scores, "nll")
-    return -_of_label(log_probabilities(scores, kind), _indices(labels, scores.shape[1], "nll"))
+    return -_of_label(
+        log_probabilities(scores, kind), class_indices(labels, scores.shape[1], "nll")
+    )
 
 
 def _confidence_and_hit(scores, labels, _, kind):
     scores = _classes(scores, "ece")
-    hit = scores.argmax(1) == _indices(labels, scores.shape[1], "ece")
+    hit = scores.argmax(1) == class_indices(labels, scores.shape[1], "ece")
     return np.stack([np.exp(log_probabilities(scores, kind).max(1)), hit], 1)
 
 
@@ -243,7 +254,7 @@ def _overlaps(scores, labels, _):
             f"{_text(scores)}, the labels are {_text(labels)}"
         )
     count, seen = scores.shape[1], labels != _VOID
-    wanted = _indices(np.where(seen, labels, 0).ravel(), count, "miou").reshape(labels.shape)
+    wanted = class_indices(np.where(seen, labels, 0).ravel(), count, "miou").reshape(labels.shape)
     chosen = scores.argmax(1)
     rows = []
     for want, got, mask in zip(wanted, chosen, seen, strict=True):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,6 +145,18 @@ class Trained(dict):
             )
 
 
+class Assigned(dict):
+    """Parameters that a function assigns: it takes the activations that can be steered, in graph
+    order, and returns what each gets, {"beta" and "coeff": number or array}, or None."""
+
+    def __init__(self, assign: Callable[[Sequence[Activation]], Sequence[dict | None]]):
+        super().__init__()
+        self._assign = assign
+
+    def of(self, activations: Sequence[Activation], notes: list[str]) -> Sequence[dict | None]:
+        return self._assign(activations)
+
+
 def _modules(activation: Activation) -> list[str]:
     """The names that the module of an activation may have."""
     module = activation.module
@@ -189,7 +201,7 @@ def resolve(
         params: as `read` gives it; values may be NumPy arrays. A key that is an activation's name,
             scope/name or PyTorch module stands for that; any other is a regular expression searched
             in scope/name. A name outweighs a pattern, and a later pattern an earlier one. Those of
-            Trained are modules.
+            Trained are modules, and Assigned has none.
         beta, coeff: where `params` gives none; beta may be None.
         notes: a list that takes what the user should know.
 
@@ -200,7 +212,7 @@ def resolve(
         UsageError: a key matches nothing, or a value is not in [0, 1].
     """
     own = [{} for _ in activations]
-    if isinstance(params, Trained):
+    if isinstance(params, Trained | Assigned):
         for i, pair in enumerate(params.of(activations, notes)):
             if pair is not None:
                 own[i] = _checked(activations[i].path, pair)

@@ -66,6 +66,15 @@ def trainable(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> nn.M
     return _replace(model, units)
 
 
+def pair_shape(shape: Sequence[int]) -> list[int]:
+    """The shape of a beta or c for each channel of a tensor, as in the authors' code: 1 but for
+    dim 1 of tensors with 4 dimensions or more, and the last dim of others."""
+    pair = [1] * len(shape)
+    channel = 1 if len(shape) >= 4 else -1
+    pair[channel] = shape[channel]
+    return pair
+
+
 class _Uses(TorchFunctionMode):
     """Records how a model uses activations, while it runs with the hooks of its modules.
 
@@ -86,9 +95,7 @@ class _Uses(TorchFunctionMode):
         """Hook before an activation module runs."""
         self._in_module = True
         x = args[0] if args else kwargs["input"]
-        shape = [1] * x.dim()
-        channel = 1 if len(shape) >= 4 else -1
-        shape[channel] = x.shape[channel]
+        shape = pair_shape(x.shape)
         first = self.shapes.setdefault(module, shape)
         if first != shape:
             raise UsageError(

@@ -92,7 +92,7 @@ def define_task(
         UsageError: the training labels are all alike, lack one of the test labels, or are too few
             to split.
     """
-    classes = _classes(set(train_labels), set(test_labels))
+    classes = classes_of(set(train_labels), set(test_labels))
     targets = indices_of(train_labels, classes)
     splits = _splits(targets, classes, seeds, validation)
     return Task(classes, targets, indices_of(test_labels, classes), seeds, splits)
@@ -134,7 +134,12 @@ def indices_of(labels: Iterable[Label], classes: Sequence[Label]) -> np.ndarray:
     return np.array([indices[label] for label in labels])
 
 
-def _classes(train: set[Label], test: set[Label]) -> list[Label]:
+def classes_of(train: set[Label], test: set[Label]) -> list[Label]:
+    """The training labels in order, numbers first.
+
+    Raises:
+        UsageError: they are all alike, or lack one of the test labels.
+    """
     if len(train) == 1:
         raise UsageError(f"all training labels are {train.pop()!r}: there is nothing to tell apart")
     unknown = _in_order(test - train)

@@ -1,6 +1,6 @@
 """Registering ops for onnx's ReferenceEvaluator: PyTorch functions, and classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,21 +35,30 @@ class TorchOp(VersionedOp):
     body: ClassVar[Callable[..., Any]]
 
     def _run(self, *inputs: np.ndarray | None, **attributes: Any) -> tuple[np.ndarray, ...]:
+        outputs = self.compute(map(_tensor, inputs), attributes)
+        return tuple(tensor.numpy() for tensor in outputs)
+
+    def compute(
+        self, inputs: Iterable[Tensor | None], attributes: Mapping[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """The outputs of the node."""
         if self.op_domain:  # The others are defaults of a standard op of the same name.
             own = {attribute.name for attribute in self.onnx_node.attribute}
             attributes = {k: v for k, v in attributes.items() if k in own}
         # A NumPy float32 attribute would turn what is computed with it into float32.
         exact = {k: float(v) if isinstance(v, np.floating) else v for k, v in attributes.items()}
-        outputs = self.body(*map(_tensor, inputs), **exact)
-        return tuple(t.numpy() for t in (outputs if isinstance(outputs, tuple) else [outputs]))
+        outputs = self.body(*inputs, **exact)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def op(*op_types: str, domain: str = "") -> Callable[[Callable], Callable]:
+def op(
+    *op_types: str, domain: str = "", registry: list[type[OpRun]] = OPS
+) -> Callable[[Callable], Callable]:
     """Decorator that registers a function as the `body` of a TorchOp for each op type."""
 
     def register(body):
         members = {"op_domain": domain, "body": body}
-        OPS.extend(type(op_type, (TorchOp,), members) for op_type in op_types)
+        registry.extend(type(op_type, (TorchOp,), members) for op_type in op_types)
         return body
 
     return register

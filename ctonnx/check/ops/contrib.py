@@ -215,7 +215,7 @@ def _nhwc_max_pool(
     dilations=None,
     ceil_mode=0,
 ):
-    y, _ = max_pool(
+    y, *_ = max_pool(
         self,
         x.movedim(-1, 1),
         kernel_shape=kernel_shape,

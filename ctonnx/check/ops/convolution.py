@@ -68,6 +68,8 @@ def windows_of(
 
 def pad(x: Tensor, pads: Pads, value: float = 0.0) -> Tensor:
     """Pad, or crop where negative, the last axes of `x`."""
+    if not any(map(any, pads)):
+        return x  # PyTorch would copy it.
     return functional.pad(x, [n for pair in reversed(pads) for n in pair], value=value)
 
 
@@ -91,11 +93,15 @@ def conv(
     **sliding: Any,
 ) -> Tensor:
     windows = windows_of(x.shape[2:], w.shape[2:], **sliding)
+    padding = [begin for begin, _ in windows.pads]
+    if any(begin != end or begin < 0 for begin, end in windows.pads):
+        x, padding = pad(x, windows.pads), 0
     return for_rank("conv", x)(
-        pad(x, windows.pads),
+        x,
         w,
         b,
         windows.strides,
+        padding,
         dilation=windows.dilations,
         groups=group,
     )

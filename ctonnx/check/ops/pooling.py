@@ -30,10 +30,11 @@ def _window_sums(values: Tensor, kernel: list[int], windows: Windows) -> Tensor:
 @op("MaxPool")
 def max_pool(
     self: Any, x: Tensor, *, kernel_shape: Any, storage_order: int = 0, **sliding: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     sizes = x.shape[2:]
     windows = windows_of(sizes, kernel_shape, **sliding)
-    padded = pad(x.double(), windows.pads_and_beyond, -math.inf)
+    wide = x if x.is_floating_point() else x.double()
+    padded = pad(wide, windows.pads_and_beyond, -math.inf)
     if 0 in (pooled := _pooled_sizes(padded, kernel_shape, windows)):
         empty = x.new_zeros(*x.shape[:2], *pooled)
         return empty, empty.long()
@@ -41,6 +42,8 @@ def max_pool(
     y, indices = pool(
         padded, kernel_shape, windows.strides, dilation=windows.dilations, return_indices=True
     )
+    if len(self.output) == 1:
+        return (y.to(x.dtype),)
     # From an index into the padded axes of an image to one into all of x.
     coordinates = []
     for size, (begin, _) in reversed(list(zip(padded.shape[2:], windows.pads, strict=True))):
