@@ -162,7 +162,7 @@ def tune(
     if micro_batch is not None and any(i.shape and i.shape[0] for i in steerable.inputs):
         raise UsageError("the model takes batches of a fixed size: leave out micro_batch")
     options = DataOptions(labels, batch_size, images, skip_broken)
-    source = open_source(train, steerable.inputs, options, shuffle=True)
+    source = open_source(train, steerable.inputs, options, seed=0)
     validation = None
     if val is not None:
         options = replace(options, labels=val_labels or labels)
