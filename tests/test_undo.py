@@ -181,7 +181,15 @@ def start_with_one(loop, body, graph):
     del empty.attribute[:]
 
 
-@pytest.mark.parametrize("change", [drop_identity, read_the_step, stop_early, start_with_one])
+def add_a_condition(loop, body, graph):
+    graph.node.insert(0, helper.make_node("Constant", [], ["zero"], value_int=0))
+    graph.node.insert(1, helper.make_node("Cast", ["zero"], ["never"], to=9))
+    loop.input[1] = "never"
+
+
+@pytest.mark.parametrize(
+    "change", [drop_identity, read_the_step, stop_early, start_with_one, add_a_condition]
+)
 def test_a_loop_that_is_no_sequence_map_any_more(change):
     changed = ctonnx.patch(parsed(MAPPED), 0.7)
     graph = changed.graph
@@ -191,6 +199,13 @@ def test_a_loop_that_is_no_sequence_map_any_more(change):
     with pytest.raises(ModelError, match="the Loop 't' was a SequenceMap, and another tool has"):
         SteeredModel(changed).unsteer()
     assert changed.SerializeToString() == before
+
+
+def test_what_a_sequence_map_declares_wrongly_goes_back_as_it_was():
+    model = onnx.parser.parse_model(MAPPED.replace("float[a, 4] e", "float16[a, 4] e"))
+    changed = ctonnx.patch(model, 0.7)
+    assert any(node.op_type == "Loop" for node in changed.graph.node)
+    assert ctonnx.unpatch(changed) == model
 
 
 def test_what_others_read_too_stays():
