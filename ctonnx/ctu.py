@@ -16,7 +16,7 @@ DOMAIN = "ctonnx"
 OP_TYPE = "CTU"
 VERSION = 1
 
-# The op, and those that are made of it: `kinked_function`.
+# The op, and those with kinks elsewhere than at 0: `kinked_function`.
 OPS = (OP_TYPE, "CTUMax", "CTUMin", "CTUClip", "CTUHardSigmoid")
 EPSILON = 1e-6
 
@@ -301,6 +301,6 @@ def kinked_function(op_type: str, opset: int, dtypes: Iterable[int]) -> Function
 
 
 def is_ctu(proto: NodeProto | FunctionProto) -> bool:
-    """Whether a NodeProto, or FunctionProto, is an op of ours: CTU or one that calls it."""
+    """Whether a NodeProto, or FunctionProto, is an op of ours."""
     name = proto.name if isinstance(proto, FunctionProto) else proto.op_type
     return proto.domain == DOMAIN and name in OPS
