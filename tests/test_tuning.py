@@ -14,7 +14,7 @@ from conftest import DIGITS, parsed
 
 import ctonnx
 from ctonnx.cli import main as cli
-from ctonnx.errors import NothingToDo, UsageError
+from ctonnx.errors import InputFileError, NothingToDo, UsageError
 from ctonnx.rewriting.steered import SteeredModel
 
 pytest.importorskip("torch")
@@ -376,6 +376,52 @@ def test_probabilities_train_as_their_logits_do(tmp_path):
     of_probabilities = ctonnx.tune(model, TRAIN, per="stage", epochs=1)
     of_logits = ctonnx.tune(MODEL, TRAIN, per="stage", epochs=1)
     np.testing.assert_allclose(of_probabilities.losses, of_logits.losses, rtol=1e-3)
+
+
+class Interrupted:
+    """A progress bar that interrupts at a step."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def __call__(self, total):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def update(self, steps, text):
+        self.left -= steps
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_an_interrupted_training_goes_on_as_if_it_was_not(tmp_path, head):
+    options = {"per": "stage", "epochs": 4, "head": head}
+    whole = ctonnx.tune(MODEL, TRAIN, VAL, **options)
+    out = tmp_path / "t.onnx"
+    with pytest.raises(KeyboardInterrupt):  # in the third epoch of 9 steps each
+        ctonnx.tune(MODEL, TRAIN, VAL, **options, output=out, progress=Interrupted(20))
+    assert [path.name for path in tmp_path.iterdir()] == ["t.onnx.progress"]
+    with pytest.raises(UsageError, match="of another model, other data or options"):
+        ctonnx.tune(MODEL, TRAIN, VAL, **options, output=out, resume=True, rate=0.2)
+    steps = Interrupted(18 + 18 + (36 if head else 0))  # the first two epochs are not run again
+    resumed = ctonnx.tune(MODEL, TRAIN, VAL, **options, output=out, resume=True, progress=steps)
+    assert steps.left == 0
+    assert resumed.losses == whole.losses
+    assert resumed.epochs == whole.epochs
+    assert resumed.activations == whole.activations
+    assert resumed.written == whole.written
+    assert [path.name for path in tmp_path.iterdir()] == ["t.onnx"]
+    with pytest.raises(UsageError, match="resume needs an output"):
+        ctonnx.tune(MODEL, TRAIN, resume=True)
+    (tmp_path / "x.onnx.progress").write_bytes(b"damaged")
+    with pytest.raises(InputFileError, match="cannot be read as the state of a training"):
+        ctonnx.tune(MODEL, TRAIN, output=tmp_path / "x.onnx", resume=True)
 
 
 # --- where it starts

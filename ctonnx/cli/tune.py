@@ -89,6 +89,7 @@ from .tables import columns, interval
     metavar="FILE.pth",
     help="Write the raw beta and c too, under the names of the authors' code.",
 )
+@click.option("--resume", is_flag=True, help="Continue the interrupted training of this --output.")
 @options.force
 @options.json
 def tune(model, output, as_json, feeding, **choices):
@@ -114,11 +115,17 @@ def tune(model, output, as_json, feeding, **choices):
         say("the op library is not installed: the model runs as its fallback")
     from ..tuning import tuning
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "running without fast kernels")
-        result = tuning.tune(
-            model, output=output, progress=progress("tuning", described=True), **feeding, **choices
-        )
+    saved = Path(f"{output}.progress")
+    before = saved.stat().st_mtime_ns if saved.exists() else None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "running without fast kernels")
+            bar = progress("tuning", described=True)
+            result = tuning.tune(model, output=output, progress=bar, **feeding, **choices)
+    except BaseException:
+        if saved.exists() and saved.stat().st_mtime_ns != before:
+            say(f"progress saved in {saved}; continue with --resume")
+        raise
     for note in result.notes:
         say(note)
     if as_json:

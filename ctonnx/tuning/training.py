@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -68,8 +68,9 @@ class History:
     epochs: list[Epoch] = field(default_factory=list)
     best: Epoch | None = None
     stopped: str | None = None
-    # The last state with which the loss was a number.
+    # The last state with which the loss was a number, and that of the best epoch.
     good: dict[str, Tensor] | None = field(default=None, repr=False)
+    best_state: dict[str, Tensor] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,16 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
+class Saving(Protocol):
+    """Saves the state after each epoch, and restores it."""
+
+    def save(
+        self, trainee: Trainee, optimizer: torch.optim.Optimizer, history: History
+    ) -> None: ...
+
+    def restore(self, trainee: Trainee, optimizer: torch.optim.Optimizer) -> History: ...
+
+
 def fit(
     trainee: Trainee,
     data: Data,
@@ -111,6 +122,7 @@ def fit(
     metric: Metric,
     schedule: Schedule,
     progress: Progress | None = None,
+    saving: Saving | None = None,
 ) -> History:
     """Train, and leave the best state: that with the least loss on the validation data, or the
     last without these. A loss that is no number stops the training; the state before stays.
@@ -122,9 +134,13 @@ def fit(
     if trainee.curvature is not None:
         groups.append({"params": list(trainee.curvature.parameters()), "lr": schedule.rate})
     optimizer = torch.optim.Adam(groups)
-    history, best, least = History(), None, float("inf")
+    history = History() if saving is None else saving.restore(trainee, optimizer)
     with progress(_count_steps(data.train, schedule)) if progress else nullcontext() as bar:
-        for epoch in range(1, schedule.epochs + 1):
+        if bar and history.losses:
+            bar.update(len(history.losses), "")
+        for epoch in range(len(history.epochs) + 1, schedule.epochs + 1):
+            if history.stopped:
+                break
             data.train.reorder([schedule.seed, epoch])
             mean = _run_epoch(trainee, data, loss, schedule, optimizer, history, bar)
             if history.stopped:
@@ -132,21 +148,27 @@ def fit(
             done = Epoch(epoch, mean)
             if data.validation is not None:
                 done = Epoch(epoch, mean, *_validate(trainee, data, loss, metric))
-            history.epochs.append(done)
+            _add(history, done, trainee, schedule)
             if bar:
                 bar.update(0, _shown(done, metric))
-            if done.validation_loss is None:
-                continue
-            if done.validation_loss < least:
-                history.best, best, least = done, _copied(trainee.state()), done.validation_loss
-            elif epoch - (history.best or done).epoch >= schedule.patience:
-                history.stopped = (
-                    f"the validation loss has not fallen for {schedule.patience} epochs"
-                )
-                break
-    if best is not None:
-        trainee.load(best)
+            if saving is not None:
+                saving.save(trainee, optimizer, history)
+    if history.best_state is not None:
+        trainee.load(history.best_state)
     return history
+
+
+def _add(history: History, done: Epoch, trainee: Trainee, schedule: Schedule) -> None:
+    """Add an epoch, and keep its state if it is the best."""
+    history.epochs.append(done)
+    if done.validation_loss is None:
+        return
+    best = history.best
+    least = float("inf") if best is None or best.validation_loss is None else best.validation_loss
+    if done.validation_loss < least:
+        history.best, history.best_state = done, _copied(trainee.state())
+    elif best is not None and done.epoch - best.epoch >= schedule.patience:
+        history.stopped = f"the validation loss has not fallen for {schedule.patience} epochs"
 
 
 def _count_steps(source: Source, schedule: Schedule) -> int | None:

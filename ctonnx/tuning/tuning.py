@@ -68,6 +68,7 @@ def tune(
     output: str | os.PathLike | None = None,
     export_checkpoint: str | os.PathLike | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: Callable[[int | None], AbstractContextManager[Any]] | None = None,
 ) -> Tuning:
     """Train β and c of a model's activations on data, and write the steered model.
@@ -107,10 +108,13 @@ def tune(
         labels, val_labels: the name of the labels' array or column in `train` and in `val`, or the
             path of an .npy file. `val_labels` is as `labels` where None.
         batch_size, images, skip_broken: as for `ctonnx.sweep`.
-        output: where to write the model, which then has to be a path.
+        output: where to write the model, which then has to be a path. The state of the training is
+            saved in OUTPUT.progress until it is written.
         export_checkpoint: where to write the raw β and c too: a state dict with the names that the
             authors' code gives them, for models whose nodes name their PyTorch modules.
         force: overwrite what is written.
+        resume: go on from OUTPUT.progress, which must be of the same model, data and options;
+            functions are known by their names alone.
         progress: called with the number of steps, None if unknown; returns a context manager for an
             object whose `update` is called with the number done since, and a text.
 
@@ -127,6 +131,7 @@ def tune(
     """
     torch = require("torch")
     from .losses import loss_named, with_kind
+    from .saved import Saved, progress_path
     from .subject import Subject, new_head
     from .task import Start, Task, result_of
     from .training import Data, Schedule, fit
@@ -145,6 +150,8 @@ def tune(
     if by_order and not isinstance(init, str | Path):
         raise UsageError("by_order goes with the path of a T-CT state dict as init")
     _check_output(model, output, force)
+    if resume and output is None:
+        raise UsageError("resume needs an output: the state is saved beside it")
     if export_checkpoint is not None:
         files.check_output(export_checkpoint, force)
     intervals.quantile(intervals.LEVEL, 1)  # Fail early if scipy is missing.
@@ -200,12 +207,22 @@ def tune(
     assert trainee.curvature is not None
     if export_checkpoint is not None:
         trainee.curvature.state_of_modules()  # Where that fails it does so before training.
-    history = fit(trainee, task.data, task.loss, task.metric, schedule, progress)
+    saved = None
+    if output is not None:
+        options = (per, groups, loss, metric, head, features, batch_norm, include, exclude, seed)
+        rates = (beta, coeff, init, rate, head_rate, micro_batch, epochs, patience)
+        known = [getattr(value, "__name__", str(value)) for value in (*options, *rates)]
+        sources = [source] if validation is None else [source, validation]
+        identity = [*steerable.identity(), *(each.identity() for each in sources)]
+        saved = Saved(progress_path(output), [*map(str, identity), *known], resume)
+    history = fit(trainee, task.data, task.loss, task.metric, schedule, progress, saved)
     control = None
     if head or task.adapt:
         control = task.prepare_control()
         fit(control, task.data, task.loss, task.metric, schedule, progress)
     result = result_of(task, trainee, control, history, per, output, force)
+    if saved is not None:
+        saved.remove()
     if export_checkpoint is not None:
         buffer = io.BytesIO()
         torch.save(trainee.curvature.state_of_modules(), buffer)
