@@ -75,7 +75,7 @@ const char* message_of(cudaError_t error) {
 }
 
 template <class T, int kLanes, bool kGrid, bool kBounded>
-__global__ void __launch_bounds__(kThreads, kGrid ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, kGrid || kBounded ? 2 : 4)
     ctu_kernel(const __grid_constant__ Work<T> work) {
   run_thread<kLanes, kGrid, kBounded, Approximate>(work, blockIdx.x, gridDim.x, threadIdx.x);
 }
