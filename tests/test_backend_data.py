@@ -191,6 +191,12 @@ def wrong(expected, actual):
     return [f"{c.name}: {c.reason}" for c in compare(expected, actual) if not c.ok]
 
 
+def is_plain(model):
+    """Whether the model's units are CTUs, which alone the evaluator knows without a function."""
+    units = [n for s in scopes(model) for n in s.graph.node if ctu.is_ctu(n)]
+    return all(node.op_type == ctu.OP_TYPE for node in units)
+
+
 def assert_follows_the_oracle(model, inputs, original=None):
     """Assert that every lowering follows the original at beta 1 and the oracle at 0.85.
 
@@ -208,6 +214,8 @@ def assert_follows_the_oracle(model, inputs, original=None):
             changed, report = steered(model, beta, lowering)
             assert report.replaced
             onnx.checker.check_model(changed, full_check=lowering != "op")
+            if run is in_reference and lowering == "op" and not is_plain(changed):
+                continue
             for library in LIBRARY[lowering]:
                 difference = wrong(wanted, run(changed, inputs, library))
                 assert not difference, (lowering, beta, library, difference)

@@ -418,7 +418,8 @@ def test_a_note_mentions_calibrated_ranges():
         ("Relu(e)", "portable", "Loop"),
         ("Relu(e)", "op", "SequenceMap"),
         ("Relu(e)", "primitives", "SequenceMap"),
-        ("Clip(e, zero, six)", "op", "Loop"),
+        ("Clip(e, zero, six)", "portable", "Loop"),
+        ("Clip(e, zero, six)", "op", "SequenceMap"),
         ("Identity(e)", "portable", "SequenceMap"),
     ],
 )

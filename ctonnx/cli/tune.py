@@ -93,7 +93,7 @@ from .tables import columns, interval
 @options.force
 @options.json
 def tune(model, output, as_json, feeding, **choices):
-    """Train beta and c of MODEL on your data, and nothing else but a new head.
+    """Train beta and c of MODEL on your data.
 
     Beta and c are sigmoids of what Adam trains; the weights stay. With --head, or --batch-norm
     adapt, a network without beta and c is trained likewise, and the gain is over that. --output,

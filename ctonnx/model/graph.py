@@ -252,29 +252,34 @@ def check_names(model: ModelProto, scopes: Iterable[Scope]) -> None:
         ModelError: there is one.
     """
     for proto in (*model.opset_import, *model.functions):
-        _check_text(proto.domain)
-    _check_text(*(entry.key for entry in model.metadata_props))
+        check_text(proto.domain)
+    check_text(*(entry.key for entry in model.metadata_props))
     for function in model.functions:
-        _check_text(function.name, function.overload, *function.attribute)
+        check_text(function.name, function.overload, *function.attribute)
     for scope in scopes:
         _check_names(scope.graph)
 
 
 def _check_names(graph: GraphProto | FunctionProto) -> None:
-    _check_text(graph.name)
+    check_text(graph.name)
     if isinstance(graph, FunctionProto):
-        _check_text(*graph.input, *graph.output, *(entry.domain for entry in graph.opset_import))
+        check_text(*graph.input, *graph.output, *(entry.domain for entry in graph.opset_import))
     else:
         for values in (graph.input, graph.output, graph.value_info, graph.initializer):
-            _check_text(*(value.name for value in values))
-        _check_text(*(tensor.values.name for tensor in graph.sparse_initializer))
+            check_text(*(value.name for value in values))
+        check_text(*(tensor.values.name for tensor in graph.sparse_initializer))
     for node in graph.node:
-        _check_text(node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
-        _check_text(*(attribute.name for attribute in node.attribute))
-        _check_text(*(entry.key for entry in node.metadata_props))
+        check_text(node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
+        check_text(*(attribute.name for attribute in node.attribute))
+        check_text(*(entry.key for entry in node.metadata_props))
 
 
-def _check_text(*texts: object) -> None:
+def check_text(*texts: object) -> None:
+    """Refuse names that are not UTF-8.
+
+    Raises:
+        ModelError: there is one.
+    """
     # Protobuf gives text that is not UTF-8 as bytes, which serve as no key or name.
     if any(isinstance(text, bytes) for text in texts):
         raise ModelError("a name in the model is not UTF-8")

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from ..errors import ModelError
-from ..model.graph import keep, node_label
+from ..model.graph import check_text, keep, node_label
 
 # Stands for beta or coeff where it is not one number.
 PER_ACTIVATION = "per activation"
@@ -252,6 +252,13 @@ def _encode(proto: Message) -> str:
 
 def _decode(kind: type[_Proto], text: str) -> _Proto:
     try:
-        return kind.FromString(base64.b64decode(text, validate=True))
+        proto = kind.FromString(base64.b64decode(text, validate=True))
+        if isinstance(proto, NodeProto):
+            check_text(proto.op_type, proto.domain, *proto.input, *proto.output)
+            check_text(*(attribute.name for attribute in proto.attribute))
+        elif isinstance(proto, ModelProto):
+            check_text(*(value.name for value in proto.graph.input))
+            check_text(*(entry.domain for entry in proto.opset_import))
+        return proto
     except Exception:  # base64 and protobuf have errors of their own for damage.
         raise ModelError(f"the record {_ORIGINAL} in the model is damaged: cannot undo") from None
