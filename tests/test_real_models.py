@@ -236,8 +236,8 @@ def test_open_nsfw_quantized(fetched, tmp_path, form):
             assert len(relus(onnx.load(quantized))) == 49
             assert assert_steers(quantized, tmp_path) > ENOUGH
             if form == QuantFormat.QDQ:
-                # Rounding differs in one of 100,000 values, and the output has steps of 1/127, which are
-                # 4 % of its smaller number.
+                # Rounding differs in one of 100,000 values, and the output has steps of 1/127,
+                # which are 4 % of its smaller number.
                 assert_reference_agrees(quantized, tmp_path, tolerance=0.1, coarse=True)
         else:
             with pytest.raises(NothingToDo, match="its range starts at 0"):
