@@ -18,6 +18,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ctonnx import ctu
+from ctonnx.cli.main import main
 from ctonnx.model.graph import scopes
 from ctonnx.rewriting import activations
 
@@ -247,3 +248,23 @@ def fetched(request):
         return folder
 
     return fetch
+
+
+class Result(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """A function that runs the command line with its arguments, and gives a Result."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ctonnx", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return Result(exit_.value.code or 0, *capsys.readouterr())
+
+    return run

@@ -2,9 +2,7 @@
 
 import gc
 import json
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -17,7 +15,6 @@ import ctonnx
 from ctonnx.calibration import calibrate as calibrating
 from ctonnx.calibration import calibrator, folding, moments
 from ctonnx.calibration.moments import Correction, Moments, correction
-from ctonnx.cli.main import main
 from ctonnx.errors import UsageError
 from ctonnx.model.graph import scopes
 from ctonnx.rewriting.steered import SteeredModel
@@ -770,26 +767,6 @@ def digits(tmp_path, monkeypatch):
         (tmp_path / file).write_bytes((DIGITS / file).read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-class Result(NamedTuple):
-    exit_code: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command line."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ctonnx", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        return Result(exit_.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 CALIBRATE = ("--calibrate", "digits_test.npz")

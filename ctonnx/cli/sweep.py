@@ -51,6 +51,11 @@ if TYPE_CHECKING:
     help="Take the smallest beta that is worse than the original by no more than this.",
 )
 @click.option(
+    "--per",
+    type=click.Choice(["stage", "activation"]),
+    help="Then look for a beta of each of these, one after the other.",
+)
+@click.option(
     "--output-name",
     metavar="NAME",
     help="The output to measure.  [default: the first that suits the metric and the labels]",
@@ -79,7 +84,7 @@ if TYPE_CHECKING:
     metavar="[FILE]",
     is_flag=False,
     flag_value="-",
-    help="Draw the curve: into a .png or .svg file, or here, as text.",
+    help="Draw the curve, or with --per beta against depth: into a .png or .svg file, or here.",
 )
 @click.option("--save-best", metavar="FILE", help="Write the model with the best beta.")
 @click.option(
@@ -112,7 +117,7 @@ def sweep(model, drawing, save_best, beta_as, as_json, feeding, **choices):
         )
     for note in result.notes:
         say(note)
-    if save_best is not None and result.best is result.original:
+    if save_best is not None and not result.grouped and result.best is result.original:
         say(f"the original is best: {save_best} computes the same, with CT units at beta 1")
     if as_json:
         print_json(output, **result.document())
@@ -123,6 +128,10 @@ def sweep(model, drawing, save_best, beta_as, as_json, feeding, **choices):
         click.echo(result.plot())
     for line in verdict(result).splitlines():
         echo(None, line)
+    if result.grouped is not None:
+        for line in columns(_part_rows(result)):
+            click.echo(line)
+        echo(None, _grouped_verdict(result))
     for path in filter(None, (output, save_best, picture)):
         say(f"wrote {path}")
 
@@ -141,6 +150,8 @@ def _check(model, drawing, save_best, beta_as, **choices):
         raise click.UsageError("--resume goes with -o: progress is kept beside the output")
     if beta_as is not None and save_best is None:
         raise click.UsageError("--beta-as goes with --save-best: it is how that is written")
+    if beta_as == "input" and choices["per"] is not None:
+        raise click.UsageError("--beta-as input takes one beta for all: leave out --per")
     if choices["calibration"] is not None:
         check_calibration(choices["calibration"], beta_as or "initializer")
     if drawing is not None:
@@ -192,6 +203,34 @@ def _rows(result):
             *(("", "") if point is result.original else interval(point, form)),
             str(point.samples) if raced else "",
         )
+
+
+def _part_rows(result):
+    """The rows of a table with one for each stage or activation."""
+    yield result.grouped.per.upper(), "ACTIVATIONS", "BETA", "C", "PART OF THE GAIN", "95 %"
+    form = _format(result)
+    for part in result.grouped.parts:
+        unlike = part.part or part.part_low or part.part_high
+        yield (
+            part.name,
+            "" if result.grouped.per == "activation" else str(len(part.activations)),
+            f"{part.beta:g}",
+            "" if part.coeff is None else f"{part.coeff:g}",
+            f"{part.part:+{form}}" if unlike else "",
+            f"{part.part_low:+{form}} to {part.part_high:+{form}}" if unlike else "",
+        )
+
+
+def _grouped_verdict(result):
+    """The line on what a beta of each stage or activation gains."""
+    grouped, form = result.grouped, _format(result)
+    gain, ends = interval(grouped, form)
+    single = f"{grouped.over_single_low:+{form}} to {grouped.over_single_high:+{form}}"
+    return (
+        f"per {grouped.per}: {result.metric} {grouped.value:{form}}, gain over the original {gain} "
+        f"(95 %: {ends}), over one beta {grouped.over_single:+{form}} (95 %: {single}), "
+        f"the best of {grouped.combinations} points"
+    )
 
 
 def _format(result):

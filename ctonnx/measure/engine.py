@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from .. import ctu
 from ..data.batches import Batch, Input, array_bytes, digest, padded
@@ -20,7 +20,8 @@ from ..model.external import check_external_data
 from ..ort import library
 from ..ort.runs import beside
 from ..ort.session import session
-from ..rewriting.steer import steer
+from ..rewriting.places import Group, Place, insert_places, take_original
+from ..rewriting.steer import Selection, steer
 from ..rewriting.steered import SteeredModel
 from .metrics import Metric
 
@@ -29,6 +30,9 @@ ORIGINAL_POINT = 0
 
 # β and c; the model's own c where that is None.
 BetaCoeff = tuple[float, float | None]
+
+# Where a model is measured: β and c of all activations, or of each of their groups.
+Where = BetaCoeff | tuple[BetaCoeff, ...]
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
@@ -53,6 +57,8 @@ class Steerable:
         chosen: the name of the output that is measured; the first measurable one if None.
         corrections: point -> input name -> array of the corrections of calibration, which are
             inputs too; empty without calibration.
+        places: the activations, if each has inputs of its own.
+        groups: the groups of these that share β and c, if points give each its own.
     """
 
     data: bytes
@@ -68,7 +74,9 @@ class Steerable:
     external: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     chosen: str | None = None
-    corrections: dict[BetaCoeff, dict[str, np.ndarray]] = field(default_factory=dict)
+    corrections: dict[Where, dict[str, np.ndarray]] = field(default_factory=dict)
+    places: list[Place] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
 
     @property
     def parameters(self) -> list[str]:
@@ -128,12 +136,16 @@ class Steerable:
         return beside(self.data, self.folder)
 
 
-def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steerable:
+def prepare(
+    model: str | Path | ModelProto, sweep_coeff: bool = False, each: bool = False
+) -> Steerable:
     """Make a Steerable of a model, which is steered first if it is not yet.
 
     Args:
         model: a path or a ModelProto. It is not changed.
         sweep_coeff: make c an input too.
+        each: give each activation inputs of its own. A steered model keeps its choice of
+            activations, and its c where that is not an input.
 
     Raises:
         NothingToDo: there is no activation to steer.
@@ -147,19 +159,22 @@ def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steera
         external = check_external_data(proto, Path(model).parent)
         if external:
             folder = str(Path(model).parent.absolute())
-    notes = []
+    notes, places = [], []
     steered = SteeredModel(proto)
     steered.check_uncalibrated("take its original instead")
-    if not steered.is_steered:
-        report = steer(proto, 1.0, beta_as="required-input")
-        count = f"{len(report.replaced)} activations, {len(report.skipped)} skipped"
-        notes.append(f"steered on the fly: {count}")
-        steered = SteeredModel(proto, betas=report.beta_names)
-    betas, coeffs = steered.changeable(sweep_coeff)
-    if sweep_coeff and not coeffs:
-        raise UsageError("c cannot be swept: the model is lowered to primitives")
-    if len(betas) > 1:
-        notes.append(f"all activations share one beta, in place of {len(betas)}")
+    if each:
+        places = _insert_places(proto, notes)
+        betas, coeffs = {place.beta for place in places}, {place.coeff for place in places}
+    else:
+        if not steered.is_steered:
+            report = steer(proto, 1.0, beta_as="required-input")
+            notes.append(_steered_on_the_fly(len(report.replaced), len(report.skipped)))
+            steered = SteeredModel(proto, betas=report.beta_names)
+        betas, coeffs = steered.changeable(sweep_coeff)
+        if sweep_coeff and not coeffs:
+            raise UsageError("c cannot be swept: the model is lowered to primitives")
+        if len(betas) > 1:
+            notes.append(f"all activations share one beta, in place of {len(betas)}")
     initializers = {tensor.name for tensor in proto.graph.initializer}
     if not sweep_coeff and coeffs <= initializers:
         coeffs = set()
@@ -184,15 +199,49 @@ def prepare(model: str | Path | ModelProto, sweep_coeff: bool = False) -> Steera
         coeffs=sorted(coeffs),
         external=sorted(map(str, external.values())),
         notes=notes,
+        places=places,
     )
 
 
-def parameters_at(steerable: Steerable, point: BetaCoeff) -> dict[str, np.ndarray]:
+def _insert_places(proto: ModelProto, notes: list[str]) -> list[Place]:
+    """Steer a model, in place, each activation by an initializer of its own for β and for c.
+
+    An activation that was steered keeps its c, where the model tells it.
+    """
+    own = take_original(proto)
+    places = insert_places(proto, Selection(), lambda a: own is None or a.path in own)
+    if own is None:
+        skipped = sum(a.status == "skipped" for a in SteeredModel(proto).activations)
+        notes.append(_steered_on_the_fly(len(places), skipped))
+    known = {path: a.coeff for path, a in (own or {}).items() if a.coeff is not None}
+    coeffs = {p.coeff: known.get(p.activation.path, ctu.COEFF) for p in places}
+    for tensor in proto.graph.initializer:
+        if tensor.name in coeffs:
+            array = np.asarray(coeffs[tensor.name], np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    return [replace(p, activation=replace(p.activation, coeff=coeffs[p.coeff])) for p in places]
+
+
+def _steered_on_the_fly(steered: int, skipped: int) -> str:
+    return f"steered on the fly: {steered} activations, {skipped} skipped"
+
+
+def parameters_at(steerable: Steerable, point: Where) -> dict[str, np.ndarray]:
     """What to feed for β and c at a point: name -> float32 array without dimensions."""
-    beta, coeff = point
-    values = dict.fromkeys(steerable.betas, beta)
-    values |= dict.fromkeys(steerable.coeffs, ctu.COEFF if coeff is None else coeff)
-    return {name: np.array(value, np.float32) for name, value in values.items()}
+    values = {}
+    if isinstance(point[0], tuple):
+        for group, pair in zip(steerable.groups, cast(Sequence[BetaCoeff], point), strict=True):
+            for place in (steerable.places[i] for i in group.members):
+                values |= {place.beta: pair[0], place.coeff: pair[1]}
+        values = {name: values[name] for name in [*steerable.betas, *steerable.coeffs]}
+    else:
+        beta, coeff = point
+        values |= dict.fromkeys(steerable.betas, beta)
+        values |= dict.fromkeys(steerable.coeffs, coeff)
+    return {
+        name: np.array(ctu.COEFF if value is None else value, np.float32)
+        for name, value in values.items()
+    }
 
 
 def _input(value: ValueInfoProto) -> Input:
@@ -251,7 +300,7 @@ class Runner:
                 self._device = "cuda", int(options.get("device_id", 0))
 
     def measure(
-        self, batch: Batch, metric: Metric, points: Sequence[BetaCoeff], chosen: list[int]
+        self, batch: Batch, metric: Metric, points: Sequence[Where], chosen: list[int]
     ) -> np.ndarray | None:
         """Measure a metric on a batch at some points.
 
@@ -283,7 +332,7 @@ class Runner:
         return np.stack(rows[1:] if extra else rows)
 
     def outputs(
-        self, batch: Batch, points: Iterable[BetaCoeff], names: Sequence[str]
+        self, batch: Batch, points: Iterable[Where], names: Sequence[str]
     ) -> Iterator[dict[str, np.ndarray]]:
         """Run a batch at each point.
 
@@ -391,7 +440,7 @@ class Job:
     steerable: Steerable
     open_source: Callable[[], Source]
     metric: Metric
-    points: list[BetaCoeff]
+    points: list[Where]
     providers: Sequence | None = None
 
 

@@ -5,7 +5,7 @@ A sweep is a results.Sweep, which this module does not import: results draws by 
 
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from statistics import NormalDist
@@ -92,19 +92,41 @@ def _figure(result: Any) -> Any:
 
 
 def _text(result: Any) -> str:
+    def curves(figure: Any) -> Iterator[Any]:
+        for label, points in _curves(result):
+            betas = [point.beta for point in points]
+            values = [point.value for point in points]
+            halves = [_HALF * point.error if point.error >= 0 else 0.0 for point in points]
+            yield figure.error(betas, values, halves)
+            curve = figure.signal(betas, values)
+            yield curve.label(label) if label != result.metric else curve
+
+    return drawn_as_text(result.metric, curves, "β")
+
+
+def drawn_as_text(
+    title: str,
+    curves: Callable[[Any], Iterable[Any]],
+    label: str = "activation, in the order of the graph",
+) -> str:
+    """A drawing as text.
+
+    Args:
+        title: what it shows.
+        curves: from a plotext figure to what is drawn in it.
+        label: of the x axis.
+
+    Raises:
+        MissingDependency: plotext is not installed.
+    """
     plotext = require("plotext")
     figure = plotext.figure
     figure.clear()
     figure.plot_size(min(shutil.get_terminal_size().columns, 100), 20)
     figure.theme("colorless")
-    for label, points in _curves(result):
-        betas = [point.beta for point in points]
-        values = [point.value for point in points]
-        halves = [_HALF * point.error if point.error >= 0 else 0.0 for point in points]
-        figure.draw(figure.error(betas, values, halves))
-        curve = figure.signal(betas, values)
-        figure.draw(curve.label(label) if label != result.metric else curve)
-    figure.title(result.metric)
-    figure.label("β")
+    for curve in curves(figure):
+        figure.draw(curve)
+    figure.title(title)
+    figure.label(label)
     lines = plotext.uncolorize(str(figure.build())).splitlines()
     return "\n".join(line.rstrip() for line in lines)

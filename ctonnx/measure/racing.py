@@ -119,7 +119,7 @@ def leader(
     metric: Metric,
     statistics: Mapping[int, np.ndarray],
     points: Collection[int],
-    distances: Sequence[float] | np.ndarray,
+    distances: Sequence[float] | Mapping[int, float] | np.ndarray,
 ) -> int:
     """The index of the best of `points`; of equals the one nearest to the original.
 
@@ -127,7 +127,7 @@ def leader(
         metric: the metric.
         statistics: point index -> statistics (samples, k).
         points: the indices to choose from.
-        distances: as for `race`.
+        distances: how far each is from the original, by its index.
     """
     sign = 1.0 if metric.higher_is_better else -1.0
 

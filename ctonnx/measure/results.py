@@ -16,6 +16,7 @@ from ..errors import InputFileError, UsageError
 from ..model import files
 from ..optional import check_installed, require
 from . import intervals, racing
+from .coordinates import Grouped
 from .engine import ORIGINAL_POINT, BetaCoeff
 from .journal import Journal
 from .metrics import Metric
@@ -95,7 +96,8 @@ class Sweep(ResultTable):
     `notes` are lines that a user should see. `output_name` is the output that was measured, None if
     the metric takes all; `output_kind` is what it holds, "logits", "log-probabilities" or
     "probabilities", None if that makes no difference to the metric. With a `tolerance`, `best` is
-    the point of the smallest β that is worse than the original by no more than that.
+    the point of the smallest β that is worse than the original by no more than that. `grouped` is
+    what was found per stage or activation, None without `per`.
     """
 
     metric: str
@@ -109,6 +111,7 @@ class Sweep(ResultTable):
     output_name: str | None = None
     output_kind: str | None = None
     tolerance: float | None = None
+    grouped: Grouped | None = None
 
     def document(self) -> dict[str, Any]:
         """The result as a dict that JSON can hold."""
@@ -131,6 +134,7 @@ class Sweep(ResultTable):
             "points": [asdict(point) for point in self.points],
             "best": asdict(self.best),
             "original": asdict(self.original),
+            "grouped": None if self.grouped is None else self.grouped.document(),
             "race": race,
             "broken": self.broken,
             "notes": self.notes,
@@ -138,15 +142,18 @@ class Sweep(ResultTable):
         return without_nan(document)
 
     def plot(self, path: str | PathLike | None = None) -> str | None:
-        """Draw the curve with its 95 % intervals: into a .png or .svg file, or as text,
-        returned.
+        """Draw the curve with its 95 % intervals, or β and c per stage or activation against depth:
+        into a .png or .svg file, or as text, returned.
 
         Raises:
             UsageError: another suffix, or the file cannot be written.
             MissingDependency: matplotlib, or plotext for text, is not installed.
         """
-        from . import plot
+        from . import depth, plot
 
+        if self.grouped is not None:
+            activations = [a for part in self.grouped.parts for a in part.activations]
+            return depth.draw(activations, path)
         return plot.draw(self, path)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from onnx import ModelProto
@@ -21,7 +21,7 @@ from ..data.source import Source, Stream
 from ..errors import UsageError, check_choice
 from ..model import files
 from ..ort.runs import CPU
-from . import intervals, racing
+from . import coordinates, intervals, racing
 from .calibrating import calibrated
 from .engine import (
     BetaCoeff,
@@ -66,11 +66,13 @@ class Execution:
 
 @dataclass(frozen=True)
 class Search:
-    """How the best point is looked for: `search`, `confidence`, `tolerance`, as for `sweep`."""
+    """How the best point is looked for: `search`, `confidence`, `tolerance`, `per`, as for
+    `sweep`."""
 
     method: str = "grid"
     confidence: float = 0.95
     tolerance: float | None = None
+    per: str | None = None
 
     def check(self) -> None:
         """Raise a UsageError if an option is out of range."""
@@ -82,6 +84,10 @@ class Search:
                 raise UsageError(f"tolerance must be 0 or more, got {self.tolerance!r}")
             if self.method != "grid":
                 raise UsageError("tolerance needs all points on all data: leave out search")
+            if self.per is not None:
+                raise UsageError("tolerance takes one beta for all: leave out per")
+        if self.per is not None:
+            check_choice("per", self.per, coordinates.PER)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,7 @@ def sweep(
     tolerance: float | None = None,
     output_name: str | None = None,
     calibration: Any = None,
+    per: str | None = None,
     providers: Sequence | None = None,
     engine: str = "local",
     address: str | None = None,
@@ -152,6 +159,8 @@ def sweep(
             floating type that suits the metric and the labels.
         calibration: unlabelled data, or a ctonnx.Calibration of them: at every β the model is
             calibrated on these, as `ctonnx.patch` does.
+        per: "stage" (activations of one resolution) or "activation" looks for a β, and c, of each
+            of these too, from the best that all share: see ctonnx.measure.coordinates.
         providers: execution providers, as for `ctonnx.session`.
         engine: "local", or "ray" for an existing Ray cluster.
         address: address of the Ray cluster; the running one if None.
@@ -174,7 +183,7 @@ def sweep(
         InputFileError: the data, or the progress file, cannot be read.
         MissingDependency: a package is missing.
     """
-    searching = Search(search, confidence, tolerance)
+    searching = Search(search, confidence, tolerance, per)
     execution = Execution(engine, address, gpus)
     target = Output(output, force, resume)
     for options in searching, execution, target:
@@ -182,7 +191,10 @@ def sweep(
     points = _points(grid("beta", betas), [None] if coeffs is None else grid("coeff", coeffs))
     chosen_metric = metric_named(metric)
     samples = None if calibration is None else check_calibration(calibration)
-    steerable = prepare(model, coeffs is not None)
+    if per is not None and (engine != "local" or samples is not None):
+        other = "calibration" if engine == "local" else f"engine {engine}"
+        raise UsageError(f"{other} measures points that are known before: leave out per")
+    steerable = prepare(model, coeffs is not None, per is not None)
     if engine == "ray":  # Its workers may be in another folder.
         dataset, labels = _absolute(dataset), _absolute(labels)
     open_data = partial(
@@ -194,8 +206,8 @@ def sweep(
     )
     source = open_data()
     count = _length(source)
-    if count is None and (search, engine) != ("grid", "local"):
-        what = "racing" if search == "racing" else "engine ray"
+    if count is None and (search, engine, per) != ("grid", "local", None):
+        what = "racing" if search == "racing" else "engine ray" if engine == "ray" else "per"
         raise UsageError(f"the factory's iterable must have a length for {what}")
     intervals.quantile(intervals.LEVEL, 1)  # Fail early if scipy is missing.
 
@@ -211,11 +223,13 @@ def sweep(
         runner = cache(partial(Runner, steerable, providers))
     notes = [*steerable.notes, *source.notes, *_class_notes(dataset, source, steerable)]
     notes += notes_on_output(steerable, chosen_metric)
-    job = Job(steerable, open_data, chosen_metric, points, providers)
+    if per is not None:
+        steerable.groups = coordinates.groups_of(steerable, per, source)
+    job = Job(steerable, open_data, chosen_metric, [*points], providers)
     header = None if output is None else _header(job, source, searching)
     execute = _executor(job, source, execution, runner)
     with Journal(progress_path(output), header, resume) as journal:
-        total = _count_runs(searching, count, len(points))
+        total = None if per else _count_runs(searching, count, len(points))
         with progress(total) if progress else nullcontext() as bar:
             outcome = None
             evaluate = partial(_evaluate, journal, source, execute, bar)
@@ -223,13 +237,23 @@ def sweep(
                 outcome = _race(job, source, count, searching.confidence, journal, evaluate)
             else:
                 evaluate(itertools.count() if count is None else range(count), range(len(points)))
+            result = result_of(chosen_metric, points, journal, outcome, [], tolerance)
+            if per is not None:
+                assert count is not None
+                best = points.index((result.best.beta, result.best.coeff))
+                race = confidence if search == "racing" else None
+                grouped = coordinates.search(
+                    job, per, best, count, evaluate, journal.statistics, race
+                )
+                result = replace(result, grouped=grouped)
             for piece in execute((batch, []) for batch in journal.unconfirmed()):
                 journal.add(piece)
         journal.check_confirmed()
         statistics = map(journal.statistics, range(len(points)))
         notes += notes_on_zeros(steerable, chosen_metric, statistics)
         result = replace(
-            result_of(chosen_metric, points, journal, outcome, notes, tolerance),
+            result,
+            notes=[*notes, *result.notes],
             output_name=None if chosen_metric.takes_all_outputs else steerable.output,
             output_kind=chosen_metric.kind if chosen_metric.takes_kind else None,
         )
@@ -275,13 +299,20 @@ def _header(job: Job, source: Source, searching: Search) -> dict:
     return {
         "model": job.steerable.identity(),
         "data": source.identity(),
-        "points": job.points,
+        **_header_of_points(job, searching),
         "metric": job.metric.name,
         "output": job.steerable.output,
         "providers": job.providers,
         "search": searching.method,
         "confidence": searching.confidence,
     }
+
+
+def _header_of_points(job: Job, searching: Search) -> dict:
+    if searching.per is None:
+        return {"points": job.points}
+    # There will be more than these.
+    return {"choices": job.points[:], "per": searching.per}
 
 
 def _executor(
@@ -350,7 +381,7 @@ def _race(
         job.metric,
         len(job.points),
         batches,
-        distances=[abs(1 - beta) for beta, _ in job.points],
+        distances=[abs(1 - beta) for beta, _ in cast(list[BetaCoeff], job.points)],
         confidence=confidence,
     )
     if not source.random:
@@ -388,8 +419,13 @@ def save_best(
     beta, coeff = result.best.beta, result.best.coeff
     samples = None if calibration is None else check_calibration(calibration, beta_as)
     with files.Transaction(model, path, force) as edit:
-        origin = files.Origin() if samples is None else edit.origin()
-        steer_or_set_calibrated(edit.model, samples, origin, beta, coeff, beta_as)
+        if result.grouped is not None:
+            if beta_as != "initializer":
+                raise UsageError("beta can be an input only if all activations share it")
+            coordinates.write(edit.model, result.grouped)
+        else:
+            origin = files.Origin() if samples is None else edit.origin()
+            steer_or_set_calibrated(edit.model, samples, origin, beta, coeff, beta_as)
     return edit.output
 
 

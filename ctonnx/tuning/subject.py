@@ -16,15 +16,13 @@ from ..errors import UsageError
 from ..measure.engine import padded
 from ..model import files, flow
 from ..model.external import read_external_data
-from ..model.order import sort_nodes
 from ..ort import runs
 from ..rewriting.find import Activation
+from ..rewriting.places import take_original, write_values
 from ..rewriting.steer import Selection
-from ..rewriting.steered import SteeredModel
 from ..transfer.features import batches
 from ..transfer.fit import Label, batch_labels, classes_of, indices_of
 from ..transfer.heads import HeadSite, LinearHead, replace_head
-from .curvature import write_values
 from .normalization import write_statistics
 from .training import Trainee
 
@@ -86,11 +84,7 @@ class Subject:
         proto = files.own(model)
         if not isinstance(model, ModelProto):
             read_external_data(proto, Path(model).parent)
-        steered, own = SteeredModel(proto), None
-        if steered.is_steered:
-            own = {a.path: a for a in steered.activations if a.status == "steered"}
-        _restore(proto)
-        return cls(model, proto, selection, own)
+        return cls(model, proto, selection, take_original(proto))
 
     def chosen(self, activation: Activation) -> bool:
         """Whether an activation is to be trained: of a steered model, those that are steered."""
@@ -98,7 +92,7 @@ class Subject:
 
     def changed(self, proto: ModelProto, trainee: Trainee) -> list[str]:
         """Give a copy of the model as it was given what was trained, in place; gives notes."""
-        _restore(proto)
+        take_original(proto)
         notes = [] if self.head is None else self.head.insert(proto, trainee.head.values())
         statistics = trainee.network.statistics
         pairs = {name: tuple(t.cpu().numpy() for t in pair) for name, pair in statistics.items()}
@@ -116,7 +110,7 @@ class Subject:
     def original(self) -> ModelProto:
         """The model without steering, its data where they were."""
         proto = files.own(self.model)
-        _restore(proto)
+        take_original(proto)
         return proto
 
     def labels(self, batch: Batch, source: Source) -> np.ndarray | None:
@@ -124,14 +118,6 @@ class Subject:
         if self.head is None:
             return batch.labels
         return indices_of(batch_labels(batch.labels, source), self.head.classes)
-
-
-def _restore(proto: ModelProto) -> None:
-    """Take steering out of a model, and bring its nodes into order."""
-    steered = SteeredModel(proto)
-    if steered.is_steered:
-        steered.unsteer()
-    sort_nodes(proto)
 
 
 def new_head(

@@ -20,9 +20,10 @@ from ..model import files, flow
 from ..rewriting import params
 from ..rewriting.find import Activation
 from ..rewriting.params import Values
+from ..rewriting.places import Place, group, insert_places
 from ..torch.tct import RAW_BETA, pair_shape
 from ..transfer.features import batches
-from .curvature import Curvature, Place, group, insert_places
+from .curvature import Curvature
 from .losses import Loss
 from .network import Network
 from .normalization import check_normalizations
@@ -77,7 +78,7 @@ class Task:
     def prepare(self, per: str, patterns: Sequence[str] | None, start: Start) -> Trainee:
         """The network with β and c to train."""
         proto = files.own(self.subject.proto)
-        places = insert_places(proto, self.subject.selection, self.subject.chosen)
+        places = insert_places(proto, self.subject.selection, self.subject.chosen, "op")
         names = {name for place in places for name in (place.beta, place.coeff)}
         network, head = self._network(proto, names)
         count = len(places)

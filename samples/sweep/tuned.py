@@ -44,23 +44,6 @@ def correct(model, images, labels):
     return (scores.argmax(1) == labels).astype(float)[:, None]
 
 
-def search(start, images, labels):
-    """β and c of each stage by forward passes alone, one stage after the other, twice.
-
-    Each of the network's ReLUs is a stage of its own.
-    """
-    pairs = [{"beta": beta, "coeff": coeff} for beta in BETAS for coeff in COEFFS]
-    found = {activation.name: start for activation in ctonnx.inspect(MODEL)}
-
-    def score(name, pair):
-        steered = ctonnx.patch(MODEL, params={**found, name: pair})
-        return correct(steered, images, labels).mean()
-
-    for name in [*found, *found]:
-        found[name] = max(pairs, key=lambda pair, name=name: score(name, pair))
-    return found
-
-
 def shown(pair):
     return f"β {pair['beta']:.2f}, c {pair['coeff']:.2f}"
 
@@ -72,9 +55,10 @@ def rows(name):
         tuple(array[part] for array in data) for part in (slice(TRAIN), slice(TRAIN, None))
     )
     beta = ctonnx.sweep(MODEL, data, "0.5:1:0.02").best.beta
-    best = ctonnx.sweep(MODEL, data, BETAS, coeffs=COEFFS).best
-    both = {"beta": best.beta, "coeff": best.coeff}
-    stages = search(both, *data)
+    swept = ctonnx.sweep(MODEL, data, BETAS, coeffs=COEFFS, per="stage")
+    both = {"beta": swept.best.beta, "coeff": swept.best.coeff}
+    assert swept.grouped is not None
+    stages = swept.grouped.params
     models = {
         "original": (0, MODEL),
         "one β, swept": (1, ctonnx.patch(MODEL, beta)),
