@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
 from conftest import DIGITS, parsed
+from onnx import numpy_helper
 
 import ctonnx
 from ctonnx.cli.main import cli
@@ -68,6 +70,24 @@ def test_a_wrong_variant_is_not_timed(path, monkeypatch, wrong):
     monkeypatch.setattr(bench, "_timed", lambda *args: pytest.fail("timed"))
     with pytest.raises(CheckFailed, match="naive ops: output 'y' "):
         bench.bench(path)
+
+
+def test_a_number_that_cancels_out_is_no_disagreement(tmp_path):
+    """Of a thousand scores one is always near 0: beside the others it is rounding and no more."""
+    rng = np.random.default_rng(0)
+    model = parsed(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[1, 8] x, float[8, 4096] v, float[4096, 3] w) => (float[1, 3] y)
+        { h = MatMul(x, v)  r = Relu(h)  y = MatMul(r, w) }"""
+    )
+    v, w = 0.1 * rng.normal(size=(8, 4096)), rng.normal(size=(4096, 3)) * [0.01, 0.01, 1]
+    v[:, 2048:] = v[:, :2048] + 1e-6  # The last score is the difference of two equal sums, nearly.
+    w[2048:, 2] = -w[:2048, 2]
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.float32(array), name) for name, array in (("v", v), ("w", w))
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    assert bench.bench(tmp_path / "m.onnx", rounds=1).timings
 
 
 def test_without_the_library(path, monkeypatch):
