@@ -843,7 +843,7 @@ def test_an_import_of_onnxruntime_that_fails(run, monkeypatch, reason, code, lin
 
 def test_choices_of_options_match_the_library():
     """The command line repeats them as literals, since --help must not import onnx."""
-    from ctonnx.measure import metrics, sweeping
+    from ctonnx.measure import coordinates, metrics, sweeping
     from ctonnx.rewriting import activations
 
     named = {option.name: option.help for option in (*cli.sweep.params[1:], *cli.patch.params[1:])}
@@ -852,6 +852,7 @@ def test_choices_of_options_match_the_library():
     options = {option.name: option.type for option in cli.sweep.params}
     assert tuple(options["search"].choices) == sweeping.SEARCHES
     assert tuple(options["engine"].choices) == sweeping.ENGINES
+    assert tuple(options["per"].choices) == coordinates.PER
     options = {option.name: option.type for option in cli.patch.params}
     assert tuple(options["lowering"].choices) == LOWERINGS
     assert tuple(options["beta_as"].choices) == BETA_AS

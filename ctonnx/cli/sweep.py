@@ -7,7 +7,7 @@ import click
 
 from . import options
 from .output import echo, print_json, progress, say
-from .tables import columns, interval, mark
+from .tables import columns, difference, interval, mark
 
 if TYPE_CHECKING:
     from ..measure.results import Sweep
@@ -211,13 +211,13 @@ def _part_rows(result):
     form = _format(result)
     for part in result.grouped.parts:
         unlike = part.part or part.part_low or part.part_high
+        shown = difference(part.part, part.part_low, part.part_high, form)
         yield (
             part.name,
             "" if result.grouped.per == "activation" else str(len(part.activations)),
             f"{part.beta:g}",
             "" if part.coeff is None else f"{part.coeff:g}",
-            f"{part.part:+{form}}" if unlike else "",
-            f"{part.part_low:+{form}} to {part.part_high:+{form}}" if unlike else "",
+            *(shown if unlike else ("", "")),
         )
 
 
@@ -225,10 +225,11 @@ def _grouped_verdict(result):
     """The line on what a beta of each stage or activation gains."""
     grouped, form = result.grouped, _format(result)
     gain, ends = interval(grouped, form)
-    single = f"{grouped.over_single_low:+{form}} to {grouped.over_single_high:+{form}}"
+    ends_of_single = grouped.over_single_low, grouped.over_single_high
+    over, over_ends = difference(grouped.over_single, *ends_of_single, form)
     return (
         f"per {grouped.per}: {result.metric} {grouped.value:{form}}, gain over the original {gain} "
-        f"(95 %: {ends}), over one beta {grouped.over_single:+{form}} (95 %: {single}), "
+        f"(95 %: {ends}), over one beta {over} (95 %: {over_ends}), "
         f"the best of {grouped.combinations} points"
     )
 

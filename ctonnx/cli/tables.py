@@ -30,5 +30,9 @@ def mark(point: Any, result: Any) -> str:
 
 def interval(point: Any, form: str) -> tuple[str, str]:
     """The gain of a point and its 95 % interval, in a format."""
-    low, high = f"{point.gain_low:+{form}}", f"{point.gain_high:+{form}}"
-    return f"{point.gain:+{form}}", f"{low} to {high}"
+    return difference(point.gain, point.gain_low, point.gain_high, form)
+
+
+def difference(value: float, low: float, high: float, form: str) -> tuple[str, str]:
+    """A difference and its interval, in a format."""
+    return f"{value:+{form}}", f"{low:+{form}} to {high:+{form}}"

@@ -21,7 +21,7 @@ from ..ort import library
 from ..ort.runs import beside
 from ..ort.session import session
 from ..rewriting.places import Group, Place, insert_places, take_original
-from ..rewriting.steer import Selection, steer
+from ..rewriting.steer import Report, Selection, steer
 from ..rewriting.steered import SteeredModel
 from .metrics import Metric
 
@@ -168,7 +168,7 @@ def prepare(
     else:
         if not steered.is_steered:
             report = steer(proto, 1.0, beta_as="required-input")
-            notes.append(_steered_on_the_fly(len(report.replaced), len(report.skipped)))
+            notes.append(_steered_on_the_fly(report))
             steered = SteeredModel(proto, betas=report.beta_names)
         betas, coeffs = steered.changeable(sweep_coeff)
         if sweep_coeff and not coeffs:
@@ -209,10 +209,9 @@ def _insert_places(proto: ModelProto, notes: list[str]) -> list[Place]:
     An activation that was steered keeps its c, where the model tells it.
     """
     own = take_original(proto)
-    places = insert_places(proto, Selection(), lambda a: own is None or a.path in own)
+    places, report = insert_places(proto, Selection(), own)
     if own is None:
-        skipped = sum(a.status == "skipped" for a in SteeredModel(proto).activations)
-        notes.append(_steered_on_the_fly(len(places), skipped))
+        notes.append(_steered_on_the_fly(report))
     known = {path: a.coeff for path, a in (own or {}).items() if a.coeff is not None}
     coeffs = {p.coeff: known.get(p.activation.path, ctu.COEFF) for p in places}
     for tensor in proto.graph.initializer:
@@ -222,22 +221,22 @@ def _insert_places(proto: ModelProto, notes: list[str]) -> list[Place]:
     return [replace(p, activation=replace(p.activation, coeff=coeffs[p.coeff])) for p in places]
 
 
-def _steered_on_the_fly(steered: int, skipped: int) -> str:
-    return f"steered on the fly: {steered} activations, {skipped} skipped"
+def _steered_on_the_fly(report: Report) -> str:
+    count = f"{len(report.replaced)} activations, {len(report.skipped)} skipped"
+    return f"steered on the fly: {count}"
 
 
 def parameters_at(steerable: Steerable, point: Where) -> dict[str, np.ndarray]:
     """What to feed for β and c at a point: name -> float32 array without dimensions."""
-    values = {}
     if isinstance(point[0], tuple):
+        values = {}
         for group, pair in zip(steerable.groups, cast(Sequence[BetaCoeff], point), strict=True):
             for place in (steerable.places[i] for i in group.members):
                 values |= {place.beta: pair[0], place.coeff: pair[1]}
         values = {name: values[name] for name in [*steerable.betas, *steerable.coeffs]}
     else:
         beta, coeff = point
-        values |= dict.fromkeys(steerable.betas, beta)
-        values |= dict.fromkeys(steerable.coeffs, coeff)
+        values = dict.fromkeys(steerable.betas, beta) | dict.fromkeys(steerable.coeffs, coeff)
     return {
         name: np.array(ctu.COEFF if value is None else value, np.float32)
         for name, value in values.items()

@@ -237,7 +237,16 @@ def sweep(
                 outcome = _race(job, source, count, searching.confidence, journal, evaluate)
             else:
                 evaluate(itertools.count() if count is None else range(count), range(len(points)))
-            result = result_of(chosen_metric, points, journal, outcome, [], tolerance)
+            for piece in execute((batch, []) for batch in journal.unconfirmed()):
+                journal.add(piece)
+            journal.check_confirmed()
+            statistics = map(journal.statistics, range(len(points)))
+            notes += notes_on_zeros(steerable, chosen_metric, statistics)
+            result = replace(
+                result_of(chosen_metric, points, journal, outcome, notes, tolerance),
+                output_name=None if chosen_metric.takes_all_outputs else steerable.output,
+                output_kind=chosen_metric.kind if chosen_metric.takes_kind else None,
+            )
             if per is not None:
                 assert count is not None
                 best = points.index((result.best.beta, result.best.coeff))
@@ -246,17 +255,6 @@ def sweep(
                     job, per, best, count, evaluate, journal.statistics, race
                 )
                 result = replace(result, grouped=grouped)
-            for piece in execute((batch, []) for batch in journal.unconfirmed()):
-                journal.add(piece)
-        journal.check_confirmed()
-        statistics = map(journal.statistics, range(len(points)))
-        notes += notes_on_zeros(steerable, chosen_metric, statistics)
-        result = replace(
-            result,
-            notes=[*notes, *result.notes],
-            output_name=None if chosen_metric.takes_all_outputs else steerable.output,
-            output_kind=chosen_metric.kind if chosen_metric.takes_kind else None,
-        )
         if output is not None:
             result.write(output)
     return result
@@ -312,7 +310,7 @@ def _header_of_points(job: Job, searching: Search) -> dict:
     if searching.per is None:
         return {"points": job.points}
     # There will be more than these.
-    return {"choices": job.points[:], "per": searching.per}
+    return {"choices": job.points, "per": searching.per}
 
 
 def _executor(

@@ -1,7 +1,7 @@
 """Steering each activation by a β and c of its own, and groups of activations that share theirs."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..model.order import sort_nodes
 from .find import Activation
 from .params import Assigned
-from .steer import Selection, steer
+from .steer import Report, Selection, steer
 from .steered import SteeredModel
 
 
@@ -46,15 +46,18 @@ def take_original(model: ModelProto) -> dict[str, Activation] | None:
 def insert_places(
     model: ModelProto,
     selection: Selection,
-    chosen: Callable[[Activation], bool],
+    own: Collection[str] | None,
     lowering: str = "portable",
-) -> list[Place]:
+) -> tuple[list[Place], Report]:
     """Steer a model, in place, so that each activation has a β and a c of its own.
 
     Args:
         selection: which activations may be steered.
-        chosen: tells which of these are.
+        own: the paths of those that are; all where None.
         lowering: as for `steer`.
+
+    Returns:
+        the activations, and the Report of `steer`.
 
     Raises:
         As `steer`.
@@ -63,7 +66,8 @@ def insert_places(
     indices: list[int] = []
 
     def assign(activations: Sequence[Activation]) -> list[dict | None]:
-        indices.extend(i for i, activation in enumerate(activations) if chosen(activation))
+        chosen = (i for i, a in enumerate(activations) if own is None or a.path in own)
+        indices.extend(chosen)
         # Equal values would share an initializer.
         numbers = np.linspace(0, 1, len(activations))
         pairs = [{"beta": number, "coeff": number} for number in numbers]
@@ -72,13 +76,14 @@ def insert_places(
     report = steer(model, params=Assigned(assign), selection=selection, lowering=lowering)
     nodes = [s.node for s in SteeredModel(model).sites if s.activation.status == "steered"]
     triples = zip(indices, report.replaced, nodes, strict=True)
-    return [Place(index, activation, *node.input[1:3]) for index, activation, node in triples]
+    places = [Place(index, activation, *node.input[1:3]) for index, activation, node in triples]
+    return places, report
 
 
 def write_values(
     model: ModelProto, selection: Selection, values: Mapping[int, tuple[np.ndarray, np.ndarray]]
 ) -> list[str]:
-    """Steer a model, in place, with the trained values.
+    """Steer a model, in place, with values for single activations.
 
     Args:
         values: index of a Place -> its β and c, float32 arrays. Others stay as they are.
@@ -121,19 +126,17 @@ def group(
     Raises:
         UsageError: a pattern is wrong or matches nothing, or an activation matches none.
     """
+    if patterns is None and per in ("channel", "activation"):
+        return [Group(place.activation.path, [i]) for i, place in enumerate(places)]
     if patterns is not None:
         names = _by_pattern(places, patterns)
-    elif per == "model":
-        names = ["model"] * len(places)
     elif per == "stage":
         names = [_resolution(shape) for shape in shapes]
     else:
-        names = [str(i) for i in range(len(places))]
+        names = ["model"] * len(places)
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         members.setdefault(name, []).append(i)
-    if patterns is None and per in ("channel", "activation"):
-        return [Group(places[i].activation.path, [i]) for i in range(len(places))]
     return [Group(name, indices) for name, indices in members.items()]
 
 

@@ -86,10 +86,6 @@ class Subject:
             read_external_data(proto, Path(model).parent)
         return cls(model, proto, selection, take_original(proto))
 
-    def chosen(self, activation: Activation) -> bool:
-        """Whether an activation is to be trained: of a steered model, those that are steered."""
-        return self.own is None or activation.path in self.own
-
     def changed(self, proto: ModelProto, trainee: Trainee) -> list[str]:
         """Give a copy of the model as it was given what was trained, in place; gives notes."""
         take_original(proto)

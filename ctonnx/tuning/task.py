@@ -78,7 +78,7 @@ class Task:
     def prepare(self, per: str, patterns: Sequence[str] | None, start: Start) -> Trainee:
         """The network with β and c to train."""
         proto = files.own(self.subject.proto)
-        places = insert_places(proto, self.subject.selection, self.subject.chosen, "op")
+        places, _ = insert_places(proto, self.subject.selection, self.subject.own, "op")
         names = {name for place in places for name in (place.beta, place.coeff)}
         network, head = self._network(proto, names)
         count = len(places)
