@@ -1,6 +1,7 @@
 """`sweep --per`: what is found equals what separate models show, and no single change is better."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,7 +11,9 @@ from conftest import DIGITS, parsed
 
 import ctonnx
 from ctonnx.errors import CtonnxError, InputFileError, NothingToDo, UsageError
-from ctonnx.measure import engine
+from ctonnx.measure import coordinates, engine, metrics, sweeping
+from ctonnx.rewriting.find import Activation
+from ctonnx.rewriting.places import Group, Place
 
 pytest.importorskip("sklearn")
 MODEL, DATA = str(DIGITS / "digits.onnx"), str(DIGITS / "digits_test.npz")
@@ -105,6 +108,61 @@ def test_a_steered_model_keeps_its_activations_and_c(tmp_path):
     assert pairs == pytest.approx(dict.fromkeys([f"node_relu_{i}" for i in range(3, 7)], 0.3))
     steered = ctonnx.patch(onnx.load(MODEL), params=result.grouped.params)
     assert accuracy(steered) == result.grouped.value
+    saved = onnx.load(sweeping.save_best(path, result, tmp_path / "best.onnx"))
+    assert accuracy(saved) == result.grouped.value
+    betas = {a.name: a.beta for a in ctonnx.inspect(saved) if a.status == "steered"}
+    params = result.grouped.params
+    assert betas == pytest.approx({name: pair["beta"] for name, pair in params.items()})
+
+
+def searched(values, confidence=None):
+    """A search over two groups with β 1, 0.8 and 0.6: from the β of both to a value of each
+    sample, the accuracies of the best, and the β found."""
+    names = "a", "b"
+    activations = [Activation(name, "Relu", "", "steered", coeff=0.5) for name in names]
+    steerable = SimpleNamespace(
+        places=[Place(i, a, f"beta{i}", f"c{i}") for i, a in enumerate(activations)],
+        groups=[Group(name, [i]) for i, name in enumerate(names)],
+    )
+    points = [(beta, None) for beta in (1.0, 0.8, 0.6)]
+    job = SimpleNamespace(steerable=steerable, points=points, metric=metrics.METRICS["accuracy"])
+
+    def statistics(i, end=None):
+        point = job.points[i] if isinstance(job.points[i][0], tuple) else [job.points[i]] * 2
+        rows = np.asarray(values(*(beta for beta, _ in point)), float)
+        return rows[:end, None]
+
+    single = max(range(3), key=lambda i: statistics(i).mean())
+    count = len(statistics(0))
+    found = coordinates.search(
+        job, "activation", single, count, lambda *_: None, statistics, confidence
+    )
+    return found.value, tuple(part.beta for part in found.parts)
+
+
+def share(correct):
+    return [1] * correct + [0] * (100 - correct)
+
+
+def test_groups_are_gone_through_again():
+    """The first group has nothing to gain before the second has changed."""
+    table = {(1, 1): 50, (1, 0.8): 60, (0.8, 0.8): 45, (0.6, 0.8): 70, (0.6, 0.6): 20}
+    assert searched(lambda a, b: share(table.get((a, b), 10))) == (0.7, (0.6, 0.8))
+
+
+def test_of_equals_the_present_one_stays():
+    """The second group makes no difference, and keeps the β that all share."""
+    table = {1: 40, 0.8: 60, 0.6: 50}
+    assert searched(lambda a, b: share(table[a])) == (0.6, (0.8, 0.8))
+
+
+def test_what_a_race_takes_is_measured_on_all_data():
+    """(0.8, 1) is right on the first samples, which decide the race, and wrong on most others."""
+
+    def values(a, b):
+        return [(a, b) == (0.8, 1)] * 300 + [(a, b) == (0.8, 0.8)] * 700
+
+    assert searched(values, 0.95) == (0.7, (0.8, 0.8))
 
 
 def test_races_are_measured_on_all_data_at_the_end():
